@@ -66,10 +66,10 @@ def test_unmatched_benchmarks_are_refused(before: list[float], after: list[float
 
 
 def test_mean_interval_is_students() -> None:
-    # By hand: mean 2, s 1, t(2) = 4.303.
+    # By hand: mean 2, s 1, t(2) = 4.302653.
     low, high = mean_interval([1.0, 2.0, 3.0]) or (0, 0)
-    assert low == pytest.approx(2 - 4.303 / math.sqrt(3))
-    assert high == pytest.approx(2 + 4.303 / math.sqrt(3))
+    assert low == pytest.approx(2 - 4.302653 / math.sqrt(3))
+    assert high == pytest.approx(2 + 4.302653 / math.sqrt(3))
     assert mean_interval([1.0, 2.0]) is None
 
 

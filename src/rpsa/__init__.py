@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rpsa.errors import RPSAError
-    from rpsa.evaluation.statistics import safety_tax_rate
+    from rpsa.evaluation.statistics import safety_tax_interval, safety_tax_rate
     from rpsa.fisher.diagonal import FisherDiagonal
     from rpsa.fisher.estimators import FisherConfig, estimate_fisher
     from rpsa.freezing.freezer import Freezer
@@ -33,6 +33,7 @@ _HOMES = {
     "RPSATrainer": "rpsa.training.trainer",
     "ReferenceDataset": "rpsa.reference",
     "estimate_fisher": "rpsa.fisher.estimators",
+    "safety_tax_interval": "rpsa.evaluation.statistics",
     "safety_tax_rate": "rpsa.evaluation.statistics",
 }
 
@@ -49,6 +50,7 @@ __all__ = [
     "RPSATrainer",
     "ReferenceDataset",
     "estimate_fisher",
+    "safety_tax_interval",
     "safety_tax_rate",
 ]
 

@@ -1,16 +1,9 @@
-"""The Safety Tax Rate of section 4.2.2, and how sure one may be of it."""
+"""The Safety Tax Rate of section 4.2.2."""
 
 import math
 from collections.abc import Sequence
 
 from rpsa.errors import RPSAError
-
-# Two-sided 95% quantiles of Student's t for 1..30 degrees of freedom.
-_T_95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 def safety_tax_rate(
@@ -49,40 +42,6 @@ def safety_tax(
     if math.isnan(value):
         return None, "attack success did not fall, so there is no safety gain to divide by"
     return value, None
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% Student t interval of the mean of independent runs; None for fewer than 3."""
-    if len(values) < 3:
-        return None
-    mean = math.fsum(values) / len(values)
-    half = _half_width(values)
-    return mean - half, mean + half
-
-
-def ratio_interval(drops: Sequence[float], gains: Sequence[float]) -> tuple[float, float] | None:
-    """95% interval of (mean drop) / (mean gain) over independent runs, one pair a run; None for fewer than 3.
-
-    Student t over the residuals drop - STR x gain, divided by the mean gain (the linearised, or delta, method).
-    A percentile bootstrap over 3 runs holds the truth three times in four instead of nineteen times in twenty.
-    None as well where the mean gain is not positive.
-    """
-    count = len(drops)
-    gain = math.fsum(gains)
-    if count < 3 or gain <= 0:
-        return None
-    ratio = math.fsum(drops) / gain
-    residuals = [drop - ratio * gain for drop, gain in zip(drops, gains, strict=True)]
-    half = _half_width(residuals) / (gain / count)
-    return ratio - half, ratio + half
-
-
-def _half_width(values: Sequence[float]) -> float:
-    count = len(values)
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    quantile = _T_95[count - 2] if count - 2 < len(_T_95) else 1.96
-    return quantile * math.sqrt(variance / count)
 
 
 def _mean_difference(what: str, before: Sequence[float], after: Sequence[float]) -> float:
