@@ -62,4 +62,6 @@ def _wilson(p: float, n: float, z: float) -> Interval:
     shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
-    return Interval(max(centre - half, 0.0), min(centre + half, 1.0))
+    return Interval(
+        max(min(centre - half, p), 0.0), min(max(centre + half, p), 1.0)
+    )  # rounding at p = 0 and 1

@@ -40,9 +40,8 @@ def nested_mean(scores: Sequence[Problems]) -> Estimate:
     For what a new seed would give on new problems of the same kind. All runs answer the same problems, so runs and
     problems are crossed: with V_R, V_P and V_RP the mean squares of runs, problems and their interaction, each over
     R x P, the variance of the grand mean is (V_R - V_RP) + V_P, the first part not below 0. Half the interval is
-    sqrt(t_R^2 (V_R - V_RP) + t_P^2 V_P), with Student's t of R - 1 and P - 1 degrees of freedom (Banerjee 1960):
-    Satterthwaite's is too short for 3 runs, and so is a bootstrap over runs. Give differences to a baseline as
-    scores to have their interval.
+    sqrt(t_R^2 (V_R - V_RP) + t_P^2 V_P), with Student's t of R - 1 and P - 1 degrees of freedom (after Banerjee 1960);
+    with Satterthwaite's it is too short for 3 runs. Give differences to a baseline as scores to have theirs.
 
     Raises:
         RPSAError: fewer than 3 runs or 2 problems, or runs with different numbers of problems.
