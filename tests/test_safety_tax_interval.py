@@ -22,7 +22,7 @@ from rpsa.evaluation.statistics import (
     safety_tax_difference,
     safety_tax_rate,
 )
-from rpsa.evaluation.statistics.bootstrap import draw
+from rpsa.evaluation.statistics.bootstrap import draw, percentile_interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,6 +155,19 @@ def test_a_seed_is_a_seed() -> None:
     assert tax.interval != safety_tax_interval(**BEFORE, **AFTER, seed=2).interval
 
 
+def test_the_order_of_benchmarks_changes_not_a_bit() -> None:
+    sizes = {"a": 7, "b": 9, "c": 11, "d": 13}
+    models = [made_up(5, sizes, 0.7), made_up(6, sizes, 0.4)]
+    turned = [dict(reversed(model.items())) for model in models]
+    assert paired_difference(*models, weighting="items") == paired_difference(*turned, weighting="items")
+
+
+def test_an_end_of_an_interval_is_a_drawn_value_and_not_on_the_way_to_infinity() -> None:
+    values = np.arange(1000.0)
+    values[975:] = np.inf
+    assert percentile_interval(values, freedom=np.inf) == (25, 974)
+
+
 def same(value: float, sizes: dict[str, int]) -> Scores:
     return {name: [[value]] * n for name, n in sizes.items()}
 
@@ -176,6 +189,36 @@ def test_no_sure_gain_has_no_tax(attack_after: Scores) -> None:
         found = safety_tax_difference(**BEFORE, **models | {f"attack_{who}": attack_after})
         assert found.value is found.interval is found.no_improvement is None
         assert found.reason.startswith(f"{who}: no sure safety gain")
+
+
+def test_draws_without_a_gain_are_the_dearest() -> None:
+    # Five attacks of 40 fewer: sure, but nothing is gained in some of the draws.
+    attack_before = {"harm": [[1.0]] * 9 + BEFORE["attack_before"]["harm"][9:]}
+    attack_after = {"harm": [[0.0]] * 5 + [[1.0]] * 4 + BEFORE["attack_before"]["harm"][9:]}
+    before = {"reasoning_before": same(1.0, REASONING), "attack_before": attack_before}
+    after = {"reasoning_after": made_up(2, REASONING, 0.6), "attack_after": attack_after}
+    tax = safety_tax_interval(**before, **after)
+    draws = [
+        draw(side, [before[f"{side}_before"], after[f"{side}_after"]], "benchmarks", 10_000, seed=0).drawn
+        for side in ("reasoning", "attack")
+    ]
+    drops, gains = (drawn[0] - drawn[1] for drawn in draws)
+    nothing = int((gains <= 0).sum())
+    assert 0 < nothing < 139
+    ratios = sorted(drops[gains > 0] / gains[gains > 0]) + [np.inf] * nothing
+    assert tax.interval == pytest.approx((ratios[138], ratios[9_861]), rel=1e-2)
+
+    # The other method is better in every draw, but where neither gains anything it is no improvement.
+    other = {name: [[0.9]] * n for name, n in REASONING.items()}
+    plain = {name: [[0.1]] * n for name, n in REASONING.items()}
+    found = safety_tax_difference(
+        **before,
+        reasoning_plain=plain,
+        reasoning_other=other,
+        attack_plain=attack_after,
+        attack_other=attack_after,
+    )
+    assert found.no_improvement == nothing / 10_000
 
 
 def test_all_right_and_all_refused() -> None:
