@@ -60,6 +60,7 @@ LAYERS = [
     {"tiny"},
     {"evaluation"},
     {"recipe"},
+    {"analysis"},
     {"report"},
     {"pipeline"},
     {"cli"},
