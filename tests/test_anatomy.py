@@ -109,9 +109,17 @@ def test_parameters_out_of_scope_always_train() -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([0.01, 0.2, 0.6, 1.0]))
 def test_overlap_is_that_of_sets(seed: int, k: float) -> None:
-    first, second = random_fisher(seed=seed, only="layers.0.mlp"), random_fisher(seed=seed + 1, only="layers.0.mlp")
+    first, second = (
+        random_fisher(seed=seed, only="layers.0.mlp"),
+        random_fisher(seed=seed + 1, only="layers.0.mlp"),
+    )
     sets = [
-        {(name, i) for name in fisher for i, value in enumerate(fisher[name].flatten().tolist()) if value > tau}
+        {
+            (name, i)
+            for name in fisher
+            for i, value in enumerate(fisher[name].flatten().tolist())
+            if value > tau
+        }
         for fisher in (first, second)
         for tau in [fisher.threshold(k)]
     ]
@@ -158,7 +166,9 @@ def test_the_figures_show_the_numbers() -> None:
     assert names == [*rows[:4], "wte", "wpe"]
     modules = found.by(lambda r: r.module)
     assert [bar.get_width() for bar in left.patches] == pytest.approx([modules[n].mean for n in names])
-    assert [bar.get_width() for bar in right.patches] == pytest.approx([t.mean for t in found.blocks().values()])
+    assert [bar.get_width() for bar in right.patches] == pytest.approx(
+        [t.mean for t in found.blocks().values()]
+    )
 
 
 def test_a_matrix_of_zeros_is_shown_as_such() -> None:

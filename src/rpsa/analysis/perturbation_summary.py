@@ -137,13 +137,22 @@ def newcombe(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """The mean of first - second over the same problems, its interval from both Wilson intervals."""
     a, b = statistics.fmean(first), statistics.fmean(second)
     (low_a, high_a), (low_b, high_b) = wilson(a, len(first)), wilson(b, len(second))
-    varied = len(set(first)) > 1 and len(set(second)) > 1
-    correlation = statistics.correlation(first, second) if varied else 0.0
+    correlation = _correlation(first, second)
 
     def apart(x: float, y: float) -> float:
         return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
 
     return Estimate(a - b, a - b - apart(a - low_a, high_b - b), a - b + apart(high_a - a, b - low_b))
+
+
+def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Newcombe's phi: a positive covariance is taken 1 / 2n smaller; 0 where one of the two does not vary."""
+    a, b = statistics.fmean(first), statistics.fmean(second)
+    scale = math.sqrt(statistics.pvariance(first) * statistics.pvariance(second))
+    if scale == 0:
+        return 0.0
+    covariance = math.fsum((x - a) * (y - b) for x, y in zip(first, second, strict=True)) / len(first)
+    return (covariance if covariance <= 0 else max(0.0, covariance - 0.5 / len(first))) / scale
 
 
 def _with_mean(

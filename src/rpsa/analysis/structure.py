@@ -200,13 +200,13 @@ def _kinds_by_shape(shapes: Shapes, places: Mapping[str, _Place]) -> dict[str, K
             part = place.path[0] if len(place.path) > 1 else ""
             parts[place.layer, part][place.path].append(name)
     matrices = {
-        part: [m for names in modules.values() if (m := _matrix([shapes[n] for n in names]))]
-        for part, modules in parts.items()
+        key: [m for names in modules.values() if (m := _matrix([shapes[n] for n in names]))]
+        for key, modules in parts.items()
     }
     dimensions = Counter(d for found in matrices.values() for matrix in found for d in set(matrix))
     hidden = dimensions.most_common(1)[0][0] if dimensions else 0
-    for part, modules in parts.items():
-        kind = _kind_by_widths(matrices[part], hidden)
+    for key, modules in parts.items():
+        kind = _kind_by_widths(matrices[key], hidden)
         kinds |= {name: kind for names in modules.values() for name in names}
     outside = [n for n, place in places.items() if place.layer is None and len(shapes[n]) > 1]
     vocabulary = max((max(shapes[n]) for n in outside), default=0)
