@@ -19,7 +19,7 @@ from rpsa.freezing.conflict import conflict, signs
 from rpsa.freezing.exact import Snapshot
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.masks import control_scores
-from rpsa.freezing.ratio import ConflictRatio, ConstantRatio
+from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
 from rpsa.parameters import trainable_parameters
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -292,6 +292,31 @@ def test_first_dynamic_step_is_where_k_first_leaves_one_half() -> None:
     assert len(ratio.history) == 6  # steps 0, 3, 6, 9, 12, 15
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 10), st.sampled_from([2.0, 4.0]))
+def test_noise_ratio_is_equation_7_of_noise_whatever_the_conflict(
+    seed: int, window: int, scale: float
+) -> None:
+    ratio, other = (NoiseRatio(window, 1, scale, seed=seed) for _ in range(2))
+    ks = [ratio.update(c / 40) for c in range(40)]
+    assert ks == [other.update(0.5) for _ in range(40)]
+    assert ks == pytest.approx(equation_7(ratio.history, window, scale), abs=1e-6)
+    assert ks[:window] == [0.5] * window
+
+
+def test_noise_ratio_draws_white_normal_noise_by_its_seed() -> None:
+    ratio, other = NoiseRatio(every=1, seed=1), NoiseRatio(every=1, seed=2)
+    for _ in range(4000):
+        ratio.update(0.5)
+        other.update(0.5)
+    normal = statistics.NormalDist()
+    for x in (-2.0, -1.0, 0.0, 1.0, 2.0):
+        share = sum(draw < x for draw in ratio.history) / 4000
+        assert share == pytest.approx(normal.cdf(x), abs=0.03)
+    pairs = (ratio.history[1:], ratio.history[:-1]), (ratio.history, other.history)
+    assert all(abs(statistics.correlation(*pair)) < 0.05 for pair in pairs)
+
+
 @pytest.mark.parametrize("field", ["window", "every", "sigma_scale"])
 def test_impossible_ratios_are_refused(field: str) -> None:
     with pytest.raises(RPSAError, match=f"{field} must be greater than 0"):
@@ -442,11 +467,12 @@ def test_a_wrapped_optimizer_is_found() -> None:
     assert len(opt._optimizer_step_pre_hooks) == 1
 
 
+@pytest.mark.parametrize("ratio", [ConflictRatio, NoiseRatio])
 @pytest.mark.parametrize("moments", ["zero", "raw"])
-def test_resuming_continues_bit_for_bit(moments: Any) -> None:
+def test_resuming_continues_bit_for_bit(moments: Any, ratio: Any) -> None:
     def start() -> tuple[nn.Module, Freezer, torch.optim.Optimizer]:
         model = make_model()
-        freezer = Freezer(model, make_fisher(model), ConflictRatio(window=2, every=2), frozen_moments=moments)
+        freezer = Freezer(model, make_fisher(model), ratio(window=2, every=2), frozen_moments=moments)
         opt = OPTIMIZERS["adamw"](model.parameters())
         freezer.attach(opt)
         return model, freezer, opt

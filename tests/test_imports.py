@@ -61,6 +61,7 @@ LAYERS = [
     {"tiny"},
     {"evaluation"},
     {"recipe"},
+    {"analysis"},
     {"report"},
     {"pipeline"},
     {"cli"},

@@ -7,7 +7,9 @@ import pytest
 from pydantic import BaseModel
 
 from rpsa.errors import RPSAError
+from rpsa.pipeline.stages import training_arguments
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
+from rpsa.recipe.schema import WELL_KNOWN
 from rpsa.recipe.strict_yaml import parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -49,6 +51,30 @@ def test_demo_expands_into_readable_unique_cells() -> None:
     assert by_id["fft/tiny-1/seed0"].lora == {}
     original = by_id["original/tiny-1"]
     assert (original.paradigm, original.safety, original.learning_rate) == ("none", None, None)
+
+
+def test_every_named_variant_is_one_change_and_trainable(tmp_path: Path) -> None:
+    methods = [name for name in WELL_KNOWN if name not in ("original", "lora", "fft")]
+    cells = {cell.method: cell for cell in load_recipe(DEMO, [f"matrix.methods={methods}"]).cells()}
+    base = Align(window=10, every=2)
+    constant = base.model_copy(update={"frozen_ratio": 0.6})
+    expected = {
+        "rpsa": base,
+        "noise_k": base.model_copy(update={"frozen_ratio": "noise"}),
+        "gradient_only": base.model_copy(update={"gradient_only": True}),
+        "raw_moments": base.model_copy(update={"frozen_moments": "raw"}),
+        "sigma4": base.model_copy(update={"sigma_scale": 4.0}),
+        "constant": constant,
+        **{
+            mask: constant.model_copy(update={"mask": mask})
+            for mask in ("random", "random_nonzero", "random_per_tensor", "magnitude", "inverse")
+        },
+        "zero_frozen": constant.model_copy(update={"zero_fisher": "frozen"}),
+    }
+    assert set(cells) == {f"{paradigm}+{name}" for paradigm in ("fft", "lora") for name in expected}
+    for method, cell in cells.items():
+        assert cell.align == expected[method.partition("+")[2]], method
+        assert training_arguments(load_recipe(DEMO), cell, tmp_path, quiet=True).ratio()
 
 
 def test_study_runs_the_whole_grid_and_each_original_once() -> None:
@@ -154,11 +180,11 @@ MISTAKES = [
     ("align.frozen_ratio=1.4", "align.frozen_ratio: 1.4 is not between 0 and 1"),
     (
         "align.frozen_ratio=dynamc",
-        "align.frozen_ratio: 'dynamc' is neither a number between 0 and 1 nor 'dynamic'",
+        "align.frozen_ratio: 'dynamc' is neither a number between 0 and 1 nor 'dynamic' nor 'noise'",
     ),
     (
         "align.frozen_ratio=true",
-        "align.frozen_ratio: expected a number between 0 and 1 or 'dynamic', not True",
+        "align.frozen_ratio: expected a number between 0 and 1, 'dynamic' or 'noise', not True",
     ),
     ("align.window=0", "align.window: 0 is not greater than 0"),
     ("reference.n=many", "reference.n: expected a whole number, not 'many'"),

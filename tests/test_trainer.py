@@ -24,7 +24,7 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.freezing.audit import Audit, checksum
 from rpsa.freezing.freezer import Freezer
-from rpsa.freezing.ratio import ConflictRatio, ConstantRatio
+from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
 from rpsa.parameters import trainable_parameters
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.config import RPSAArguments, RPSAConfig
@@ -261,15 +261,19 @@ class Measuring(ConflictRatio):
 
 
 @pytest.mark.parametrize("build", [make_model, make_lora], ids=["full", "lora"])
-@pytest.mark.parametrize("moments", ["zero", "raw"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"frozen_moments": "raw"}, {"frozen_ratio": "noise"}],
+    ids=["zero", "raw", "noise"],
+)
 def test_resuming_is_bit_identical(
-    build: Any, moments: str, tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+    build: Any, settings: Any, tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
 ) -> None:
     fisher = fisher_of(build(), reference)
 
     def train(folder: Path, resume: str | None = None) -> tuple[RPSATrainer, list[torch.Tensor]]:
         model = build()
-        args = config(folder, save_strategy="steps", save_steps=3, every=2, window=1, frozen_moments=moments)
+        args = config(folder, save_strategy="steps", save_steps=3, every=2, window=2, **settings)
         trainer = make_trainer(model, args, safety_data, tokenizer, reference, fisher=fisher)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, [p.detach().clone() for p in trainable_parameters(model).values()]
@@ -281,6 +285,25 @@ def test_resuming_is_bit_identical(
     assert all(torch.equal(a, b) for a, b in zip(weights, resumed_weights, strict=True))
     steps = [(i.start, i.end) for i in resumed.rpsa.audit.intervals]  # type: ignore[union-attr]
     assert sum(end - start for start, end in steps) == 8
+    assert whole.rpsa.trajectory[-1]["k"] != 0.5
+
+
+def test_noise_k_costs_and_measures_the_same_and_ignores_the_conflict(
+    tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    def train(ratio: str, **settings: Any) -> list[dict[str, Any]]:
+        args = config(tmp_path / ratio, frozen_ratio=ratio, every=1, **settings)
+        trainer = make_trainer(make_model(), args, safety_data, tokenizer, reference)
+        trainer.train()
+        return trainer.rpsa.trajectory
+
+    dynamic, noise = (train(ratio, window=3, sigma_scale=20.0) for ratio in ("dynamic", "noise"))
+    # as long as k is 0.5 in both, the runs are the same run: g_R is measured, and no other random number is drawn
+    assert noise[:3] == dynamic[:3]
+    assert noise[3]["c"] == dynamic[3]["c"]
+    assert noise[3]["k"] != dynamic[3]["k"]
+    drawn = NoiseRatio(window=3, every=1, sigma_scale=20.0, seed=1)
+    assert [entry["k"] for entry in noise] == [drawn.update(0.0) for _ in noise]
 
 
 def test_a_checkpoint_without_rpsa_is_refused(
@@ -358,7 +381,7 @@ def test_what_is_supported_freezes_exactly(
         ({"use_liger_kernel": True}, "use_liger_kernel is not supported"),
         ({"fp16": True}, "fp16 is not supported"),
         ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),
-        ({"frozen_ratio": "dynamics"}, "frozen_ratio 'dynamics' is neither 'dynamic' nor a number"),
+        ({"frozen_ratio": "dynamics"}, "frozen_ratio 'dynamics' is neither 'dynamic', 'noise' nor a number"),
         ({"frozen_ratio": 1.5}, "not between 0 and 1"),
         ({"window": 0}, "window must be greater than 0"),
         ({"frozen_moments": "some"}, "frozen_moments 'some' is not one of zero, raw"),

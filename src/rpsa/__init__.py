@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rpsa.fisher.diagonal import FisherDiagonal
     from rpsa.fisher.estimators import FisherConfig, estimate_fisher
     from rpsa.freezing.freezer import Freezer
-    from rpsa.freezing.ratio import ConflictRatio, ConstantRatio
+    from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
     from rpsa.reference import ReferenceDataset
     from rpsa.training.config import RPSAArguments, RPSAConfig
     from rpsa.training.trainer import RPSAMixin, RPSATrainer
@@ -26,6 +26,7 @@ _HOMES = {
     "FisherConfig": "rpsa.fisher.estimators",
     "FisherDiagonal": "rpsa.fisher.diagonal",
     "Freezer": "rpsa.freezing.freezer",
+    "NoiseRatio": "rpsa.freezing.ratio",
     "RPSAArguments": "rpsa.training.config",
     "RPSAConfig": "rpsa.training.config",
     "RPSAError": "rpsa.errors",
@@ -43,6 +44,7 @@ __all__ = [
     "FisherConfig",
     "FisherDiagonal",
     "Freezer",
+    "NoiseRatio",
     "RPSAArguments",
     "RPSAConfig",
     "RPSAError",

@@ -33,12 +33,12 @@ def control_scores(
     generator = torch.Generator().manual_seed(seed)
     build: dict[str, Callable[[], dict[str, Tensor]]] = {
         "fisher": lambda: dict(fisher.scores),
-        "random": lambda: _keep_top(_uniform(fisher, generator), fisher.nonzero),
+        "random": lambda: keep_top(_uniform(fisher, generator), fisher.nonzero),
         "random_nonzero": lambda: {
             name: draw * (fisher[name] > 0) for name, draw in _uniform(fisher, generator).items()
         },
         "random_per_tensor": lambda: {name: _shuffled(fisher[name], generator) for name in fisher},
-        "magnitude": lambda: _keep_top(
+        "magnitude": lambda: keep_top(
             {name: parameters[name].detach().float().abs().cpu() for name in fisher}, fisher.nonzero
         ),
         "inverse": lambda: {name: _inverse(fisher[name]) for name in fisher},
@@ -54,7 +54,7 @@ def _uniform(fisher: FisherDiagonal, generator: torch.Generator) -> dict[str, Te
     }
 
 
-def _keep_top(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def keep_top(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Zero all but the `count` largest scores; of equals at the edge, the first ones stay."""
     total = sum(int(torch.count_nonzero(score)) for score in scores.values())
     if count >= total:

@@ -1,6 +1,7 @@
-"""The frozen ratio k: constant, or following the conflict between the gradients (Eq. 7)."""
+"""The frozen ratio k: constant, following the conflict between the gradients (Eq. 7), or noise as a control."""
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -94,3 +95,18 @@ class ConflictRatio:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.history = [float(c) for c in state["history"]]
+
+
+@dataclass
+class NoiseRatio(ConflictRatio):
+    """The control for what the conflict is worth: Eq. 7 applied to white noise in its place.
+
+    k has the law that it would have if c carried no information: the same window, first `window` measurements at
+    0.5 and saturation. The conflict is measured as ever, so that a run costs the same and draws the same random
+    numbers, and k ignores it. The n-th draw depends on (seed, n) alone, whatever else is random.
+    """
+
+    seed: int = 42
+
+    def update(self, conflict: float) -> float:
+        return super().update(random.Random(f"{self.seed}:{len(self.history)}").gauss())

@@ -94,3 +94,21 @@ def add_adapter(model: "PreTrainedModel", cell: Cell) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def empty_model(name: str) -> "PreTrainedModel":
+    """A model's modules and the shapes of its parameters, from its configuration alone.
+
+    Raises:
+        RPSAError: there is no such model, or no causal language model has its configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(location(name))
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise RPSAError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
+    return model

@@ -46,16 +46,29 @@ LORA_DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.05,
     "target_modules": ["gate_proj", "up_proj", "down_proj"],
 }
+# What `align` says for each variant of RPSA that has a name: `fft+rpsa`, `lora+constant`, ... (section 4.4 and more)
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "rpsa": {},
+    "noise_k": {"frozen_ratio": "noise"},
+    "gradient_only": {"gradient_only": True},
+    "raw_moments": {"frozen_moments": "raw"},
+    "sigma4": {"sigma_scale": 4.0},
+    "constant": {"frozen_ratio": 0.6},
+    "random": {"frozen_ratio": 0.6, "mask": "random"},
+    "random_nonzero": {"frozen_ratio": 0.6, "mask": "random_nonzero"},
+    "random_per_tensor": {"frozen_ratio": 0.6, "mask": "random_per_tensor"},
+    "magnitude": {"frozen_ratio": 0.6, "mask": "magnitude"},
+    "inverse": {"frozen_ratio": 0.6, "mask": "inverse"},
+    "zero_frozen": {"frozen_ratio": 0.6, "zero_fisher": "frozen"},
+}
 WELL_KNOWN: dict[str, dict[str, Any]] = {
     "original": {"paradigm": "none"},
-    "fft": {"paradigm": "fft"},
-    "fft+rpsa": {"paradigm": "fft", "align": {}},
-    "fft+constant": {"paradigm": "fft", "align": {"frozen_ratio": 0.6}},
-    "fft+random": {"paradigm": "fft", "align": {"frozen_ratio": 0.6, "mask": "random"}},
-    "lora": {"paradigm": "lora"},
-    "lora+rpsa": {"paradigm": "lora", "align": {}},
-    "lora+constant": {"paradigm": "lora", "align": {"frozen_ratio": 0.6}},
-    "lora+random": {"paradigm": "lora", "align": {"frozen_ratio": 0.6, "mask": "random"}},
+    **{paradigm: {"paradigm": paradigm} for paradigm in ("fft", "lora")},
+    **{
+        f"{paradigm}+{name}": {"paradigm": paradigm, "align": align}
+        for paradigm in ("fft", "lora")
+        for name, align in _VARIANTS.items()
+    },
 }
 
 
@@ -106,12 +119,12 @@ class Fisher(Section):
 
 
 def _frozen_ratio(value: Any) -> Any:
-    if isinstance(value, str) and value != "dynamic":
-        raise ValueError(f"{value!r} is neither a number between 0 and 1 nor 'dynamic'")
+    if isinstance(value, str) and value not in ("dynamic", "noise"):
+        raise ValueError(f"{value!r} is neither a number between 0 and 1 nor 'dynamic' nor 'noise'")
     if isinstance(value, int | float) and not 0 <= value <= 1:
         raise ValueError(f"{value!r} is not between 0 and 1")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"expected a number between 0 and 1 or 'dynamic', not {value!r}")
+        raise ValueError(f"expected a number between 0 and 1, 'dynamic' or 'noise', not {value!r}")
     return value
 
 
@@ -119,9 +132,11 @@ class Align(Section):
     """Freezing (section 3.2) and the dynamic k of Eq. 6 and 7."""
 
     frozen_ratio: Annotated[
-        float | Literal["dynamic"],
+        float | Literal["dynamic", "noise"],
         BeforeValidator(_frozen_ratio),
-        WithJsonSchema({"anyOf": [{"const": "dynamic"}, {"type": "number", "minimum": 0, "maximum": 1}]}),
+        WithJsonSchema(
+            {"anyOf": [{"enum": ["dynamic", "noise"]}, {"type": "number", "minimum": 0, "maximum": 1}]}
+        ),
     ] = "dynamic"
     window: PositiveInt = 20
     every: PositiveInt = 25

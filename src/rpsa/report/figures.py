@@ -19,7 +19,19 @@ from rpsa.report.results import RunResult, Summary
 
 BLUE, GREEN, ORANGE, GREY = "#2563ab", "#2e8540", "#d9660a", "#5f6368"
 _COLOURS = {"original": BLUE, "fft": GREEN, "lora": ORANGE}
-_VARIANTS = {"": "^", "rpsa": "*", "constant": "D", "random": "X"}
+_VARIANTS = {
+    "": "^",
+    "rpsa": "*",
+    "constant": "D",
+    "random": "X",
+    "random_per_tensor": "P",
+    "noise_k": "v",
+    "gradient_only": "p",
+    "raw_moments": "h",
+    "sigma4": "d",
+    "magnitude": "<",
+    "inverse": ">",
+}
 _LINES = [("#1b1f24", "-"), ("#0f7bab", "--"), ("#b5459a", "-."), ("#8a8d00", ":")]
 _WIDTH = 4.8
 _MANY = 4  # lines in one panel that can still be told apart

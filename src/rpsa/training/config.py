@@ -6,7 +6,7 @@ from typing import Any
 from trl import SFTConfig
 
 from rpsa.errors import RPSAError
-from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio
+from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio, NoiseRatio
 
 
 @dataclass
@@ -19,7 +19,10 @@ class RPSAArguments:
 
     frozen_ratio: str = field(
         default="dynamic",
-        metadata={"help": "k: 'dynamic' (Eq. 7), or a number from 0 (nothing frozen) to 1."},
+        metadata={
+            "help": "k: 'dynamic' (Eq. 7), a number from 0 (nothing frozen) to 1, or 'noise' (a control: "
+            "Eq. 7 without the conflict)."
+        },
     )
     window: int = field(
         default=20, metadata={"help": "W of Eq. 7: measurements before k may leave 0.5, and its baseline."}
@@ -57,12 +60,12 @@ class RPSAArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.frozen_ratio != "dynamic":
+        if self.frozen_ratio not in ("dynamic", "noise"):
             try:
                 self.frozen_ratio = float(self.frozen_ratio)  # type: ignore[assignment]
             except ValueError:
                 raise RPSAError(
-                    f"frozen_ratio {self.frozen_ratio!r} is neither 'dynamic' nor a number from 0 to 1"
+                    f"frozen_ratio {self.frozen_ratio!r} is neither 'dynamic', 'noise' nor a number from 0 to 1"
                 ) from None
         self.ratio()
         for name, choices in (("frozen_moments", ("zero", "raw")), ("zero_fisher", ("trainable", "frozen"))):
@@ -72,9 +75,12 @@ class RPSAArguments:
         super().__post_init__()  # type: ignore[misc]
 
     def ratio(self) -> FrozenRatio:
-        """A fresh `ConstantRatio` or `ConflictRatio`."""
+        """A fresh `ConstantRatio`, `ConflictRatio` or `NoiseRatio`; the last draws by the run's seed."""
         if self.frozen_ratio == "dynamic":
             return ConflictRatio(self.window, self.every, self.sigma_scale)
+        if self.frozen_ratio == "noise":
+            seed: int = self.seed  # type: ignore[attr-defined]
+            return NoiseRatio(self.window, self.every, self.sigma_scale, seed=seed)
         return ConstantRatio(float(self.frozen_ratio))
 
 

@@ -44,7 +44,7 @@ class RPSAMixin(_Trainer):
 
     Args:
         fisher: scores of the model's trainable parameters, or the folder of saved ones.
-        reference_dataset: D_ref, or its folder; needed for a dynamic frozen ratio.
+        reference_dataset: D_ref, or its folder; needed unless the frozen ratio is a number.
 
     The trainer's `args` must include `RPSAArguments`.
 
@@ -66,9 +66,10 @@ class RPSAMixin(_Trainer):
             fisher = FisherDiagonal.load(fisher)
         if isinstance(reference_dataset, str | Path):
             reference_dataset = ReferenceDataset.load(reference_dataset)
-        if self.args.frozen_ratio == "dynamic" and reference_dataset is None:
+        if self.args.ratio().every is not None and reference_dataset is None:
             raise RPSAError(
-                "a dynamic frozen_ratio measures the reasoning gradient on D_ref: give reference_dataset"
+                f"frozen_ratio {self.args.frozen_ratio!r} measures the reasoning gradient on D_ref: "
+                "give reference_dataset"
             )
         fisher.check(self.model)
         fisher.check_adapter(self.model)
