@@ -23,6 +23,7 @@ def test_importing_rpsa_imports_nothing_heavy() -> None:
     assert not modules_after("import rpsa") & (HEAVY | {"torch"})
     assert not modules_after("from rpsa import Freezer, FisherDiagonal, estimate_fisher") & HEAVY
     assert not modules_after("from rpsa import safety_tax_rate") & (HEAVY | {"torch"})
+    assert not modules_after("import rpsa.evaluation.judges") & (HEAVY | {"torch"})
 
 
 @pytest.mark.parametrize("name", rpsa.__all__)
