@@ -133,14 +133,15 @@ def test_a_text_that_the_server_will_not_see_is_counted(server: JudgeServer) -> 
     server.actions = {
         "item-0": [fails(400, "content_filter")],
         "item-1": [fails(400, "context_length_exceeded")],
+        "item-5": [fails(400, "400", "This model's maximum context length is 4096 tokens.")],
         "item-2": [says(None)],
         "item-3": [says("I'm sorry, but I can't help with that.")],
     }
-    judgements = dict(rubric(server).judge(items(5)))
-    assert [judgements[i].label == "unparseable" for i in range(5)] == [True] * 4 + [False]
-    assert all(judgements[i].score is None for i in range(4))
+    judgements = dict(rubric(server).judge(items(6)))
+    assert [judgements[i].label == "unparseable" for i in range(6)] == [True, True, True, True, False, True]
+    assert [judgements[i].score is None for i in range(6)] == [True, True, True, True, False, True]
     assert judgements[3].raw == "I'm sorry, but I can't help with that."
-    assert server.calls.total() == 5
+    assert server.calls.total() == 6
 
 
 def test_a_caller_that_stops_gets_no_more_calls(server: JudgeServer) -> None:

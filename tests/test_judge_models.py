@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -373,6 +374,28 @@ def test_a_gated_model_is_one_line_with_the_page_and_the_login(tmp_path: Path) -
         f"judge model google/gemma-2b is gated (judge {folder} stands on it): accept its licence on "
         "https://huggingface.co/google/gemma-2b, then log in with `hf auth login`"
     )
+
+
+def test_an_adapter_from_the_hub_is_identified_by_both_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("strongreject-finetuned", tmp_path / "made")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    for name, commit, files in (("adapter", "a" * 40, folder), ("base", "b" * 40, folder / "base")):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        (repository / "snapshots").mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(files, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("base"))
+    # an adapter has no config of its own; a download notes that
+    absent = tmp_path / "hub" / "models--org--adapter" / ".no_exist" / ("a" * 40) / "config.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    judge = make_judge("strongreject-finetuned", model="org/adapter", dtype="float32")
+    assert judge.identity["revision"] == "a" * 40
+    assert judge.identity["base"] == {"id": "org/base", "revision": "b" * 40}
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Refusal matching on answers as models phrase them."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,6 +193,27 @@ def test_a_refusal_in_the_middle_of_a_long_answer_is_content() -> None:
     assert refusal_class(LETTER + "I can't help you, he said at last. " + LETTER) == "complied"
     assert refusal_class("I can't help you with this. " + LETTER) == "partial"
     assert refusal_class(LETTER + "I can't help you with the rest.") == "partial"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "i can't really, ",
+        "I can't help. ",
+        "\n \n",
+        " ",
+        "i'm ",
+        "i am x ",
+        "```a",
+        '"\n',
+        "the ",
+        "sorry, but ",
+    ],
+)
+def test_a_long_text_takes_no_longer_for_what_it_says(text: str) -> None:
+    started = time.perf_counter()
+    refusal_class("i can't provide" + text * (100_000 // len(text)))
+    assert time.perf_counter() - started < 5
 
 
 @settings(deadline=None, max_examples=200)

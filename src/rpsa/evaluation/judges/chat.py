@@ -14,8 +14,9 @@ from rpsa.evaluation.judges.rubrics import Rubric
 
 KEY_VARIABLES = ("RPSA_JUDGE_API_KEY", "OPENAI_API_KEY")
 
-# What servers call a refusal that is about this one text: it is counted, and the rest goes on.
+# How servers say that it is about this one text: it is counted, and the rest goes on. The last is vLLM's, in words.
 _ABOUT_THE_TEXT = {"content_filter", "content_policy_violation", "context_length_exceeded"}
+_TOO_LONG = "maximum context length"
 
 
 class ChatJudge:
@@ -91,7 +92,7 @@ class ChatJudge:
         try:
             output = post(self.url, body, key, _content, self.retry, stop)
         except EndpointError as error:
-            if error.code in _ABOUT_THE_TEXT:
+            if error.code in _ABOUT_THE_TEXT or _TOO_LONG in str(error):
                 return unparseable(str(error))
             if error.status in (401, 403):
                 raise RPSAError(f"{error}: set {' or '.join(KEY_VARIABLES)} to a valid key") from None

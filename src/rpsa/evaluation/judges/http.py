@@ -20,7 +20,7 @@ from rpsa.errors import RPSAError
 
 _WORTH_RETRYING = {408, 409, 425, 429}
 _LONGEST_RETRY_AFTER = 600.0
-_SHOWN = 200
+_SHOWN = 300
 
 T = TypeVar("T")
 

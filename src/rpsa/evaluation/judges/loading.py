@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 def load(
     name: str, revision: str | None, dtype: str
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]":
-    """Model (on the GPU if there is one, in eval mode), tokenizer, and `id`, `revision`, `backend` and `dtype`.
+    """Model (on the GPU if there is one, in eval mode), tokenizer, and what identifies them: `id`, `revision`,
+    `backend`, `dtype`, and `base` for an adapter.
 
-    The revision is the commit that was loaded; for a folder a hash of its files' names, sizes and times.
+    A revision is the commit that was loaded; for a folder a hash of its files' names, sizes and times.
 
     Raises:
         RPSAError: there is no such model, it is gated and closed to this account, or it cannot be read.
@@ -32,12 +33,15 @@ def load(
         )
     except (OSError, ValueError) as error:
         raise RPSAError(_reason(name, error)) from error
-    identity = {
+    identity: dict[str, Any] = {
         "id": name,
-        "revision": _commit(name, revision, model),
+        "revision": _revision(name, revision),
         "backend": "transformers",
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if adapters := getattr(model, "peft_config", None):
+        base = next(iter(adapters.values())).base_model_name_or_path
+        identity["base"] = {"id": base, "revision": _revision(base, None)}
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, identity
 
 
@@ -60,12 +64,18 @@ def _without_chunks(name: str, revision: str | None) -> Any:
     return config
 
 
-def _commit(name: str, revision: str | None, model: Any) -> str | None:
+def _revision(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
     folder = Path(name)
     if folder.is_dir():
         files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in folder.iterdir() if p.is_file()}
         return sha256_of(files)[:16]
-    return getattr(model.config, "_commit_hash", None) or revision
+    for file in ("adapter_config.json", "config.json"):
+        path = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent.name  # snapshots/COMMIT/file
+    return revision
 
 
 def _reason(name: str, error: Exception) -> str:
