@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_no_server_is_one_line() -> None:
         (404, "model_not_found", "HTTP 404"),
         (400, "", "HTTP 400"),
         (429, "insufficient_quota", "HTTP 429"),
-        (307, "", "HTTP 307"),
+        (302, "", "HTTP 302"),
     ],
 )
 def test_permanent_errors_stop_at_once_in_one_line(
@@ -149,7 +150,9 @@ def test_a_caller_that_stops_gets_no_more_calls(server: JudgeServer) -> None:
     judgements = rubric(server, concurrency=2).judge(items(50))
     next(judgements)
     judgements.close()
-    time.sleep(0.1)
+    wait_until(
+        lambda: not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()), 5
+    )
     assert server.calls.total() <= 3
 
 

@@ -146,8 +146,9 @@ def test_a_run_that_stops_keeps_what_it_got(tmp_path: Path) -> None:
     spy = Spy()
     pairs = [("p", f"text {i}") for i in range(10)]
     running = CachedJudge(spy, tmp_path).judge(pairs)
-    for _ in range(4):
+    for got in range(1, 5):
         next(running)
+        assert sum(path.read_bytes().count(b"\n") for path in tmp_path.rglob("*.jsonl")) == got
     running.close()
     list(CachedJudge(spy, tmp_path).judge(pairs))
     assert len(spy.asked) == 10
