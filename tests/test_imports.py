@@ -24,6 +24,7 @@ def test_importing_rpsa_imports_nothing_heavy() -> None:
     assert not modules_after("from rpsa import Freezer, FisherDiagonal, estimate_fisher") & HEAVY
     light = "from rpsa import safety_tax_interval, safety_tax_rate"
     assert not modules_after(light) & (HEAVY | {"torch", "numpy", "scipy"})
+    assert not modules_after("import rpsa.evaluation.judges") & (HEAVY | {"torch"})
 
 
 @pytest.mark.parametrize("name", rpsa.__all__)

@@ -1,0 +1,143 @@
+"""Judges of harmfulness and over-refusal behind one small interface; see docs/judges.md.
+
+Which text of a response is judged is decided before a judge is asked (`judge_responses`), and a `CachedJudge`
+around any judge keeps what it has paid for.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rpsa.errors import RPSAError
+from rpsa.evaluation.judges.agreement import Agreement, cohens_kappa, judges_agree
+from rpsa.evaluation.judges.cache import CachedJudge
+from rpsa.evaluation.judges.judgement import NO_ANSWER, UNPARSEABLE, Judge, Judgement, Tally, tally
+from rpsa.evaluation.judges.refusal import RefusalJudge
+from rpsa.evaluation.judges.views import Sees, judge_responses, judged_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rpsa.evaluation.judges.classifiers import Classifier
+    from rpsa.generation import Generator
+
+__all__ = [
+    "NO_ANSWER",
+    "UNPARSEABLE",
+    "Agreement",
+    "CachedJudge",
+    "Judge",
+    "Judgement",
+    "Sees",
+    "Tally",
+    "cohens_kappa",
+    "judge_responses",
+    "judged_text",
+    "judges_agree",
+    "make_judge",
+    "tally",
+]
+
+
+def make_judge(name: str, **settings: Any) -> Judge:
+    """A judge by name.
+
+    - `refusal`: no settings.
+    - `llama-guard-3`, `llama-guard-4`, `wildguard`, `wildguard-refusal`, `harmbench`, `harmbench-mistral`: `model`,
+      `revision`, `dtype`, `batch_size`; or `generator`, `tokenizer` and `backend` to run on another backend.
+    - `strongreject-finetuned`: `model`, `revision`, `dtype`, `batch_size`, `min_mass`.
+    - `rubric` (StrongREJECT's), `xstest`: `base_url`, `model`, `concurrency`, `request`, `retry`.
+
+    Raises:
+        RPSAError: there is no such judge or setting, or the model cannot be loaded.
+    """
+    if name not in _MAKERS:
+        raise RPSAError(f"judge {name!r} is unknown: choose from {', '.join(_MAKERS)}")
+    maker = _MAKERS[name]
+    try:
+        inspect.signature(maker).bind(**settings)
+    except TypeError as error:
+        raise RPSAError(f"judge {name}: {error}; it takes {_settings_of(maker)}") from None
+    return maker(**settings)
+
+
+def _classifier(name: str) -> Callable[..., Judge]:
+    def make(
+        *,
+        model: str | None = None,
+        revision: str | None = None,
+        dtype: str = "bfloat16",
+        batch_size: int = 16,
+        generator: "Generator | None" = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        backend: str = "generator",
+    ) -> Judge:
+        from rpsa.evaluation.judges.classifiers import CLASSIFIERS, ClassifierJudge
+
+        classifier: Classifier = CLASSIFIERS[name]
+        model = model or classifier.model
+        if generator is not None and tokenizer is not None:
+            identity = {"id": model, "revision": revision, "backend": backend}
+            return ClassifierJudge(classifier, generator, tokenizer, identity)
+        if generator is not None or tokenizer is not None:
+            raise RPSAError(f"judge {name}: give generator and tokenizer together")
+        from rpsa.evaluation.judges.loading import load
+        from rpsa.generation.transformers import TransformersGenerator
+
+        loaded, tokenizer, identity = load(model, revision, dtype)
+        return ClassifierJudge(
+            classifier, TransformersGenerator(loaded, tokenizer, batch_size), tokenizer, identity
+        )
+
+    return make
+
+
+def _strongreject(
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    batch_size: int = 8,
+    min_mass: float = 0.5,
+) -> Judge:
+    from rpsa.evaluation.judges.loading import load
+    from rpsa.evaluation.judges.strongreject import MODEL, StrongRejectJudge
+
+    return StrongRejectJudge(*load(model or MODEL, revision, dtype), batch_size=batch_size, min_mass=min_mass)
+
+
+def _chat(rubric: str) -> Callable[..., Judge]:
+    def make(
+        *, base_url: str, model: str, concurrency: int = 8, request: Any = None, retry: Any = None
+    ) -> Judge:
+        from rpsa.evaluation.judges import rubrics
+        from rpsa.evaluation.judges.chat import ChatJudge
+
+        return ChatJudge(
+            getattr(rubrics, rubric),
+            base_url=base_url,
+            model=model,
+            concurrency=concurrency,
+            request=request,
+            retry=retry,
+        )
+
+    return make
+
+
+_MAKERS: dict[str, Callable[..., Judge]] = {
+    "refusal": RefusalJudge,
+    "llama-guard-3": _classifier("llama-guard-3"),
+    "llama-guard-4": _classifier("llama-guard-4"),
+    "wildguard": _classifier("wildguard"),
+    "wildguard-refusal": _classifier("wildguard-refusal"),
+    "harmbench": _classifier("harmbench"),
+    "harmbench-mistral": _classifier("harmbench-mistral"),
+    "strongreject-finetuned": _strongreject,
+    "rubric": _chat("STRONGREJECT"),
+    "xstest": _chat("XSTEST"),
+}
+
+
+def _settings_of(maker: Callable[..., Judge]) -> str:
+    return ", ".join(inspect.signature(maker).parameters) or "no settings"
