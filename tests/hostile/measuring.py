@@ -1,4 +1,7 @@
-"""Runs hostile programs against a sandbox and looks from outside whether they were stopped."""
+"""Runs hostile programs against a sandbox and looks from outside whether they were stopped.
+
+`PYTHONPATH=src:tests python tests/hostile/measuring.py` writes the table of docs/sandbox.md.
+"""
 
 import os
 import platform
@@ -10,17 +13,59 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostile.programs import ATTACKS, CHEATS, Attack, Cheat
 from rpsa.evaluation.sandbox import Limits, Sandbox, probe
-from rpsa.evaluation.sandbox.grading import Program, Verdict, grade_programs
+from rpsa.evaluation.sandbox.grading import Program, grade_programs
 from rpsa.evaluation.sandbox.tiers import Bubblewrap, Container, Namespaces, Unsandboxed
 
-SECONDS = 3.0
+SECONDS = 2.0
 TIERS: tuple[Sandbox, ...] = (Bubblewrap(), Namespaces(), Container("docker"), Unsandboxed())
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A program of attacks.txt or cheats.txt."""
+
+    name: str
+    code: str
+    endings: frozenset[str]
+    bounded: bool
+
+
+def _read(name: str) -> tuple[Hostile, ...]:
+    _, *parts = (Path(__file__).parent / name).read_text().split("=== ")
+    found = []
+    for part in parts:
+        heading, _, code = part.partition("\n")
+        title, *words = heading.split(" | ")
+        endings = {word for word in " ".join(words).split() if word != "unbounded"}
+        found.append(Hostile(title, code, frozenset(endings or {"exit"}), "unbounded" not in words))
+    return tuple(found)
+
+
+ATTACKS, CHEATS = _read("attacks.txt"), _read("cheats.txt")
+_ATTACK_START = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+def survive():
+    sleep = "import time; time.sleep(30)"
+    os.execv(sys.executable, ["python3", "-S", "-c", sleep, "{token}"])
+"""
+_CHEAT_START = """
+import os
+def shout(text):
+    for n in range(16):
+        try: os.write(n, text)
+        except OSError: pass
+class Yes:
+    __eq__ = __le__ = __ge__ = __lt__ = __gt__ = __bool__ = lambda *_: True
+    __ne__ = lambda *_: False
+    __hash__ = lambda _: 0
+"""
 TESTS = """
 def check(candidate):
     assert candidate(1, 2) == 3
@@ -53,7 +98,9 @@ class Outside:
             found.append("files outside were changed")
         if self.victim.poll() is not None:
             found.append("a process of the host was killed")
-        survivors = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._carries_token(pid)]
+        survivors = [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._carries_token(pid)
+        ]
         for pid in survivors:
             found.append("a process outlived its sandbox")
             with suppress(ProcessLookupError):
@@ -121,15 +168,14 @@ def _serve(world: Outside, name: str, server: socket.socket, closing: threading.
             world.visits.append(f"{name} was reached")
 
 
-def escapes(attack: Attack, sandbox: Sandbox) -> list[str]:
+def escapes(attack: Hostile, sandbox: Sandbox) -> list[str]:
     """How an attack got through; empty if it was stopped."""
     with outside() as world:
-        os.environ["RPSA_TEST_SECRET"] = "1"
+        code = _ATTACK_START + attack.code
+        for name, value in world.places.items():
+            code = code.replace(f"{{{name}}}", str(value))
         start = time.monotonic()
-        try:
-            finished = sandbox.run(attack.code.format(**world.places), Limits(seconds=SECONDS, processes=16))
-        finally:
-            del os.environ["RPSA_TEST_SECRET"]
+        finished = sandbox.run(code, Limits(seconds=SECONDS, processes=16))
         seconds = time.monotonic() - start
         time.sleep(0.1)  # for what is on its way to the host
         found = world.touched()
@@ -144,35 +190,42 @@ def escapes(attack: Attack, sandbox: Sandbox) -> list[str]:
     return found
 
 
-def cheat_program(cheat: Cheat) -> Program:
-    return Program(cheat.name, cheat.code, TESTS, "add", seconds=SECONDS)
-
-
-def cheat_verdicts(sandbox: Sandbox, cheats: tuple[Cheat, ...] = CHEATS) -> list[Verdict]:
-    return grade_programs([cheat_program(cheat) for cheat in cheats], sandbox, workers=2)
+def measure(sandbox: Sandbox) -> dict[str, str]:
+    """What became of each hostile program: "stopped", or how it got through; without those that do not run there."""
+    attacks = [attack for attack in ATTACKS if sandbox.isolates or attack.bounded]
+    cheats = [cheat for cheat in CHEATS if sandbox.isolates or cheat.bounded]
+    os.environ["RPSA_TEST_SECRET"] = "1"
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda attack: "; ".join(escapes(attack, sandbox)), attacks)
+        results = {attack.name: how or "stopped" for attack, how in zip(attacks, found, strict=True)}
+    del os.environ["RPSA_TEST_SECRET"]
+    programs = [
+        Program(cheat.name, _CHEAT_START + cheat.code, TESTS, "add", seconds=SECONDS) for cheat in cheats
+    ]
+    # without walls, one cheat reaches into the tests of another
+    for verdict in grade_programs(programs, sandbox, workers=4 if sandbox.isolates else 1):
+        results[verdict.id] = "it passed" if verdict.passed else "stopped"
+    return results
 
 
 def table() -> str:
-    """A Markdown table: each hostile program by each tier; measured here, now."""
-    tiers = [(sandbox, probe(sandbox) if sandbox.isolates else None) for sandbox in TIERS]
-    lines = [
-        "| program | " + " | ".join(sandbox.name for sandbox, _ in tiers) + " |",
-        "|---" * (len(tiers) + 1) + "|",
-    ]
-    for attack in ATTACKS:
-        cells = [
-            "not run" if problem or not (sandbox.isolates or attack.bounded) else _word(not escapes(attack, sandbox))
-            for sandbox, problem in tiers
-        ]
-        lines.append(f"| {attack.name} | " + " | ".join(cells) + " |")
-    verdicts = {sandbox: cheat_verdicts(sandbox) for sandbox, problem in tiers if not problem}
-    for i, cheat in enumerate(CHEATS):
-        cells = [
-            _word(not verdicts[sandbox][i].passed) if sandbox in verdicts else "not run" for sandbox, _ in tiers
-        ]
-        lines.append(f"| solution {cheat.name} | " + " | ".join(cells) + " |")
+    """Markdown: what each tier that works here does to each program, measured now."""
+    measured = {
+        sandbox: measure(sandbox) for sandbox in TIERS if not sandbox.isolates or probe(sandbox) is None
+    }
+
+    def cell(sandbox: Sandbox, program: Hostile) -> str:
+        result = measured.get(sandbox, {}).get(program.name, "not run")
+        return result if result in ("stopped", "not run") else "**gets through**"
+
+    lines = ["| program | " + " | ".join(sandbox.name for sandbox in TIERS) + " |", "|---" * 5 + "|"]
+    for program in ATTACKS + CHEATS:
+        lines.append(f"| {program.name} | " + " | ".join(cell(sandbox, program) for sandbox in TIERS) + " |")
     return "\n".join(lines)
 
 
-def _word(stopped: bool) -> str:
-    return "stopped" if stopped else "**not stopped**"
+if __name__ == "__main__":
+    page = Path(__file__).parents[2] / "docs" / "sandbox.md"
+    before, start, rest = page.read_text().partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- end of table -->")
+    page.write_text(before + start + table() + "\n" + end + after)

@@ -6,6 +6,7 @@ test_imports, test_list, test`; of any other suite: `prompt, entry_point, test`,
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,17 +21,21 @@ from rpsa.rows import Row, read_rows, text_field
 
 DEFAULT_SECONDS = 10.0
 
-# Faults of the released tests, by task: (what stands there, what was meant).
+# Faults of the released tests, by task: (what stands there, what is meant).
 _REPAIRS = {
-    # hands the root's coefficients over as the root, and takes any value below zero for a root
+    # hands the coefficients over as if they were the root, and takes any value below zero for a root
     "HumanEval/32": (
         "assert _poly(*candidate(*inp), inp) <= 0.0001",
         "assert abs(_poly(*inp, candidate(*inp))) <= 0.0001",
     ),
+    # the answer to this one input takes a gigabyte, and the tests hold it twice
+    "Mbpp/255": ("[['Dog', 'Cat', 'CatBird', 'Bird', 'Fish'], 77], ", ""),
 }
 # Three tests of MBPP+ compute whether the answer matches and never look at it: any answer would pass.
 _UNCHECKED = "        exact_match = exp == (out is not None)\n"
 _CHECKED = _UNCHECKED + "    assert exact_match\n"
+
+_LINE_OF_DATA = re.compile(r"^([ \t]*)[^\n]{1000,}$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,10 @@ def _mbpp(row: Row) -> CodeProblem:
         raise RPSAError(
             f"{row.where}: the first of test_list calls no function of its code, so there is no entry point"
         )
-    test = test.replace(_UNCHECKED, _CHECKED) if "assert exact_match" not in test else test
+    name = f"Mbpp/{row.fields['task_id']}"
+    test = test.replace(*_REPAIRS.get(name, (_UNCHECKED, _CHECKED)))
     return CodeProblem(
-        id=f"Mbpp/{row.fields['task_id']}",
+        id=name,
         prompt=text_field(row, ["prompt"]),
         entry_point=entry_point,
         test=test,
@@ -114,14 +120,19 @@ def _called(assertion: str, code: str) -> str | None:
 
 
 def _checked_test(row: Row, test: str) -> ast.Module:
-    """The parsed test, which must be able to fail."""
-    try:
-        tree = ast.parse(test)
-    except SyntaxError as error:
-        raise RPSAError(f"{row.where}: its test is no Python ({error})") from error
-    if not any(isinstance(node, ast.Assert | ast.Raise) for node in _statements(tree)):
-        raise RPSAError(f"{row.where}: its test has no assert and raises nothing, so any answer would pass")
-    return tree
+    """The statements of a test, which must be able to fail.
+
+    Lines of data are left out where that leaves Python: parsing the megabytes of expected values takes seconds.
+    """
+    skimmed = _LINE_OF_DATA.sub(r"\1pass", test)
+    for source in (skimmed, test) if _parses(skimmed) else (test,):
+        try:
+            tree = ast.parse(source)
+        except SyntaxError as error:
+            raise RPSAError(f"{row.where}: its test is no Python ({error})") from error
+        if any(isinstance(node, ast.Assert | ast.Raise) for node in _statements(tree)):
+            return tree
+    raise RPSAError(f"{row.where}: its test has no assert and raises nothing, so any answer would pass")
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:

@@ -84,4 +84,5 @@ def _give_up_privileges(limits: dict[str, Any], uid: int | None) -> None:
         resource.setrlimit(getattr(resource, name), (bound, bound))
 
 
-main()
+if __name__ == "__main__":
+    main()

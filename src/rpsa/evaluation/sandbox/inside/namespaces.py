@@ -143,4 +143,5 @@ def _status(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,13 +8,14 @@ leaves this process and the harness.
 import builtins
 import json
 import os
+import reprlib
 import sys
 import types
 from typing import Any, NoReturn
 
 from rpsa.evaluation.sandbox.inside.wire import dumps, loads
 
-_LONGEST_REPLY = 64 << 20
+_LONGEST_REPLY = 128 << 20
 _LONGEST_REASON = 300
 
 
@@ -31,12 +32,12 @@ class Remote:
 
     def __init__(self, name: str, receive: int, send: int) -> None:
         self.__name__ = name
-        self.last_call = ""
+        self._last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._replies = os.fdopen(receive, "rb")
         self._send = send
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
-        self.last_call = f"{self.__name__}({', '.join(_short(value) for value in positional)})"
+        self._last = positional, {}
         text = memoryview(dumps([list(positional), named]))
         try:
             while text:
@@ -44,25 +45,33 @@ class Remote:
         except BrokenPipeError:
             raise Gone(f"the solution's process ended in or before {self.last_call}") from None
         reply = self.read()
+        self._last = positional, reply
         if "value" in reply:
-            self.last_call += f" gave {_short(reply['value'])}"
             return reply["value"]
-        self.last_call += f" raised {reply.get('message')}"
         raise _exception(str(reply.get("raised")), str(reply.get("message"))[:_LONGEST_REASON])
 
     def read(self) -> dict[str, Any]:
         line = self._replies.readline(_LONGEST_REPLY)
         if not line:
-            raise Gone(
-                f"the solution's process ended {'in ' + self.last_call if self.last_call else 'at its start'}"
-            )
+            raise Gone(f"the solution's process ended in {self.last_call}")
         try:
             reply = loads(line)
         except ValueError:
             reply = None
         if type(reply) is not dict:
-            raise Gone(f"what came back from {self.last_call or 'the start'} is no reply")
+            raise Gone(f"what came back from {self.last_call} is no reply")
         return reply
+
+    @property
+    def last_call(self) -> str:
+        """The last call and what it gave, for messages."""
+        if self._last is None:
+            return "its start"
+        positional, reply = self._last
+        call = f"{self.__name__}({', '.join(map(_short, positional))})"
+        if "value" in reply:
+            return f"{call} gave {_short(reply['value'])}"
+        return f"{call} raised {reply['message']}" if "message" in reply else call
 
 
 def main(data: dict[str, Any], receive: int, send: int) -> None:
@@ -77,7 +86,7 @@ def main(data: dict[str, Any], receive: int, send: int) -> None:
             verdict, reason = "error", str(first.get("failed"))
     except Gone as error:
         verdict, reason = "error", str(error)
-    if reason and remote.last_call and verdict == "failed":
+    if verdict == "failed":
         reason += f" after {remote.last_call}"
     say(report, data["nonce"], verdict, reason)
 
@@ -121,5 +130,8 @@ def _exception(name: str, message: str) -> Exception:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 200 else "a large integer"
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an integer too long for decimal text
+        text = f"<a long {type(value).__name__}>"
     return text if len(text) <= 60 else text[:57] + "..."

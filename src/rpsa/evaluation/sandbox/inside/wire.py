@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _LONGEST_ITERATOR = 1_000_000
+_SMALLEST, _LARGEST = -(1 << 63), (1 << 63) - 1  # decimal text of long integers takes quadratic time
+_PLAIN = {type(None), bool, float, str}
+_NESTING = {list, dict}
 _NUMPY_TYPE = re.compile(r"[<>|=][biufcSUMm]\d+(?:\[\w+\])?")
 
 
@@ -48,9 +51,9 @@ def encode(value: Any) -> Any:
     if value is None or kind in (bool, float, str):
         return value
     if kind is int:
-        return value if -(1 << 63) <= value < 1 << 63 else {"int": hex(value)}
+        return value if _SMALLEST <= value <= _LARGEST else {"int": hex(value)}
     if kind is list:
-        return [encode(item) for item in value]
+        return _items(value)
     if kind.__module__ == "numpy":
         return _encode_numpy(value)
     for base, tag, form in _FORMS:
@@ -66,7 +69,7 @@ def encode(value: Any) -> Any:
 
 def decode(value: Any) -> Any:
     if type(value) is list:
-        return [decode(item) for item in value]
+        return value if _NESTING.isdisjoint(map(type, value)) else [decode(item) for item in value]
     if type(value) is dict:
         [(tag, content)] = value.items()
         return _MAKE[tag](content)
@@ -74,7 +77,11 @@ def decode(value: Any) -> Any:
 
 
 def _items(values: Any) -> list[Any]:
-    return [encode(item) for item in values]
+    items = list(values)
+    kinds = set(map(type, items))  # long flat lists are common, and need no look at each item
+    if kinds <= _PLAIN or (kinds == {int} and min(items) >= _SMALLEST and max(items) <= _LARGEST):
+        return items
+    return [encode(item) for item in items]
 
 
 def _pairs(values: Any) -> list[Any]:
@@ -131,14 +138,16 @@ def _fraction(parts: Any) -> Any:
 def _date(parts: Any) -> Any:
     import datetime
 
-    name, numbers = parts
-    if name not in ("date", "datetime", "time", "timedelta"):
+    name, content = parts
+    if name == "timedelta":
+        return datetime.timedelta(*content)
+    if name not in ("date", "datetime", "time"):
         raise ValueError("no such date type")
-    return getattr(datetime, name)(*numbers)
+    return getattr(datetime, name).fromisoformat(content)
 
 
-def _moment(value: Any) -> list[int]:
-    return [value.hour, value.minute, value.second, value.microsecond]
+def _timedelta(value: Any) -> Any:
+    return ["timedelta", [value.days, value.seconds, value.microseconds]]
 
 
 # Subclasses before what they derive from; subclasses that are not named here arrive as their base.
@@ -168,20 +177,10 @@ _FORMS: list[tuple[Any, str, Callable[[Any], Any]]] = [
 _LIBRARY_FORMS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("decimal", "Decimal", "decimal", str),
     ("fractions", "Fraction", "fraction", lambda value: [hex(value.numerator), hex(value.denominator)]),
-    (
-        "datetime",
-        "datetime",
-        "date",
-        lambda value: ["datetime", [value.year, value.month, value.day, *_moment(value)]],
-    ),
-    ("datetime", "date", "date", lambda value: ["date", [value.year, value.month, value.day]]),
-    ("datetime", "time", "date", lambda value: ["time", _moment(value)]),
-    (
-        "datetime",
-        "timedelta",
-        "date",
-        lambda value: ["timedelta", [value.days, value.seconds, value.microseconds]],
-    ),
+    ("datetime", "datetime", "date", lambda value: ["datetime", value.isoformat()]),
+    ("datetime", "date", "date", lambda value: ["date", value.isoformat()]),
+    ("datetime", "time", "date", lambda value: ["time", value.isoformat()]),
+    ("datetime", "timedelta", "date", _timedelta),
 ]
 
 
