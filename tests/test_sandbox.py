@@ -146,6 +146,18 @@ def test_the_strongest_that_works_is_taken_and_without_one_nothing_runs() -> Non
     assert isinstance(best_sandbox(accept_unsandboxed=True, tiers=[Broken(), Open()]), Unsandboxed)
 
 
+@pytest.mark.parametrize("tier", [Bubblewrap(), Namespaces()], ids=lambda tier: tier.name)
+def test_what_this_machine_allows_is_not_given_up(tier: Sandbox) -> None:
+    flags = 0x7E020000 - (0x10000000 if os.geteuid() == 0 else 0)
+    trial = {
+        "bubblewrap": ["bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"],
+        "namespaces": [sys.executable, "-c", f"import ctypes; exit(ctypes.CDLL(None).unshare({flags}))"],
+    }[tier.name]
+    if shutil.which(trial[0]) is None or subprocess.run(trial, capture_output=True, check=False).returncode:
+        pytest.skip(f"{' '.join(trial)} does not work here")
+    assert probe(tier) is None
+
+
 def test_a_container_is_never_pulled_and_gets_no_privileges() -> None:
     launch = Container("docker", "python:3.11-slim").launch(Limits(memory_mb=100, scratch_mb=4), ())
     words = " ".join(launch.command)
@@ -259,6 +271,20 @@ def test_many_at_a_time_in_their_order(sandbox: Sandbox) -> None:
     assert seen == [(i, 9) for i in range(1, 10)]
 
 
+def test_an_interrupt_does_not_wait_for_what_runs(sandbox: Sandbox) -> None:
+    quick, *slow = [Program("q", "def add(a, b): return a + b", TESTS, "add")] + [
+        Program(str(i), "while True: pass", TESTS, "add", seconds=60) for i in range(3)
+    ]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    start = monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grade_programs([quick, *slow], sandbox, workers=2, progress=interrupt)
+    assert monotonic() - start < 20
+
+
 def test_tests_see_the_solutions_exceptions(sandbox: Sandbox) -> None:
     test = """
 try: add(1, "x")
@@ -267,6 +293,17 @@ else: raise AssertionError
 """
     assert grade(sandbox, "def add(a, b): return a + b", test).passed
     assert not grade(sandbox, "def add(a, b): return a", test).passed
+
+
+def test_a_solution_cannot_end_the_tests_loops(sandbox: Sandbox) -> None:
+    test = "assert all(map(lambda n: add(n, n) == 2 * n, range(3)))"
+    assert grade(sandbox, "def add(a, b): return a + b", test).passed
+    assert not grade(sandbox, "def add(a, b): raise StopIteration", test).passed
+
+
+def test_arguments_go_by_value(sandbox: Sandbox) -> None:
+    test = "a = [1]\nassert add(a, a) == [1, 1] == a * 2"
+    assert grade(sandbox, "def add(a, b):\n    b = list(b)\n    a += b\n    return a", test).passed
 
 
 def test_the_prompts_preamble_comes_first_and_futures_still_work(sandbox: Sandbox) -> None:
@@ -279,6 +316,20 @@ def test_solutions_and_tests_meet_as_objects_only_together(sandbox: Sandbox) -> 
     test = "assert add(3).more(lambda n: n + 1) == 4"
     assert not grade(sandbox, code, test).passed
     assert grade(sandbox, code, test, together=True).passed
+
+
+@pytest.mark.parametrize("text", ['["won", ""]', "[", "[[], 1]", "7", '{"a": 1}'])
+def test_a_solution_that_finds_the_nonce_cannot_stop_the_harness(sandbox: Sandbox, text: str) -> None:
+    code = f"""
+import os, sys
+frame = sys._getframe()
+while "nonce" not in frame.f_locals.get("data", ()): frame = frame.f_back
+for n in range(10):
+    try: os.write(n, ("\\n" + frame.f_locals["data"]["nonce"] + {" " + text!r} + "\\n").encode())
+    except OSError: pass
+os._exit(0)
+"""
+    assert grade(sandbox, code, together=True).outcome == "error"
 
 
 def test_sets_come_in_the_same_order_in_every_run(sandbox: Sandbox) -> None:

@@ -8,11 +8,12 @@ import json
 import os
 import secrets
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from rpsa.evaluation.sandbox.limits import Limits
 from rpsa.evaluation.sandbox.process import Heard, Process, exchange, job_text
@@ -69,10 +70,10 @@ def grade_programs(
     those of each program.
     """
     verdicts: dict[int, Verdict] = {}
-    name = str(sandbox)
+    name, stop = str(sandbox), threading.Event()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         futures = {
-            pool.submit(_grade, program, sandbox, name, limits or Limits()): i
+            pool.submit(_grade, program, sandbox, name, limits or Limits(), stop): i
             for i, program in enumerate(programs)
         }
         try:
@@ -80,25 +81,23 @@ def grade_programs(
                 verdicts[futures[future]] = future.result()
                 if progress is not None:
                     progress(len(verdicts), len(programs))
-        except BaseException:
+        except BaseException:  # an interrupt is not to wait for what runs
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     return [verdicts[i] for i in range(len(programs))]
 
 
-def _grade(program: Program, sandbox: Sandbox, name: str, limits: Limits) -> Verdict:
+def _grade(program: Program, sandbox: Sandbox, name: str, limits: Limits, stop: threading.Event) -> Verdict:
     limits = replace(limits, seconds=program.seconds)
     nonce = secrets.token_hex(16)
-    heard = (
-        _together(program, sandbox, limits, nonce)
-        if program.together
-        else _apart(program, sandbox, limits, nonce)
-    )
+    run = _together if program.together else _apart
+    heard = run(program, sandbox, limits, nonce, stop)
     outcome, reason = _verdict(heard, nonce, limits.seconds)
     return Verdict(program.id, outcome, reason, round(heard.seconds, 3), name)
 
 
-def _apart(program: Program, sandbox: Sandbox, limits: Limits, nonce: str) -> Heard:
+def _apart(program: Program, sandbox: Sandbox, limits: Limits, nonce: str, stop: threading.Event) -> Heard:
     tests = {"test": program.test, "entry_point": program.entry_point, "nonce": nonce}
     code = {"preamble": program.preamble, "code": program.code, "entry_point": program.entry_point}
     with ExitStack() as stack:
@@ -123,10 +122,10 @@ def _apart(program: Program, sandbox: Sandbox, limits: Limits, nonce: str) -> He
             (answer, job_text(suite_launch, limits, "suite", tests)),
             (question, job_text(launch, limits, "candidate", code)),
         ]
-        return exchange(jobs, suite.output.fileno(), limits)
+        return exchange(jobs, suite.output.fileno(), limits, stop)
 
 
-def _together(program: Program, sandbox: Sandbox, limits: Limits, nonce: str) -> Heard:
+def _together(program: Program, sandbox: Sandbox, limits: Limits, nonce: str, stop: threading.Event) -> Heard:
     data = {
         "preamble": program.preamble,
         "code": program.code,
@@ -138,17 +137,18 @@ def _together(program: Program, sandbox: Sandbox, limits: Limits, nonce: str) ->
     with Process(launch, subprocess.PIPE, subprocess.DEVNULL, subprocess.PIPE) as process:
         stdin = os.dup(process.stdin.fileno())
         process.stdin.close()
-        return exchange(
-            [(stdin, job_text(launch, limits, "together", data))], process.output.fileno(), limits
-        )
+        job = job_text(launch, limits, "together", data)
+        return exchange([(stdin, job)], process.output.fileno(), limits, stop)
 
 
 def _verdict(heard: Heard, nonce: str, seconds: float) -> tuple[Outcome, str]:
     lines = heard.output.decode(errors="replace").splitlines()
-    said: list[Any] = [json.loads(line[len(nonce) :]) for line in lines if line.startswith(f"{nonce} ")]
-    if said:
-        outcome, reason = said[-1]
-        return outcome, reason
+    for line in reversed(lines):
+        if line.startswith(f"{nonce} "):
+            with suppress(ValueError, TypeError):  # run together, a solution can write anything here
+                outcome, reason = json.loads(line[len(nonce) :])
+                if outcome in get_args(Outcome):
+                    return outcome, str(reason)
     if heard.ending == "timeout":
         return "timeout", f"not done after {seconds:g} s"
     return (

@@ -5,6 +5,7 @@ import os
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -75,25 +76,29 @@ class Process:
         assert pipe is not None
         return pipe
 
-    def exit_code(self, seconds: float) -> int | None:
-        """Its exit code, 128 + n if signal n ended it; None if it has not ended after `seconds`."""
-        try:
-            code = self._popen.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        return code if code >= 0 else 128 - code
+    def has_ended(self, seconds: float) -> bool:
+        """Whether its leader has ended by itself, after waiting for that so long at most."""
+        deadline = time.monotonic() + seconds
+        # not reaped yet: as long as the leader is a zombie, its group's number is nobody else's
+        while os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
 
-    def end(self) -> None:
-        """Kill all of it. The leader is not reaped before, so its group's number is nobody else's."""
+    def end(self) -> int:
+        """Kill all of it. The leader's exit code, 128 + n if signal n ended it."""
         if self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
             self._popen.wait()
+            self._launch.clean_up()
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
-        self._launch.clean_up()
+        code = self._popen.returncode
+        return code if code >= 0 else 128 - code
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,13 @@ class Heard:
     seconds: float
 
 
-def exchange(jobs: Sequence[tuple[int, bytes]], output: int, limits: Limits) -> Heard:
+def exchange(
+    jobs: Sequence[tuple[int, bytes]], output: int, limits: Limits, stop: threading.Event | None = None
+) -> Heard:
     """Write each job to its descriptor and close that, in order; read `output` to its end.
 
-    The clock runs from when the last job was taken. `output` over its limit, or open when time is up, ends the
-    exchange; nobody is killed here.
+    The clock runs from when the last job was taken. `output` over its limit, or open when time is up or `stop` is
+    set, ends the exchange; nobody is killed here.
     """
     pending, heard = list(jobs), bytearray()
     start = time.monotonic()
@@ -121,8 +128,8 @@ def exchange(jobs: Sequence[tuple[int, bytes]], output: int, limits: Limits) -> 
             selector.register(pending[0][0], selectors.EVENT_WRITE)
         try:
             while True:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready and time.monotonic() >= deadline:
+                ready = selector.select(max(0.0, min(0.2, deadline - time.monotonic())))
+                if time.monotonic() >= deadline or (stop is not None and stop.is_set()):
                     return Heard("timeout", bytes(heard), time.monotonic() - start)
                 for key, _ in ready:
                     if key.fd == output:

@@ -39,30 +39,28 @@ def with_time_limits(
     """
     path = cache_path(sandbox)
     known = _read(path)
-    keys = {problem.id: _key(problem) for problem in problems if problem.reference is not None}
-    missing = [problem for problem in problems if problem.id in keys and keys[problem.id] not in known]
+    keys = [_key(problem) for problem in problems]
+    missing = {
+        key: replace(problem.program(problem.reference), seconds=LONGEST_REFERENCE)
+        for key, problem in zip(keys, problems, strict=True)
+        if problem.reference is not None and key not in known
+    }
     if missing:
-        programs = [
-            replace(problem.program(problem.reference or ""), seconds=LONGEST_REFERENCE)
-            for problem in missing
-        ]
-        verdicts = grade_programs(programs, sandbox, workers, progress)
+        verdicts = grade_programs(list(missing.values()), sandbox, workers, progress)
         if len(verdicts) > 1 and not any(verdict.passed for verdict in verdicts):
             raise RPSAError(
                 f"none of {len(verdicts)} reference solutions passes its own tests in {sandbox} "
                 f"({verdicts[0].id}: {verdicts[0].reason}): nothing can be graded"
             )
-        for verdict in verdicts:
+        for key, verdict in zip(missing, verdicts, strict=True):
             if verdict.passed:
-                known[keys[verdict.id]] = verdict.seconds
+                known[key] = verdict.seconds
             else:
                 logger.warning("the reference solution of %s does not pass: %s", verdict.id, verdict.reason)
         _keep(path, known)
     return [
-        replace(problem, seconds=max(DEFAULT_SECONDS, FACTOR * known[keys[problem.id]]))
-        if keys.get(problem.id) in known
-        else problem
-        for problem in problems
+        replace(problem, seconds=max(DEFAULT_SECONDS, FACTOR * known[key])) if key in known else problem
+        for key, problem in zip(keys, problems, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -65,8 +66,13 @@ class Sandbox(ABC):
             stdin = os.dup(process.stdin.fileno())
             process.stdin.close()
             heard = exchange([(stdin, job)], process.output.fileno(), limits)
-            code = process.exit_code(1.0) if heard.ending == "exit" else None
-        return Finished(heard.ending, code, heard.output.decode(errors="replace"), heard.seconds, str(self))
+            ending, code = heard.ending, None
+            if ending == "exit":  # of its output: the program itself may go on
+                if process.has_ended(max(1.0, limits.seconds - heard.seconds)):
+                    code = process.end()
+                else:
+                    ending = "timeout"
+        return Finished(ending, code, heard.output.decode(errors="replace"), heard.seconds, str(self))
 
 
 class Bubblewrap(Sandbox):
@@ -163,10 +169,11 @@ class Container(Sandbox):
         name = f"rpsa-{secrets.token_hex(8)}"
         engine = shutil.which(self.engine) or self.engine
         memory = f"{limits.memory_mb + limits.scratch_mb}m"
+        user = f"{_nobody()}:65534"
         command = [engine, "run", "--rm", "--interactive", "--pull", "never", "--name", name]
         command += ["--network", "none", "--ipc", "none", "--read-only", "--cap-drop", "ALL"]
-        command += ["--security-opt", "no-new-privileges", "--user", "65534:65534", "--init"]
-        command += ["--memory", memory, "--memory-swap", memory, "--pids-limit", str(limits.processes + 2)]
+        command += ["--security-opt", "no-new-privileges", "--user", user]
+        command += ["--memory", memory, "--memory-swap", memory, "--pids-limit", str(limits.processes)]
         command += [
             "--tmpfs",
             f"/tmp:rw,nosuid,nodev,noexec,size={limits.scratch_mb}m,nr_inodes=4096,mode=1777",
@@ -176,7 +183,8 @@ class Container(Sandbox):
         command += ["--workdir", "/tmp", "--entrypoint", "python3", self.image]
 
         def remove() -> None:  # killing the client leaves the container running
-            subprocess.run([engine, "rm", "--force", name], capture_output=True, timeout=60, check=False)
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run([engine, "rm", "--force", name], capture_output=True, timeout=60, check=False)
 
         return Launch([*command, "-s", "-P", "-B", "-c", source("entry")], dict(os.environ), clean_up=remove)
 
