@@ -80,7 +80,7 @@ def code_block(text: str, entry_point: str | None = None) -> str | None:
     """
     for block in reversed(_FENCE.findall(text)):
         code = textwrap.dedent(block)
-        names = _defined_names(code)
+        names = defined_names(code)
         if entry_point in names or (entry_point is None and names):
             return code
     return None
@@ -146,7 +146,7 @@ def _same_value(stated: str, gold: str) -> bool:
     return bool(verify(*parsed, timeout_seconds=limit))
 
 
-def _defined_names(code: str) -> set[str]:
+def defined_names(code: str) -> set[str]:
     """What `code` binds at its top level by `def`, `class` or assignment; empty if it does not parse."""
     try:
         tree = ast.parse(code)

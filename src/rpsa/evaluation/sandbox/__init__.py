@@ -1,0 +1,25 @@
+"""Running model-written code, and grading it by tests that it cannot see. The whole story is in docs/sandbox.md."""
+
+from rpsa.evaluation.sandbox.benchmarks import CodeProblem, load_code_problems
+from rpsa.evaluation.sandbox.grading import Program, Verdict, grade_programs
+from rpsa.evaluation.sandbox.limits import Finished, Limits
+from rpsa.evaluation.sandbox.probing import TierReport, best_sandbox, probe, tier_reports
+from rpsa.evaluation.sandbox.reference_times import with_time_limits
+from rpsa.evaluation.sandbox.tiers import Sandbox, Unsandboxed
+
+__all__ = [
+    "CodeProblem",
+    "Finished",
+    "Limits",
+    "Program",
+    "Sandbox",
+    "TierReport",
+    "Unsandboxed",
+    "Verdict",
+    "best_sandbox",
+    "grade_programs",
+    "load_code_problems",
+    "probe",
+    "tier_reports",
+    "with_time_limits",
+]

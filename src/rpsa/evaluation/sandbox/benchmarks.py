@@ -1,0 +1,178 @@
+"""HumanEval+, MBPP+ and other Python test suites as problems that a solution is graded on.
+
+Rows of HumanEval+: `task_id, prompt, canonical_solution, entry_point, test`; of MBPP+: `task_id, code, prompt,
+test_imports, test_list, test`; of any other suite: `prompt, entry_point, test`, with `task_id` and
+`canonical_solution` if there are any.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from rpsa.answers import defined_names
+from rpsa.errors import RPSAError
+from rpsa.evaluation.sandbox.grading import Program
+from rpsa.rows import Row, read_rows, text_field
+
+DEFAULT_SECONDS = 10.0
+
+# Faults of the released tests, by task: (what stands there, what is meant).
+_REPAIRS = {
+    # hands the coefficients over as if they were the root, and takes any value below zero for a root
+    "HumanEval/32": (
+        "assert _poly(*candidate(*inp), inp) <= 0.0001",
+        "assert abs(_poly(*inp, candidate(*inp))) <= 0.0001",
+    ),
+    # the answer to this one input takes a gigabyte, and the tests hold it twice
+    "Mbpp/255": ("[['Dog', 'Cat', 'CatBird', 'Bird', 'Fish'], 77], ", ""),
+}
+# Three tests of MBPP+ compute whether the answer matches and never look at it: any answer would pass.
+_UNCHECKED = "        exact_match = exp == (out is not None)\n"
+_CHECKED = _UNCHECKED + "    assert exact_match\n"
+
+_LINE_OF_DATA = re.compile(r"^([ \t]*)[^\n]{1000,}$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class CodeProblem:
+    """One problem, and how an answer to it is judged."""
+
+    id: str
+    prompt: str
+    entry_point: str
+    test: str
+    preamble: str
+    reference: str | None
+    packages: tuple[str, ...] = ()
+    seconds: float = DEFAULT_SECONDS
+
+    def program(self, solution: str) -> Program:
+        """A solution of this problem: code that defines the entry point, or else continues the prompt."""
+        preamble = self.preamble
+        if self.entry_point not in defined_names(solution) and _parses(self.prompt + solution):
+            preamble, solution = "", self.prompt + solution
+        return Program(self.id, solution, self.test, self.entry_point, preamble, self.seconds, self.packages)
+
+
+def load_code_problems(source: str | Path) -> list[CodeProblem]:
+    """The problems of a file or dataset; its columns say which suite it is.
+
+    Raises:
+        RPSAError: a row lacks a column, its test checks nothing, or its entry point cannot be found.
+    """
+    return [
+        _mbpp(row) if "test_list" in row.fields else _suite(row, i) for i, row in enumerate(read_rows(source))
+    ]
+
+
+def _suite(row: Row, index: int) -> CodeProblem:
+    prompt, entry_point, test = (text_field(row, [name]) for name in ("prompt", "entry_point", "test"))
+    name = str(row.fields.get("task_id", index))
+    test = test.replace(*_REPAIRS.get(name, ("", "")))
+    tree = _checked_test(row, test)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    calls = [f"{node.name}()" for node in functions if node.name.startswith("test_") and not node.args.args]
+    if any(node.name == "check" for node in functions):
+        calls = [f"check({entry_point})"]
+    solution = row.fields.get("canonical_solution")
+    return CodeProblem(
+        id=name,
+        prompt=prompt,
+        entry_point=entry_point,
+        test="\n".join([test, *calls]),
+        preamble=_imports_and_helpers(prompt, entry_point),
+        reference=None if solution is None else str(solution),
+        packages=_packages(tree),
+    )
+
+
+def _mbpp(row: Row) -> CodeProblem:
+    code, test = text_field(row, ["code"]), text_field(row, ["test"])
+    shown = row.fields["test_list"]
+    entry_point = _called(str(shown[0]), code) if isinstance(shown, list) and shown else None
+    if entry_point is None:
+        raise RPSAError(
+            f"{row.where}: the first of test_list calls no function of its code, so there is no entry point"
+        )
+    name = f"Mbpp/{row.fields['task_id']}"
+    test = test.replace(*_REPAIRS.get(name, (_UNCHECKED, _CHECKED)))
+    return CodeProblem(
+        id=name,
+        prompt=text_field(row, ["prompt"]),
+        entry_point=entry_point,
+        test=test,
+        preamble="\n".join(map(str, row.fields.get("test_imports") or [])),
+        reference=code,
+        packages=_packages(_checked_test(row, test)),
+    )
+
+
+def _called(assertion: str, code: str) -> str | None:
+    """The function that an assert calls and `code` defines (MBPP+ has one that is named `sum`)."""
+    names = defined_names(code)
+    calls = (node for node in ast.walk(ast.parse(assertion)) if isinstance(node, ast.Call))
+    return next((c.func.id for c in calls if isinstance(c.func, ast.Name) and c.func.id in names), None)
+
+
+def _checked_test(row: Row, test: str) -> ast.Module:
+    """The statements of a test, which must be able to fail.
+
+    Lines of data are left out where that leaves Python: parsing the megabytes of expected values takes seconds.
+    """
+    skimmed = _LINE_OF_DATA.sub(r"\1pass", test)
+    for source in (skimmed, test) if _parses(skimmed) else (test,):
+        try:
+            tree = ast.parse(source)
+        except SyntaxError as error:
+            raise RPSAError(f"{row.where}: its test is no Python ({error})") from error
+        if any(isinstance(node, ast.Assert | ast.Raise) for node in _statements(tree)):
+            return tree
+    raise RPSAError(f"{row.where}: its test has no assert and raises nothing, so any answer would pass")
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements; expressions, which hold megabytes of expected values, are not looked into."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+            yield from _statements(child)
+
+
+def _packages(test: ast.Module) -> tuple[str, ...]:
+    imported = {
+        name.split(".")[0]
+        for node in _statements(test)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    return tuple(sorted({_distribution(name) for name in imported - sys.stdlib_module_names}))
+
+
+def _distribution(module: str) -> str:
+    return _installed().get(module, [module])[0]
+
+
+@cache
+def _installed() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
+def _imports_and_helpers(prompt: str, entry_point: str) -> str:
+    """What a prompt sets up before the function that is asked for: its imports and other definitions."""
+    if not _parses(prompt):
+        return ""
+    kept = [node for node in ast.parse(prompt).body if getattr(node, "name", None) != entry_point]
+    return "\n".join(ast.unparse(node) for node in kept)
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError):
+        return False
+    return True
