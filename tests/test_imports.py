@@ -62,6 +62,7 @@ LAYERS = [
     {"recipe"},
     {"report"},
     {"pipeline"},
+    {"plan"},
     {"cli"},
 ]
 
