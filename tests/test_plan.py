@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from trl import SFTConfig, SFTTrainer
 
 from rpsa.errors import RPSAError
+from rpsa.evaluation_mode import evaluation_mode
 from rpsa.fisher.config import FisherConfig
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.fisher.estimation import Estimation
 from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.samples import read_samples
 from rpsa.parameters import trainable_parameters
 from rpsa.plan import make_plan
 from rpsa.plan.dry_run import Precision, Shape
@@ -109,17 +113,23 @@ def live_run(
     reference = reference_dataset(config.vocab_size)
     trainer: Any
     if rpsa:
-        fisher = estimate_fisher(model, reference.batches(2, None), FisherConfig(progress=False))
+        estimate_fisher(model, reference.batches(2, None), FisherConfig(progress=False)).save(
+            folder / "fisher"
+        )
+        fisher = FisherDiagonal.load(folder / "fisher")
         args = RPSAConfig(**settings, frozen_ratio="dynamic", every=1, window=2)
         trainer = RPSATrainer(model=model, args=args, fisher=fisher, reference_dataset=reference, **common)
     else:
         trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **common)
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+    scores = list(fisher.scores.values()) if rpsa else []
+    with LiveBytes([*model.parameters(), *model.buffers(), *scores]) as live:
         trainer.train()
     parts = {
         "weights": size_of([*model.parameters(), *model.buffers()]),
         "gradients": size_of(p for p in model.parameters() if p.requires_grad),
-        "optimizer": size_of(t for state in trainer.optimizer.optimizer.state.values() for t in state.values()),
+        "optimizer": size_of(
+            t for state in trainer.optimizer.optimizer.state.values() for t in state.values()
+        ),
     }
     if rpsa:
         freezer, audit = trainer.freezer, trainer.rpsa.audit
@@ -155,8 +165,172 @@ def test_training_memory_is_what_is_alive(name: str, lora: bool, rpsa: bool, tmp
     how = {"lora": lora, "rpsa": rpsa, "bf16": True, "checkpointing": name == "deep"}
     parts, peak = live_run(CONFIGS[name], folder=tmp_path, **how)
     planned = planned_run(CONFIGS[name], **how)
-    print(f"{name} {how}: kept {sum(planned.kept.values())} of {sum(parts.values())}, {planned.total} of {peak}")
+    print(
+        f"{name} {how}: kept {sum(planned.kept.values())} of {sum(parts.values())}, {planned.total} of {peak}"
+    )
     assert set(planned.kept) == set(parts)
     for part, size in parts.items():
         assert planned.kept[part] == pytest.approx(size, rel=0.02), part
     assert planned.total == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
+    config = CONFIGS[name]
+    model = real_model(config, "float32", lora=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    known = [*model.parameters(), *model.buffers()]
+    data = read_samples(reference_dataset(config.vocab_size).batches(SEQUENCES, None))
+    settings = FisherConfig(probes=2, progress=False)
+    with LiveBytes(known) as live, evaluation_mode(model):
+        # without the split-half overlap that follows, which is the CPU's work
+        Estimation(model, trainable_parameters(model), data, settings).run()
+    with fake_tensors():
+        planned = fisher_memory(
+            build_model(config, "float32"), Shape(SEQUENCES, THOUGHT), 2, checkpointing=checkpointing
+        )
+    print(f"{name} Fisher: {planned.total} of {size_of(known) + live.peak}")
+    assert planned.kept["weights"] == size_of(known)
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
+
+
+def test_generation_memory_is_what_is_alive() -> None:
+    config = CONFIGS["deep"]
+    model = real_model(config, "float32", lora=False)
+    known = [*model.parameters(), *model.buffers()]
+    prompts, new = torch.full((4, 20), 7), 150
+    with LiveBytes(known) as live, torch.inference_mode():
+        model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    with fake_tensors():
+        planned = generation_memory(build_model(config, "float32"), Shape(4, 20 + new), config.vocab_size)
+    print(f"generation: {planned.total} of {size_of(known) + live.peak}")
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
+
+
+def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
+    known = torch.ones(100)
+    with LiveBytes([known]) as live:
+        view = known.view(10, 10)
+        assert live.now == 0
+        first = view + 1
+        second = first.t()
+        assert (live.now, live.peak) == (400, 400)
+        first = first[:5] * 2.0
+        assert (live.now, live.peak) == (600, 600)  # `second` keeps all of the sum
+        del second
+        assert (live.now, live.peak) == (200, 600)
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(2, 1, 3), (8, 3, 2), (7, 4, 1.5)])
+def test_steps_are_the_trainers(batch: int, accumulation: int, epochs: float, tmp_path: Path) -> None:
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation, num_train_epochs=epochs, report_to="none", save_strategy="no",
+        disable_tqdm=True, learning_rate=0.0,
+    )  # fmt: skip
+    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1)  # fmt: skip
+    trainer = SFTTrainer(
+        model=real_model(config, "float32", lora=False),
+        args=args,
+        train_dataset=safety_dataset(50),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert count_steps(args, 16, gpus=1).steps == trainer.state.max_steps == trainer.state.global_step
+
+
+def test_the_papers_own_setting_never_leaves_a_half(tmp_path: Path) -> None:
+    args = RPSAConfig(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, num_train_epochs=3
+    )
+    steps = count_steps(args, 1000, gpus=4)
+    assert (steps.sequences_per_step, steps.steps, steps.measurements) == (8, 375, 15)
+    assert (steps.dynamic_from, steps.never_dynamic) == (500, True)
+    assert not count_steps(args, 1336, gpus=4).never_dynamic  # 501 steps, the 501st is step 500
+    assert count_steps(args, 1333, gpus=4).steps == 501
+    args.max_steps = 500
+    assert count_steps(args, 1000, gpus=4).never_dynamic
+    constant = RPSAConfig(output_dir=str(tmp_path), use_cpu=True, frozen_ratio=0.6)
+    assert count_steps(constant, 1000, 1).measurements == 0
+
+
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of Llama-3.1-8B, which the paper's DeepSeek-R1-Distill-Llama-8B has."""
+    folder = tmp_path_factory.mktemp("llama-8b")
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        tie_word_embeddings=False, dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_an_8b_model_on_80_gib(eight_billion: Path) -> None:
+    recipe = load_recipe(
+        RECIPES / "deepseek-r1-distill-llama-8b" / "fft+rpsa.yaml", [f"model.name={eight_billion}"]
+    )
+    plan = make_plan(recipe, gpu_memory=80, gpus=(1, 4))
+    [method] = plan.methods
+    assert method.parameters == method.trainable == 8_030_261_248
+    one, four = method.layouts
+    n = method.parameters
+    assert [one.memory.kept[part] for part in ("gradients", "optimizer", "Fisher")] == [4 * n, 8 * n, 4 * n]
+    assert (one.fits, four.fits, four.sharding) == (False, True, "FSDP2")
+    assert four.memory.kept["optimizer"] == 2 * n
+    assert four.steps is not None
+    assert (four.steps.steps, four.steps.never_dynamic) == (357, True)
+    assert any("k stays at 0.5: 357 steps" in warning and "501 steps" in warning for warning in plan.warnings)
+    assert method.measurement_cost == pytest.approx(4096 / 150)
+    reference, fisher, evaluate = plan.stages[str(eight_billion)]
+    assert reference.memory.kept["KV cache"] == 2 * 32 * 8 * 128 * 4 * 4 * (200 + 32768)
+    assert (reference.fits, fisher.fits, evaluate.fits) == (True, True, True)
+
+
+def test_the_tiny_plan_in_a_terminal_and_as_json() -> None:
+    shown = invoke("plan", str(RECIPES / "tiny" / "demo.yaml"), *TINY, "--gpus", "1,2")
+    assert shown.exit_code == 0, shown.output
+    for words in ("Align, MiB of each GPU", "fft+rpsa", "lora+rpsa", "Fisher, LoRA", "estimates"):
+        assert words in shown.stdout
+    done = invoke("plan", str(RECIPES / "tiny" / "demo.yaml"), *TINY, "matrix.methods=[fft+rpsa]", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["parameters"] == {"tiny:0": 363_552}
+    [method] = plan["methods"]
+    memory = method["layouts"][0]["memory"]
+    assert memory["total"] == sum(memory["kept"].values()) + memory["work"]
+    assert method["layouts"][0]["steps"]["steps"] == 96
+    assert method["safety"]["known"]
+
+
+def test_a_model_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = invoke(
+        "plan", str(RECIPES / "deepseek-r1-distill-qwen-7b" / "lora.yaml"), "model.name=nobody/nothing"
+    )
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "`hf download nobody/nothing config.json`" in done.stderr
+    for wrong in ("1,x", "0"):
+        done = invoke("plan", str(RECIPES / "tiny" / "demo.yaml"), *TINY, "--gpus", wrong)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert "--gpus" in done.stderr
+    with pytest.raises(RPSAError, match="gpu-memory"):
+        make_plan(load_recipe(RECIPES / "tiny" / "demo.yaml"), gpu_memory=0)
+
+
+def test_unknown_data_leaves_the_steps_unknown(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        RECIPES / "tiny" / "demo.yaml",
+        [
+            *TINY,
+            "matrix.methods=[fft]",
+            "safety.data=UWNSL/SafeChain",
+            "safety.n=null",
+            "safety.max_length=64",
+        ],
+    )
+    plan = make_plan(recipe, gpus=(1,))
+    assert plan.methods[0].layouts[0].steps is None
+    assert any("set safety.n" in warning for warning in plan.warnings)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rpsa.evaluation_mode import evaluation_mode
 from rpsa.fisher.hooked import Hooks, NotHookable
 from rpsa.fisher.log_probs import label_log_probs
+from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
 from rpsa.plan.live_bytes import LiveBytes
 
@@ -50,7 +51,8 @@ def training_peak(model: Any, shape: Shape, precision: Precision, *, accumulated
     def loss() -> Tensor:
         with _autocast(precision):
             output = model(**_inputs(shape), labels=_tokens(shape), fused_lm_head=True)
-        return -output.log_probs.sum()
+        log_probs: Tensor = output.log_probs
+        return -log_probs.sum()
 
     try:
         return _peak(model, loss, precision, runs=2 if accumulated else 1)
@@ -92,7 +94,7 @@ def _fisher_peak(model: Any, shape: Shape, probes: int) -> tuple[int, str]:
     one = Shape(1, shape.tokens)
     loop = _fisher_loop(model, parameters, one, probes)
     try:
-        hooks = _DryHooks(model, parameters, _Discard())
+        hooks = _DryHooks(model, parameters, _NoSums())
     except NotHookable:
         return loop, "loop"
     for parameter in model.parameters():
@@ -108,19 +110,25 @@ def _fisher_peak(model: Any, shape: Shape, probes: int) -> tuple[int, str]:
     return max(live.peak, loop), "hooked"
 
 
-def cache_bytes_per_token(model: Any) -> int:
-    """Keys and values of one token of one sequence, over all layers."""
-    tokens = 8
+def decoding_bytes(model: Any, shape: Shape) -> tuple[int, int]:
+    """The cache of keys and values when the last token of `shape` is generated, and what that step needs beside it."""
     model.eval()
-    with torch.no_grad():
-        cache = model(**_inputs(Shape(1, tokens)), use_cache=True).past_key_values
-    kept = [
-        tensor
+    prompt = Shape(shape.sequences, shape.tokens - 1)
+    with LiveBytes(_tensors(model)) as live, torch.no_grad():
+        cache = model(**_inputs(prompt), use_cache=True, logits_to_keep=1).past_key_values
+        live.peak = live.now
+        model(
+            input_ids=_tokens(Shape(shape.sequences, 1)),
+            attention_mask=_tokens(shape),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    kept = sum(
+        tensor.numel() * tensor.element_size()
         for layer in cache.layers
         for tensor in (layer.keys, layer.values)
-        if isinstance(tensor, Tensor)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept) // tokens
+    )
+    return kept, live.peak - kept
 
 
 class _DryHooks(Hooks):
@@ -136,8 +144,11 @@ class _DryHooks(Hooks):
         return rule
 
 
-class _Discard:
-    """Stands in for `SquaredGradients`: its sums are counted elsewhere."""
+class _NoSums(SquaredGradients):
+    """Sums that are counted elsewhere: only what comes and goes on the way to them."""
+
+    def __init__(self) -> None:
+        pass
 
     def add(self, name: str, row: int, gradient: Tensor) -> None:
         pass

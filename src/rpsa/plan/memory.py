@@ -15,12 +15,23 @@ from torch import nn
 from rpsa.fisher.overlap import SAMPLED_ELEMENTS
 from rpsa.freezing.audit import SAMPLED_ELEMENTS as AUDITED_ELEMENTS
 from rpsa.parameters import trainable_parameters
-from rpsa.plan.dry_run import Precision, Shape, fisher_peak, reasoning_peak, sharded_peak, training_peak
+from rpsa.plan.dry_run import (
+    Precision,
+    Shape,
+    decoding_bytes,
+    fisher_peak,
+    reasoning_peak,
+    sharded_peak,
+    training_peak,
+)
 
 Sharding = Literal["one GPU", "DDP", "FSDP2"]
 
 # Tensors of a parameter's size and dtype that an optimizer keeps (Adam's variants have two).
 _STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
+_GIB = 1 << 30
+_CONTEXT_BYTES = _GIB
+_FRAGMENTATION = 0.05
 _THRESHOLD_CHUNK = 1 << 24
 _CHECKSUM_BYTES = 40 << 20
 
@@ -35,6 +46,10 @@ class StageMemory:
     @property
     def total(self) -> int:
         return sum(self.kept.values()) + self.work
+
+    def fits(self, gpu_memory: float) -> bool:
+        """Whether it fits in so many GiB, with 1 GiB left for CUDA's context and 5% for fragmentation."""
+        return self.total * (1 + _FRAGMENTATION) + _CONTEXT_BYTES <= gpu_memory * _GIB
 
 
 @dataclass(frozen=True)
@@ -171,13 +186,11 @@ def fisher_memory(model: Any, shape: Shape, probes: int, *, checkpointing: bool)
     return StageMemory({"weights": _bytes(model), "Fisher sums": sums}, work)
 
 
-def generation_memory(
-    model: Any, cache_per_token: int, layers: int, sequences: int, tokens: int, vocabulary: int
-) -> StageMemory:
-    """Generation with `transformers`, all sequences as long as they may become; sampling is in float64."""
-    cache = cache_per_token * sequences * tokens
-    grown = cache // max(1, 2 * layers)  # one layer's keys, while they are copied to a longer tensor
-    return StageMemory({"weights": _bytes(model), "KV cache": cache}, grown + 4 * 8 * sequences * vocabulary)
+def generation_memory(model: Any, shape: Shape, vocabulary: int) -> StageMemory:
+    """Generation with `transformers` when all sequences are as long as they may become; sampling is in float64."""
+    cache, step = decoding_bytes(model, shape)
+    sampling = 4 * 8 * shape.sequences * vocabulary
+    return StageMemory({"weights": _bytes(model), "KV cache": cache}, max(step, sampling))
 
 
 def _bytes(model: nn.Module) -> int:

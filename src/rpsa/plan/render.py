@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from rpsa.plan import Layout, MethodPlan, Plan, SingleGpuStage
+from rpsa.plan.result import Layout, MethodPlan, Plan, SingleGpuStage
 from rpsa.plan.time import GPUS
 
 _WIDTH = 110
@@ -22,7 +22,6 @@ def to_json(plan: Plan) -> str:
     """Bytes and seconds; `total` beside each memory."""
     content = asdict(plan)
     for method, planned in zip(content["methods"], plan.methods, strict=True):
-        del method["cell"]
         for layout, of in zip(method["layouts"], planned.layouts, strict=True):
             layout["memory"]["total"] = of.memory.total
     for base, stages in plan.stages.items():
@@ -40,19 +39,25 @@ def render(plan: Plan, console: Console | None = None) -> None:
         unit = _unit(methods, stages)
         console.print(f"\n[bold]{base}[/bold], {_count(parameters)} parameters, {plan.gpu_memory:g} GiB GPUs")
         if methods:
+            console.print(f"\nAlign, {unit.name} of each GPU")
             console.print(_memory_table(methods, unit))
+            console.print(
+                "\nOptimizer steps (measurements of c; one costs as many steps as `each` says), GPU time"
+            )
             console.print(_steps_table(methods))
         if stages:
+            console.print(f"\nOn one GPU, {unit.name} and time")
             console.print(_stages_table(stages, unit))
     if plan.reference or plan.evaluation:
+        console.print("\nTo generate")
         console.print(_tokens_table(plan))
     console.print(f"\n[dim]{_NOTES}[/dim]")
     for warning in plan.warnings:
         console.print(f"[yellow]•[/yellow] {warning}", highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     return table
@@ -61,7 +66,7 @@ def _table(title: str, *columns: str) -> Table:
 def _memory_table(methods: list[MethodPlan], unit: "_Unit") -> Table:
     """One row for each way of sharding that differs: more GPUs under DDP hold the same."""
     kept = list(dict.fromkeys(part for m in methods for layout in m.layouts for part in layout.memory.kept))
-    table = _table(f"\nAlign, {unit.name} of each GPU", "", "GPUs", *kept, "passes", "total", "fits")
+    table = _table("", "GPUs", *kept, "passes", "total", "fits")
     for method in methods:
         for layouts in _alike(method.layouts):
             memory = layouts[0].memory
@@ -93,8 +98,7 @@ def _alike(layouts: list[Layout]) -> Iterable[list[Layout]]:
 def _steps_table(methods: list[MethodPlan]) -> Table:
     numbers = [layout.gpus for layout in methods[0].layouts]
     columns = [f"{n} GPU{'s' if n > 1 else ''}" for n in numbers]
-    title = "\nOptimizer steps (measurements of c, in steps each), and GPU time of training"
-    table = _table(title, "", "trained", "tokens", *columns, "each", *(gpu.name for gpu in GPUS))
+    table = _table("", "trained", "tokens", *columns, "each", *(gpu.name for gpu in GPUS))
     for method in methods:
         examples, about = method.safety.examples, "" if method.safety.known else "~"
         cost = method.measurement_cost
@@ -124,7 +128,7 @@ def _training_time(method: MethodPlan, gpu: str) -> str:
 def _stages_table(stages: list[SingleGpuStage], unit: "_Unit") -> Table:
     kept = list(dict.fromkeys(part for stage in stages for part in stage.memory.kept))
     names = [gpu.name for gpu in GPUS]
-    table = _table(f"\nOn one GPU, {unit.name}, and its time", "", *kept, "passes", "total", "fits", *names)
+    table = _table("", *kept, "passes", "total", "fits", *names)
     for stage in stages:
         memory = stage.memory
         table.add_row(
@@ -139,7 +143,7 @@ def _stages_table(stages: list[SingleGpuStage], unit: "_Unit") -> Table:
 
 
 def _tokens_table(plan: Plan) -> Table:
-    table = _table("\nTo generate", "", "responses", "tokens each", "million tokens", "at most")
+    table = _table("", "responses", "tokens each", "million tokens", "at most")
     rows = ([(plan.reference, 1)] if plan.reference else []) + [(r, plan.evaluated) for r in plan.evaluation]
     for responses, times in rows:
         each = "" if times == 1 else f" × {times}"

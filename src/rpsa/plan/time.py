@@ -2,7 +2,7 @@
 
 Operations of one token with N parameters: 2 N forward, 2 N for the gradient of activations, 2 N for that of weights
 (not under LoRA), 2 N again where the forward pass is recomputed (6 N D and its variants). Generation reads all weights
-and the cache for every token of a batch, and `transformers` needs some milliseconds for each in any case.
+and the cache for every token of a batch. Any pass takes some milliseconds at the least.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 UTILISATION = 0.4
 """Share of the peak operations that training reaches (MFU)."""
 BANDWIDTH_SHARE = 0.6
-SECONDS_PER_TOKEN_STEP = 0.025
-"""What `model.generate` takes for one token of a batch at the least: it launches kernels one by one."""
+SECONDS_PER_PASS = 0.025
+"""The least that one pass through a model takes, forward or backward, as its kernels are launched one by one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def compute_seconds(operations: float, gpu: Gpu, *, bf16: bool, gpus: int = 1) -
     return operations / ((gpu.bf16 if bf16 else gpu.fp32) * UTILISATION * gpus)
 
 
+def launch_seconds(*, checkpointing: bool) -> float:
+    """A forward pass, and a backward pass of twice its operations, on however few tokens."""
+    return SECONDS_PER_PASS * (4 if checkpointing else 3)
+
+
 def update_seconds(kept: int, gpu: Gpu) -> float:
     """One optimizer step or measurement reads and writes what a GPU keeps, in bytes."""
     return 2 * kept / (gpu.bandwidth * BANDWIDTH_SHARE)
@@ -54,5 +59,5 @@ def update_seconds(kept: int, gpu: Gpu) -> float:
 
 def generation_seconds(tokens: int, batch: int, weights: int, cache: int, gpu: Gpu) -> float:
     """`tokens` in all, `batch` at once; `weights` and `cache` (the batch's mean) in bytes."""
-    step = max(SECONDS_PER_TOKEN_STEP, (weights + cache) / (gpu.bandwidth * BANDWIDTH_SHARE))
+    step = max(SECONDS_PER_PASS, (weights + cache) / (gpu.bandwidth * BANDWIDTH_SHARE))
     return tokens / batch * step
