@@ -65,6 +65,7 @@ LAYERS = [
     {"analysis"},
     {"report"},
     {"pipeline"},
+    {"plan"},
     {"cli"},
 ]
 

@@ -55,6 +55,15 @@ def test_formats(tmp_path, format, row):
     assert load_safety_data(listed) == load_safety_data(path)
 
 
+def test_the_published_direct_refusals_are_read_without_their_question(tmp_path):
+    row = {"prompt": "q", "response": "harm", "refusal": "Question: q\nAnswer: No.\nNever.", "text": "x"}
+    [example] = load_safety_data(write(tmp_path / "d.jsonl", [row]), "direct_refusal")
+    assert example == SafetyExample("q", "<think>I should not answer this question!</think>No.\nNever.")
+    plain = {"prompt": "q", "refusal": "It asks:\nAnswer: me"}
+    [example] = load_safety_data(write(tmp_path / "p.jsonl", [plain]), "direct_refusal")
+    assert example.response.endswith("</think>It asks:\nAnswer: me")
+
+
 @pytest.mark.parametrize(
     ("row", "format"),
     [

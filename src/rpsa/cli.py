@@ -96,6 +96,34 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,2,4,8",
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds, as JSON.")] = False,
+) -> None:
+    """Say what a recipe needs before it runs: memory, steps, tokens, rough hours. Loads no weights."""
+    with readable_errors():
+        from rpsa.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides or [])
+        numbers = _whole_numbers(gpus)
+        from rpsa.pipeline.runner import quiet
+        from rpsa.plan import make_plan
+        from rpsa.plan.render import render, to_json
+
+        quiet()
+        made = make_plan(checked, gpu_memory, numbers)
+        if as_json:
+            typer.echo(to_json(made))
+        else:
+            render(made)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors and for reading."""
     with readable_errors():
@@ -215,6 +243,13 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise RPSAError(f"{option}: {text!r} is not a list of numbers such as 0.6,0.9") from None
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise RPSAError(f"--gpus: {text!r} is not a list of whole numbers such as 1,2,4,8") from None
 
 
 def _require_folder(path: Path) -> None:

@@ -18,7 +18,7 @@ from rpsa.freezing.freezer import Freezer
 from rpsa.parameters import module_group
 from rpsa.sharding import local, sum_over_shards
 
-_SAMPLED_ELEMENTS = 1 << 22
+SAMPLED_ELEMENTS = 1 << 22
 _CHUNK = 1 << 20
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no bit of a value is lost mod 2^64
 
@@ -157,7 +157,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def _sampled_indices(freezer: Freezer, seed: int) -> dict[str, Tensor | None]:
     """Per parameter the sampled positions of the local shard; None = all."""
     sizes = {name: local(p).numel() for name, p in freezer.parameters.items()}
-    share = _SAMPLED_ELEMENTS / max(1, sum(sizes.values()))
+    share = SAMPLED_ELEMENTS / max(1, sum(sizes.values()))
     if share >= 1:
         return dict.fromkeys(sizes)
     generator = torch.Generator().manual_seed(seed)

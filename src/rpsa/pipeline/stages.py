@@ -116,6 +116,8 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
     if task.cell is not None:
         model = add_adapter(model, task.cell)
         model.save_pretrained(folder / ADAPTER)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     fisher = estimate_fisher(
         model,
         reference.batches(settings.batch_size, recipe.reference.reference_max_length),

@@ -87,7 +87,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
                 Task("reference", "", recipe.folder / "reference" / slug(task.base), task.base)
             ),
             "reference_max_length": recipe.reference.reference_max_length,
-            "fisher": recipe.fisher.model_dump(exclude={"batch_size"}),
+            "fisher": recipe.fisher.model_dump(exclude={"batch_size", "activation_checkpointing"}),
             "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
         }
     assert cell is not None

@@ -116,6 +116,7 @@ class Fisher(Section):
     scope: Annotated[str, AfterValidator(_regex)] | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
     batch_size: PositiveInt = 4
+    activation_checkpointing: bool = False
 
 
 def _frozen_ratio(value: Any) -> Any:

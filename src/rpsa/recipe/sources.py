@@ -10,7 +10,11 @@ SHIPPED = {
     "model": ("tiny:0", "tiny:1", "tiny:2"),
     "problems": ("tiny",),
     "safety": ("tiny:refusals", "tiny:balanced"),
-    "task": ("tiny",),
+    "task": (
+        "tiny",
+        *("rpsa_aime24", "rpsa_gpqa_main", "rpsa_humaneval_plus", "rpsa_mbpp_plus", "rpsa_math500"),
+        *("rpsa_strongreject", "rpsa_wildjailbreak", "rpsa_xstest"),
+    ),
 }
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE = (".json", ".jsonl", ".csv", ".gz", ".parquet", ".yaml", ".txt")

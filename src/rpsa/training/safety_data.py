@@ -239,7 +239,7 @@ def _example(row: Row, format: str) -> SafetyExample:
         if row.fields.get("input"):
             prompt += f"\n{row.fields['input']}"
     if format == "direct_refusal" and CLOSE_THOUGHT not in response:
-        response = f"{OPEN_THOUGHT}{REFUSING_THOUGHT}{CLOSE_THOUGHT}{response}"
+        response = f"{OPEN_THOUGHT}{REFUSING_THOUGHT}{CLOSE_THOUGHT}{_without_question(response)}"
     if not prompt.strip():
         raise RPSAError(f"{row.where} has an empty prompt")
     try:
@@ -248,6 +248,12 @@ def _example(row: Row, format: str) -> SafetyExample:
         hint = "" if CLOSE_THOUGHT in response else " (or format: direct_refusal, which adds a refusing one)"
         raise RPSAError(f"{row.where}: {error}{hint}") from None
     return SafetyExample(prompt, response)
+
+
+def _without_question(refusal: str) -> str:
+    """TianshengHuang/DirectRefusal writes the refusal as `Question: <prompt>\\nAnswer: <refusal>`."""
+    question, answer, rest = refusal.partition("\nAnswer:")
+    return rest.lstrip() if answer and question.startswith("Question:") else refusal
 
 
 def _first_exchange(row: Row) -> tuple[str, str]:

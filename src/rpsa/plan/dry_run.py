@@ -1,0 +1,226 @@
+"""What a forward and backward pass keeps alive, found by running the model's own code on fake tensors.
+
+The passes are those of training (TRL's loss without logits), of the reasoning gradient g_R and of the Fisher
+estimate (with logits). A dry run of an 8B model takes seconds, and knows its attention, its checkpointing and the
+bf16 copies of weights that autocast keeps, without a formula for any of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpsa.evaluation_mode import evaluation_mode
+from rpsa.fisher.hooked import Hooks, NotHookable
+from rpsa.fisher.log_probs import label_log_probs
+from rpsa.fisher.squares import SquaredGradients
+from rpsa.parameters import trainable_parameters
+from rpsa.plan.live_bytes import LiveBytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`sequences` of `tokens` each in one forward pass."""
+
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`bf16`: under autocast; `checkpointing`: activations are recomputed in the backward pass."""
+
+    bf16: bool
+    checkpointing: bool
+
+
+def training_peak(model: Any, shape: Shape, precision: Precision, *, accumulated: bool = False) -> int:
+    """Bytes beside the weights at the worst moment of TRL's forward and backward pass, gradients included.
+
+    `accumulated`: gradients of an earlier micro-batch are there already.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain = base.forward
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+
+    def loss() -> Tensor:
+        with _autocast(precision):
+            output = model(**_inputs(shape), labels=_tokens(shape), fused_lm_head=True)
+        log_probs: Tensor = output.log_probs
+        return -log_probs.sum()
+
+    try:
+        return _peak(model, loss, precision, runs=2 if accumulated else 1)
+    finally:
+        base.forward = plain
+
+
+def reasoning_peak(model: Any, shape: Shape, precision: Precision, *, accumulated: bool = False) -> int:
+    """The same for g_R (`rpsa.training.reasoning_gradient`), whose logits accelerate casts to fp32."""
+
+    def loss() -> Tensor:
+        with _autocast(precision):
+            logits = model(**_inputs(shape), use_cache=False).logits
+        if precision.bf16:
+            logits = logits.float()
+        return -label_log_probs(logits.flatten(0, 1), *_labels(shape)).sum()
+
+    return _peak(model, loss, precision, runs=2 if accumulated else 1)
+
+
+def sharded_peak(model: Any, shape: Shape, precision: Precision, peak: Callable[..., int]) -> int:
+    """`training_peak` or `reasoning_peak` under FSDP2, which reduces each gradient as soon as it is there.
+
+    `model` has its weights in the dtype that it computes in: FSDP2 gathers them so. What it gathers is not counted.
+    """
+    lean = Precision(bf16=False, checkpointing=precision.checkpointing)
+    with _dropping_gradients(trainable_parameters(model).values()):
+        return peak(model, shape, lean)
+
+
+def fisher_peak(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> tuple[int, str]:
+    """Bytes beside weights and sums of the Fisher estimate of one batch, and the path it takes (hooked or loop)."""
+    with _checkpointing(model, checkpointing), evaluation_mode(model):
+        return _fisher_peak(model, shape, probes)
+
+
+def _fisher_peak(model: Any, shape: Shape, probes: int) -> tuple[int, str]:
+    parameters = trainable_parameters(model)
+    one = Shape(1, shape.tokens)
+    loop = _fisher_loop(model, parameters, one, probes)
+    try:
+        hooks = _DryHooks(model, parameters, _NoSums())
+    except NotHookable:
+        return loop, "loop"
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with LiveBytes(_tensors(model)) as live, hooks.installed():
+        with hooks.forward_pass(shape.sequences, "cpu"):
+            logits = model(**_inputs(shape), use_cache=False).logits
+        _backward(label_log_probs(logits.flatten(0, 1), *_labels(shape)), probes)
+        del logits
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    # before it trusts the hooks, the estimate runs both paths on one sequence
+    return max(live.peak, loop), "hooked"
+
+
+def decoding_bytes(model: Any, shape: Shape) -> tuple[int, int]:
+    """The cache of keys and values when the last token of `shape` is generated, and what that step needs beside it."""
+    model.eval()
+    prompt = Shape(shape.sequences, shape.tokens - 1)
+    with LiveBytes(_tensors(model)) as live, torch.no_grad():
+        cache = model(**_inputs(prompt), use_cache=True, logits_to_keep=1).past_key_values
+        live.peak = live.now
+        model(
+            input_ids=_tokens(Shape(shape.sequences, 1)),
+            attention_mask=_tokens(shape),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    kept = sum(
+        tensor.numel() * tensor.element_size()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+    )
+    return kept, live.peak - kept
+
+
+class _DryHooks(Hooks):
+    """`Hooks` whose embedding rule takes every token for a different one: fake tokens have no values to tell."""
+
+    def _embedding(self, name: str, padding_idx: int | None) -> Callable[[Tensor, Tensor], None]:
+        def rule(x: Tensor, delta: Tensor) -> None:
+            for row in range(len(x)):
+                gradient = torch.zeros(x.shape[1], delta.shape[-1])
+                gradient.index_add_(0, x[row], delta[row].float())
+                self._squares.add_rows(name, row, x[row], gradient)
+
+        return rule
+
+
+class _NoSums(SquaredGradients):
+    """Sums that are counted elsewhere: only what comes and goes on the way to them."""
+
+    def __init__(self) -> None:
+        pass
+
+    def add(self, name: str, row: int, gradient: Tensor) -> None:
+        pass
+
+    def add_rows(self, name: str, row: int, indices: Tensor, gradient: Tensor) -> None:
+        gradient.square()
+
+
+def _fisher_loop(model: Any, parameters: dict[str, nn.Parameter], shape: Shape, probes: int) -> int:
+    with _dropping_gradients(parameters.values()), LiveBytes(_tensors(model)) as live:
+        logits = model(**_inputs(shape), use_cache=False).logits
+        _backward(label_log_probs(logits.flatten(0, 1), *_labels(shape)), probes)
+        del logits
+    return live.peak
+
+
+def _backward(log_probs: Tensor, probes: int) -> None:
+    """The graph is kept for all probes but the last."""
+    if probes > 1:
+        torch.autograd.backward(log_probs, torch.ones_like(log_probs), retain_graph=True)
+    torch.autograd.backward(log_probs, torch.ones_like(log_probs))
+
+
+def _peak(model: Any, loss: Callable[[], Tensor], precision: Precision, runs: int) -> int:
+    model.train()
+    with _checkpointing(model, precision.checkpointing), LiveBytes(_tensors(model)) as live:
+        for _ in range(runs):
+            loss().backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return live.peak
+
+
+@contextmanager
+def _checkpointing(model: Any, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    yield
+    model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _dropping_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in parameters]  # type: ignore[no-untyped-call]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _autocast(precision: Precision) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if precision.bf16 else nullcontext()
+
+
+def _inputs(shape: Shape) -> dict[str, Tensor]:
+    return {"input_ids": _tokens(shape), "attention_mask": _tokens(shape)}
+
+
+def _tokens(shape: Shape) -> Tensor:
+    return torch.ones(shape.sequences, shape.tokens, dtype=torch.long)
+
+
+def _labels(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Every token is part of the response: rows of the flattened logits, and the label of each."""
+    count = shape.sequences * (shape.tokens - 1)
+    return torch.arange(count), torch.ones(count, dtype=torch.long)
+
+
+def _tensors(model: nn.Module) -> Iterable[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,205 @@
+"""Bytes on each GPU in each stage: what stays, by the formulas below, and what comes and goes, by a dry run.
+
+What stays in a training step with trainable parameters of b bytes each (4, as they are kept in fp32):
+
+    weights b (and the frozen base's under LoRA) + gradients b + AdamW's moments 2 b
+    + Fisher 4 + a control's ranking 4 + signs of g_R 1 (only from its measurement to the mask)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from rpsa.fisher.overlap import SAMPLED_ELEMENTS
+from rpsa.freezing.audit import SAMPLED_ELEMENTS as AUDITED_ELEMENTS
+from rpsa.parameters import trainable_parameters
+from rpsa.plan.dry_run import (
+    Precision,
+    Shape,
+    decoding_bytes,
+    fisher_peak,
+    reasoning_peak,
+    sharded_peak,
+    training_peak,
+)
+
+Sharding = Literal["one GPU", "DDP", "FSDP2"]
+
+# Tensors of a parameter's size and dtype that an optimizer keeps (Adam's variants have two).
+_STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
+_GIB = 1 << 30
+_CONTEXT_BYTES = _GIB
+_FRAGMENTATION = 0.05
+_THRESHOLD_CHUNK = 1 << 24
+_CHECKSUM_BYTES = 40 << 20
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """`kept`: parts that stay, in bytes; `work`: what is there beside them at the worst moment."""
+
+    kept: Mapping[str, int]
+    work: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.kept.values()) + self.work
+
+    def fits(self, gpu_memory: float) -> bool:
+        """Whether it fits in so many GiB, with 1 GiB left for CUDA's context and 5% for fragmentation."""
+        return self.total * (1 + _FRAGMENTATION) + _CONTEXT_BYTES <= gpu_memory * _GIB
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """What of RPSA costs memory; `largest_k` is the largest share of elements that may be frozen at once."""
+
+    dynamic: bool
+    control: bool
+    raw_moments: bool
+    gradient_only: bool
+    audit: bool
+    largest_k: float
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes at the worst moment of a forward and backward pass beside the weights, by dry runs.
+
+    `training` is that of the step, `reasoning` that of g_R (0 where none is measured). Both include the gradients,
+    but under FSDP2, where they do not count, nor what it gathers, which is at most `gathered`.
+    """
+
+    training: int
+    reasoning: int
+    gathered: int = 0
+
+
+@dataclass(frozen=True)
+class AlignMemory:
+    """One run of the align stage."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    trainable_bytes: int
+    largest: int
+    """Elements of the largest trainable tensor."""
+    optimizer: str
+    passes: Passes
+    freezing: Freezing | None
+
+    def on(self, gpus: int, sharding: Sharding) -> StageMemory:
+        """Memory of each of `gpus`. `passes` must be those of the sharding."""
+        parts = gpus if sharding == "FSDP2" else 1
+        kept = {
+            "weights": self.weights // parts,
+            "gradients": self.trainable_bytes // parts,
+            "optimizer": self._optimizer_bytes() // parts,
+        }
+        if sharding == "DDP":
+            kept["buckets"] = self.trainable_bytes
+        signs = 0
+        if self.freezing:
+            kept["Fisher"] = 4 * self.trainable * (2 if self.freezing.control else 1) // parts
+            kept["audit"] = self._audit_bytes(parts)
+            signs = self.trainable // parts if self.freezing.dynamic else 0
+        is_dynamic = self.freezing is not None and self.freezing.dynamic
+        passes = max(self.passes.training + signs, self.passes.reasoning if is_dynamic else 0)
+        passes += self.passes.gathered if sharding == "FSDP2" else -self.trainable_bytes
+        return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
+
+    def _optimizer_bytes(self) -> int:
+        family = next((name for name in _STATES if name in self.optimizer), None)
+        return self.trainable_bytes * (2 if family is None else _STATES[family])
+
+    def _audit_bytes(self, parts: int) -> int:
+        """The first values and the current interval's of a sample, and where it is; of a small model, all of it."""
+        assert self.freezing
+        if not self.freezing.audit:
+            return 0
+        if self.trainable // parts <= AUDITED_ELEMENTS:
+            return 2 * self.trainable_bytes // parts
+        return AUDITED_ELEMENTS * (2 * 4 + 8)
+
+    def _masking_bytes(self) -> int:
+        """The threshold's histograms of one chunk (bits, digits, their int64), or the mask of the largest tensor."""
+        if self.freezing is None:
+            return 0
+        threshold = min(self.largest, _THRESHOLD_CHUNK) * (4 + 1 + 4 + 8) if self.freezing.dynamic else 0
+        checksum = min(self.largest * 40, _CHECKSUM_BYTES) if self.freezing.audit else 0
+        return max(threshold, self.largest + checksum)
+
+    def _update_bytes(self, parts: int) -> int:
+        if self.freezing is None:
+            return 0
+        raw = int(self.freezing.largest_k * self.trainable_bytes) if self.freezing.raw_moments else 0
+        if self.freezing.gradient_only:
+            return raw // parts
+        if "adamw_torch" in self.optimizer:
+            # the decayed weights, the mask and the two joined, one tensor at a time
+            return raw // parts + self.largest * (4 + 1 + 4)
+        return (raw + int(self.freezing.largest_k * self.trainable_bytes)) // parts + self.largest
+
+
+def dry_passes(
+    model: Any, shape: Shape, reference: Shape | None, precision: Precision, *, accumulated: bool
+) -> Passes:
+    """On one GPU or under DDP. `reference` is g_R's batch, if it is measured; `accumulated` as in `dry_run`."""
+    return Passes(
+        training_peak(model, shape, precision, accumulated=accumulated),
+        reasoning_peak(model, reference, precision, accumulated=accumulated) if reference else 0,
+    )
+
+
+def sharded_passes(lean: Any, shape: Shape, reference: Shape | None, precision: Precision) -> Passes:
+    """Under FSDP2. `lean` is the model with its weights in the dtype that it computes in."""
+    return Passes(
+        sharded_peak(lean, shape, precision, training_peak),
+        sharded_peak(lean, reference, precision, reasoning_peak) if reference else 0,
+        _gathered(lean),
+    )
+
+
+def align_memory(model: Any, passes: Passes, optimizer: str, freezing: Freezing | None) -> AlignMemory:
+    trainable = list(trainable_parameters(model).values())
+    return AlignMemory(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trainable),
+        weights=_bytes(model),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
+        largest=max(p.numel() for p in trainable),
+        optimizer=optimizer,
+        passes=passes,
+        freezing=freezing,
+    )
+
+
+def fisher_memory(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> StageMemory:
+    """The Fisher stage, which one GPU does: the sums in fp32, and a sample of the elements for each half."""
+    elements = sum(p.numel() for p in trainable_parameters(model).values())
+    sampled = elements > SAMPLED_ELEMENTS
+    sums = 4 * elements + SAMPLED_ELEMENTS * (2 * 4 + 8) if sampled else 2 * 4 * elements
+    work, _ = fisher_peak(model, shape, probes, checkpointing=checkpointing)
+    return StageMemory({"weights": _bytes(model), "Fisher sums": sums}, work)
+
+
+def generation_memory(model: Any, shape: Shape, vocabulary: int) -> StageMemory:
+    """Generation with `transformers` when all sequences are as long as they may become; sampling is in float64."""
+    cache, step = decoding_bytes(model, shape)
+    sampling = 4 * 8 * shape.sequences * vocabulary
+    return StageMemory({"weights": _bytes(model), "KV cache": cache}, max(step, sampling))
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gathered(lean: nn.Module) -> int:
+    """Weights and gradients of all that is in no layer, and of two layers: the one at work and the next."""
+    stacks = [m for m in lean.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    layers = [_bytes(layer) for layer in stacks[0]] if stacks else []
+    return 2 * (_bytes(lean) - sum(layers) + 2 * max(layers, default=0))

@@ -1,0 +1,77 @@
+"""What one GPU does, however many there are: generation of D_ref and for the evaluation, and the Fisher."""
+
+from collections.abc import Callable, Iterator
+
+from rpsa.pipeline.models import training_dtype
+from rpsa.plan.base import Base
+from rpsa.plan.dry_run import Shape
+from rpsa.plan.memory import StageMemory, fisher_memory, generation_memory
+from rpsa.plan.result import SingleGpuStage
+from rpsa.plan.time import GPUS, Gpu, compute_seconds, fisher_operations, generation_seconds
+from rpsa.plan.tokens import Responses, evaluation_responses, prompt_tokens, reference_responses
+from rpsa.recipe.schema import Cell
+
+
+def plan_single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
+    recipe = base.recipe
+    frozen = [cell for cell in base.cells if cell.align]
+    if frozen:
+        prompt = prompt_tokens(recipe.reference.problems)
+        yield _generation(
+            base, "reference", [reference_responses(recipe)], recipe.reference.batch_size, prompt
+        )
+    for paradigm in ("fft", "lora"):
+        of_it = [cell for cell in frozen if cell.paradigm == paradigm]
+        if of_it:
+            yield _fisher(base, of_it[0])
+    responses = evaluation_responses(recipe.evaluate)
+    if responses:
+        prompt = prompt_tokens(recipe.evaluate.tasks[0])
+        yield _generation(base, "evaluate, each model", responses, recipe.evaluate.batch_size, prompt)
+
+
+def _fisher(base: Base, cell: Cell) -> SingleGpuStage:
+    settings = base.recipe.fisher
+    is_lora = cell.paradigm == "lora"
+    dtype = training_dtype(cell.train, cell.paradigm, base.recipe.model)
+    model = base.model(dtype, cell.lora)
+    shape = Shape(min(settings.batch_size, base.recipe.reference.n), base.reference_tokens)
+    probes = settings.probes if settings.estimator == "token_signs" else 1
+    checkpointing = settings.activation_checkpointing
+    memory = fisher_memory(model, shape, probes, checkpointing=checkpointing)
+    reference = reference_responses(base.recipe)
+    tokens = reference.count * base.mean_reference_tokens
+    passes = reference.tokens if settings.estimator == "per_token" else probes
+    operations = fisher_operations(
+        sum(p.numel() for p in model.parameters()),
+        tokens,
+        passes,
+        lora=is_lora,
+        checkpointing=checkpointing,
+    )
+    is_bf16 = dtype == "bfloat16"
+    return _stage(
+        base,
+        f"Fisher, {'LoRA' if is_lora else 'full'}",
+        memory,
+        lambda gpu: compute_seconds(operations, gpu, bf16=is_bf16),
+    )
+
+
+def _generation(
+    base: Base, stage: str, responses: list[Responses], batch: int, prompt: int
+) -> SingleGpuStage:
+    sequences = min(batch, max(r.count for r in responses))
+    longest = prompt + max(r.limit for r in responses)
+    model = base.model(base.recipe.model.dtype)
+    memory = generation_memory(model, Shape(sequences, longest), base.config.get_text_config().vocab_size)
+    total = sum(r.total for r in responses)
+    mean = total // sum(r.count for r in responses)
+    cache = memory.kept["KV cache"] * (prompt + mean // 2) // longest
+    weights = memory.kept["weights"]
+    return _stage(base, stage, memory, lambda gpu: generation_seconds(total, sequences, weights, cache, gpu))
+
+
+def _stage(base: Base, stage: str, memory: StageMemory, seconds: Callable[[Gpu], float]) -> SingleGpuStage:
+    by_gpu = {gpu.name: seconds(gpu) for gpu in GPUS if memory.fits(gpu.memory)}
+    return SingleGpuStage(stage, memory, memory.fits(base.gpu_memory), by_gpu)

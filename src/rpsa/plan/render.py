@@ -1,0 +1,187 @@
+"""A plan for a terminal, and as JSON."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from rpsa.plan.result import Layout, MethodPlan, Plan, SingleGpuStage
+from rpsa.plan.time import GPUS
+
+_WIDTH = 110
+_NOTES = (
+    "All of this is estimates. Memory: what stays is exact; passes are dry runs with the longest sequences that the "
+    "settings admit. A stage fits if 1 GiB and 5% are left. Times: 40% of the peak operations, generation by "
+    "`transformers`, good to a factor of two."
+)
+
+
+def to_json(plan: Plan) -> str:
+    """Bytes and seconds; `total` beside each memory."""
+    content = asdict(plan)
+    for method, planned in zip(content["methods"], plan.methods, strict=True):
+        for layout, of in zip(method["layouts"], planned.layouts, strict=True):
+            layout["memory"]["total"] = of.memory.total
+    for base, stages in plan.stages.items():
+        for stage, of_stage in zip(content["stages"][base], stages, strict=True):
+            stage["memory"]["total"] = of_stage.memory.total
+    return json.dumps(content, indent=2)
+
+
+def render(plan: Plan, console: Console | None = None) -> None:
+    console = console or Console()
+    console.width = max(console.width, _WIDTH)
+    for base, parameters in plan.parameters.items():
+        methods = [method for method in plan.methods if method.base == base]
+        stages = plan.stages[base]
+        unit = _unit(methods, stages)
+        console.print(f"\n[bold]{base}[/bold], {_count(parameters)} parameters, {plan.gpu_memory:g} GiB GPUs")
+        if methods:
+            console.print(f"\nAlign, {unit.name} of each GPU")
+            console.print(_memory_table(methods, unit))
+            console.print(
+                "\nOptimizer steps (measurements of c; one costs as many steps as `each` says), GPU time"
+            )
+            console.print(_steps_table(methods))
+        if stages:
+            console.print(f"\nOn one GPU, {unit.name} and time")
+            console.print(_stages_table(stages, unit))
+    if plan.reference or plan.evaluation:
+        console.print("\nTo generate")
+        console.print(_tokens_table(plan))
+    console.print(f"\n[dim]{_NOTES}[/dim]")
+    for warning in plan.warnings:
+        console.print(f"[yellow]•[/yellow] {warning}", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _memory_table(methods: list[MethodPlan], unit: "_Unit") -> Table:
+    """One row for each way of sharding that differs: more GPUs under DDP hold the same."""
+    kept = list(dict.fromkeys(part for m in methods for layout in m.layouts for part in layout.memory.kept))
+    table = _table("", "GPUs", *kept, "passes", "total", "fits")
+    for method in methods:
+        for layouts in _alike(method.layouts):
+            memory = layouts[0].memory
+            table.add_row(
+                method.method if layouts[0] is method.layouts[0] else "",
+                f"{','.join(str(layout.gpus) for layout in layouts)} {_sharding(layouts[0])}".strip(),
+                *(unit(memory.kept[part]) if part in memory.kept else "" for part in kept),
+                unit(memory.work),
+                unit(memory.total),
+                "yes" if layouts[0].fits else "no",
+            )
+    return table
+
+
+def _sharding(layout: Layout) -> str:
+    return "" if layout.sharding == "one GPU" else layout.sharding
+
+
+def _alike(layouts: list[Layout]) -> Iterable[list[Layout]]:
+    groups: list[list[Layout]] = []
+    for layout in layouts:
+        if groups and (groups[-1][0].sharding, groups[-1][0].memory) == (layout.sharding, layout.memory):
+            groups[-1].append(layout)
+        else:
+            groups.append([layout])
+    return groups
+
+
+def _steps_table(methods: list[MethodPlan]) -> Table:
+    numbers = [layout.gpus for layout in methods[0].layouts]
+    columns = [f"{n} GPU{'s' if n > 1 else ''}" for n in numbers]
+    table = _table("", "trained", "tokens", *columns, "each", *(gpu.name for gpu in GPUS))
+    for method in methods:
+        examples, about = method.safety.examples, "" if method.safety.known else "~"
+        cost = method.measurement_cost
+        table.add_row(
+            method.method + (f" ×{method.runs}" if method.runs > 1 else ""),
+            _count(method.trainable),
+            f"{'?' if examples is None else f'{examples:,}'} × {about}{method.safety.mean:,}",
+            *(_steps(layout) for layout in method.layouts),
+            "" if cost is None else f"{cost:.2g}",
+            *(_training_time(method, gpu.name) for gpu in GPUS),
+        )
+    return table
+
+
+def _steps(layout: Layout) -> str:
+    if layout.steps is None:
+        return "?"
+    measured = layout.steps.measurements
+    return f"{layout.steps.steps:,}" + (f" ({measured})" if measured else "")
+
+
+def _training_time(method: MethodPlan, gpu: str) -> str:
+    time = method.training.get(gpu)
+    return "–" if time is None else _duration(time.seconds * time.gpus)
+
+
+def _stages_table(stages: list[SingleGpuStage], unit: "_Unit") -> Table:
+    kept = list(dict.fromkeys(part for stage in stages for part in stage.memory.kept))
+    names = [gpu.name for gpu in GPUS]
+    table = _table("", *kept, "passes", "total", "fits", *names)
+    for stage in stages:
+        memory = stage.memory
+        table.add_row(
+            stage.stage,
+            *(unit(memory.kept[part]) if part in memory.kept else "" for part in kept),
+            unit(memory.work),
+            unit(memory.total),
+            "yes" if stage.fits else "no",
+            *(_duration(stage.seconds[name]) if name in stage.seconds else "–" for name in names),
+        )
+    return table
+
+
+def _tokens_table(plan: Plan) -> Table:
+    table = _table("", "responses", "tokens each", "million tokens", "at most")
+    rows = ([(plan.reference, 1)] if plan.reference else []) + [(r, plan.evaluated) for r in plan.evaluation]
+    for responses, times in rows:
+        each = "" if times == 1 else f" × {times}"
+        table.add_row(
+            responses.name,
+            f"{responses.count:,}{each}",
+            f"~{responses.tokens:,}",
+            f"~{responses.total * times / 1e6:,.2f}",
+            f"{responses.count * responses.limit * times / 1e6:,.1f}",
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    size: int
+
+    def __call__(self, size: int) -> str:
+        return f"{size / self.size:.1f}"
+
+
+def _unit(methods: list[MethodPlan], stages: list[SingleGpuStage]) -> _Unit:
+    """GiB, or MiB where nothing comes to one GiB."""
+    totals = [layout.memory.total for method in methods for layout in method.layouts]
+    totals += [stage.memory.total for stage in stages]
+    return _Unit("GiB", 1 << 30) if max(totals, default=0) >= 1 << 30 else _Unit("MiB", 1 << 20)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 60:
+        return f"{minutes:.0f} min" if minutes >= 1 else "<1 min"
+    return f"{minutes / 60:.1f} h" if minutes < 600 else f"{minutes / 60:,.0f} h"

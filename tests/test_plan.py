@@ -1,0 +1,336 @@
+"""`rpsa plan` against what is really there: live bytes of real runs, and the trainer's own count of steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import invoke
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from trl import SFTConfig, SFTTrainer
+
+from rpsa.errors import RPSAError
+from rpsa.evaluation_mode import evaluation_mode
+from rpsa.fisher.config import FisherConfig
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.fisher.estimation import Estimation
+from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.samples import read_samples
+from rpsa.parameters import trainable_parameters
+from rpsa.plan import make_plan
+from rpsa.plan.dry_run import Precision, Shape
+from rpsa.plan.live_bytes import LiveBytes
+from rpsa.plan.memory import (
+    Freezing,
+    StageMemory,
+    align_memory,
+    dry_passes,
+    fisher_memory,
+    generation_memory,
+)
+from rpsa.plan.skeleton import build_model, fake_tensors
+from rpsa.plan.steps import count_steps
+from rpsa.recipe import load_recipe
+from rpsa.reference import ReferenceDataset, Trace
+from rpsa.training.config import RPSAConfig
+from rpsa.training.trainer import RPSATrainer
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = ["matrix.bases=[tiny:0]"]
+LORA = {
+    "r": 4,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "target_modules": ["gate_proj", "up_proj", "down_proj"],
+}
+SIZES: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+# Wide, deep, and with a large vocabulary on tied weights: each has its peak at another place.
+CONFIGS = {
+    "wide": LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=704, num_hidden_layers=2, **SIZES,
+        tie_word_embeddings=False,
+    ),
+    "deep": LlamaConfig(
+        vocab_size=300, hidden_size=96, intermediate_size=256, num_hidden_layers=8, **SIZES,
+        tie_word_embeddings=False,
+    ),
+    "tied": Qwen2Config(
+        vocab_size=8000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, **SIZES,
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+SEQUENCES, LENGTH, THOUGHT = 2, 48, 96
+
+
+def real_model(config: PreTrainedConfig, dtype: str, lora: bool) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # at 0 it leaves A without a gradient, and half of the elements with F = 0
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def reference_dataset(vocabulary: int) -> ReferenceDataset:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, vocabulary, (4, THOUGHT), generator=generator).tolist()
+    traces = [Trace(str(i), row[:8], row[8:], "x", "stop", None) for i, row in enumerate(rows)]
+    return ReferenceDataset(traces, {"pad_token_id": 0})
+
+
+def safety_dataset(vocabulary: int) -> Any:
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, vocabulary, (16, LENGTH), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 8 + row[8:] for row in rows]})
+
+
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    from rpsa.tiny import tiny_model_dir
+
+    return AutoTokenizer.from_pretrained(tiny_model_dir(0))
+
+
+def live_run(
+    config: PreTrainedConfig, *, lora: bool, rpsa: bool, bf16: bool, checkpointing: bool, folder: Path
+) -> tuple[dict[str, int], int]:
+    """Bytes of the real objects between two steps, by part; and the most that was alive, by counting."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": bf16, "activation_checkpointing": checkpointing,
+        "per_device_train_batch_size": SEQUENCES, "max_steps": 3, "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "weight_decay": 0.1,
+    }  # fmt: skip
+    model = real_model(config, "bfloat16" if lora and bf16 else "float32", lora)
+    common = {"train_dataset": safety_dataset(config.vocab_size), "processing_class": tokenizer()}
+    reference = reference_dataset(config.vocab_size)
+    trainer: Any
+    if rpsa:
+        estimate_fisher(model, reference.batches(2, None), FisherConfig(progress=False)).save(
+            folder / "fisher"
+        )
+        fisher = FisherDiagonal.load(folder / "fisher")
+        args = RPSAConfig(**settings, frozen_ratio="dynamic", every=1, window=2)
+        trainer = RPSATrainer(model=model, args=args, fisher=fisher, reference_dataset=reference, **common)
+    else:
+        trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **common)
+    scores = list(fisher.scores.values()) if rpsa else []
+    with LiveBytes([*model.parameters(), *model.buffers(), *scores]) as live:
+        trainer.train()
+    parts = {
+        "weights": size_of([*model.parameters(), *model.buffers()]),
+        "gradients": size_of(p for p in model.parameters() if p.requires_grad),
+        "optimizer": size_of(
+            t for state in trainer.optimizer.optimizer.state.values() for t in state.values()
+        ),
+    }
+    if rpsa:
+        freezer, audit = trainer.freezer, trainer.rpsa.audit
+        parts["Fisher"] = size_of(freezer._fisher.values())
+        values = [*audit._initial.values(), *audit._opened[2].values()]
+        parts["audit"] = size_of(values)
+    return parts, parts["weights"] + parts.get("Fisher", 0) + live.peak
+
+
+def size_of(tensors: Any) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def planned_run(
+    config: PreTrainedConfig, *, lora: bool, rpsa: bool, bf16: bool, checkpointing: bool
+) -> StageMemory:
+    shape, reference = Shape(SEQUENCES, LENGTH), Shape(SEQUENCES, THOUGHT) if rpsa else None
+    freezing = Freezing(
+        dynamic=True, control=False, raw_moments=False, gradient_only=False, audit=True, largest_k=1.0
+    )
+    with fake_tensors():
+        model = build_model(config, "bfloat16" if lora and bf16 else "float32", LORA if lora else None)
+        passes = dry_passes(model, shape, reference, Precision(bf16, checkpointing), accumulated=False)
+        memory = align_memory(model, passes, "adamw_torch_fused", freezing if rpsa else None)
+    return memory.on(1, "one GPU")
+
+
+@pytest.mark.parametrize("rpsa", [False, True], ids=["plain", "rpsa"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_memory_is_what_is_alive(name: str, lora: bool, rpsa: bool, tmp_path: Path) -> None:
+    how = {"lora": lora, "rpsa": rpsa, "bf16": True, "checkpointing": name == "deep"}
+    parts, peak = live_run(CONFIGS[name], folder=tmp_path, **how)
+    planned = planned_run(CONFIGS[name], **how)
+    print(
+        f"{name} {how}: kept {sum(planned.kept.values())} of {sum(parts.values())}, {planned.total} of {peak}"
+    )
+    assert set(planned.kept) == set(parts)
+    for part, size in parts.items():
+        assert planned.kept[part] == pytest.approx(size, rel=0.02), part
+    assert planned.total == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
+    config = CONFIGS[name]
+    model = real_model(config, "float32", lora=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    known = [*model.parameters(), *model.buffers()]
+    data = read_samples(reference_dataset(config.vocab_size).batches(SEQUENCES, None))
+    settings = FisherConfig(probes=2, progress=False)
+    with LiveBytes(known) as live, evaluation_mode(model):
+        # without the split-half overlap that follows, which is the CPU's work
+        Estimation(model, trainable_parameters(model), data, settings).run()
+    with fake_tensors():
+        planned = fisher_memory(
+            build_model(config, "float32"), Shape(SEQUENCES, THOUGHT), 2, checkpointing=checkpointing
+        )
+    print(f"{name} Fisher: {planned.total} of {size_of(known) + live.peak}")
+    assert planned.kept["weights"] == size_of(known)
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
+
+
+def test_generation_memory_is_what_is_alive() -> None:
+    config = CONFIGS["deep"]
+    model = real_model(config, "float32", lora=False)
+    known = [*model.parameters(), *model.buffers()]
+    prompts, new = torch.full((4, 20), 7), 150
+    with LiveBytes(known) as live, torch.inference_mode():
+        model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    with fake_tensors():
+        planned = generation_memory(build_model(config, "float32"), Shape(4, 20 + new), config.vocab_size)
+    print(f"generation: {planned.total} of {size_of(known) + live.peak}")
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
+
+
+def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
+    known = torch.ones(100)
+    with LiveBytes([known]) as live:
+        view = known.view(10, 10)
+        assert live.now == 0
+        first = view + 1
+        second = first.t()
+        assert (live.now, live.peak) == (400, 400)
+        first = first[:5] * 2.0
+        assert (live.now, live.peak) == (600, 600)  # `second` keeps all of the sum
+        del second
+        assert (live.now, live.peak) == (200, 600)
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(2, 1, 3), (8, 3, 2), (7, 4, 1.5)])
+def test_steps_are_the_trainers(batch: int, accumulation: int, epochs: float, tmp_path: Path) -> None:
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation, num_train_epochs=epochs, report_to="none", save_strategy="no",
+        disable_tqdm=True, learning_rate=0.0,
+    )  # fmt: skip
+    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1)  # fmt: skip
+    trainer = SFTTrainer(
+        model=real_model(config, "float32", lora=False),
+        args=args,
+        train_dataset=safety_dataset(50),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert count_steps(args, 16, gpus=1).steps == trainer.state.max_steps == trainer.state.global_step
+
+
+def test_the_papers_own_setting_never_leaves_a_half(tmp_path: Path) -> None:
+    args = RPSAConfig(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, num_train_epochs=3
+    )
+    steps = count_steps(args, 1000, gpus=4)
+    assert (steps.sequences_per_step, steps.steps, steps.measurements) == (8, 375, 15)
+    assert (steps.dynamic_from, steps.never_dynamic) == (500, True)
+    assert not count_steps(args, 1336, gpus=4).never_dynamic  # 501 steps, the 501st is step 500
+    assert count_steps(args, 1333, gpus=4).steps == 501
+    args.max_steps = 500
+    assert count_steps(args, 1000, gpus=4).never_dynamic
+    constant = RPSAConfig(output_dir=str(tmp_path), use_cpu=True, frozen_ratio=0.6)
+    assert count_steps(constant, 1000, 1).measurements == 0
+
+
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of Llama-3.1-8B, which the paper's DeepSeek-R1-Distill-Llama-8B has."""
+    folder = tmp_path_factory.mktemp("llama-8b")
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        tie_word_embeddings=False, dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_an_8b_model_on_80_gib(eight_billion: Path) -> None:
+    recipe = load_recipe(
+        RECIPES / "deepseek-r1-distill-llama-8b" / "fft+rpsa.yaml", [f"model.name={eight_billion}"]
+    )
+    plan = make_plan(recipe, gpu_memory=80, gpus=(1, 4))
+    [method] = plan.methods
+    assert method.parameters == method.trainable == 8_030_261_248
+    one, four = method.layouts
+    n = method.parameters
+    assert [one.memory.kept[part] for part in ("gradients", "optimizer", "Fisher")] == [4 * n, 8 * n, 4 * n]
+    assert (one.fits, four.fits, four.sharding) == (False, True, "FSDP2")
+    assert four.memory.kept["optimizer"] == 2 * n
+    assert four.steps is not None
+    assert (four.steps.steps, four.steps.never_dynamic) == (357, True)
+    assert any("k stays at 0.5: 357 steps" in warning and "501 steps" in warning for warning in plan.warnings)
+    assert method.measurement_cost == pytest.approx(4096 / 150)
+    reference, fisher, evaluate = plan.stages[str(eight_billion)]
+    assert reference.memory.kept["KV cache"] == 2 * 32 * 8 * 128 * 4 * 4 * (200 + 32768)
+    assert (reference.fits, fisher.fits, evaluate.fits) == (True, True, True)
+
+
+def test_the_tiny_plan_in_a_terminal_and_as_json() -> None:
+    shown = invoke("plan", str(RECIPES / "tiny" / "demo.yaml"), *TINY, "--gpus", "1,2")
+    assert shown.exit_code == 0, shown.output
+    for words in ("Align, MiB of each GPU", "fft+rpsa", "lora+rpsa", "Fisher, LoRA", "estimates"):
+        assert words in shown.stdout
+    done = invoke("plan", str(RECIPES / "tiny" / "demo.yaml"), *TINY, "matrix.methods=[fft+rpsa]", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["parameters"] == {"tiny:0": 363_552}
+    [method] = plan["methods"]
+    memory = method["layouts"][0]["memory"]
+    assert memory["total"] == sum(memory["kept"].values()) + memory["work"]
+    assert method["layouts"][0]["steps"]["steps"] == 96
+    assert method["safety"]["known"]
+
+
+def test_a_model_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = invoke(
+        "plan", str(RECIPES / "deepseek-r1-distill-qwen-7b" / "lora.yaml"), "model.name=nobody/nothing"
+    )
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "`hf download nobody/nothing config.json`" in done.stderr
+    for wrong in ("1,x", "0"):
+        done = invoke("plan", str(RECIPES / "tiny" / "demo.yaml"), *TINY, "--gpus", wrong)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert "--gpus" in done.stderr
+    with pytest.raises(RPSAError, match="gpu-memory"):
+        make_plan(load_recipe(RECIPES / "tiny" / "demo.yaml"), gpu_memory=0)
+
+
+def test_unknown_data_leaves_the_steps_unknown(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        RECIPES / "tiny" / "demo.yaml",
+        [
+            *TINY,
+            "matrix.methods=[fft]",
+            "safety.data=UWNSL/SafeChain",
+            "safety.n=null",
+            "safety.max_length=64",
+        ],
+    )
+    plan = make_plan(recipe, gpus=(1,))
+    assert plan.methods[0].layouts[0].steps is None
+    assert any("set safety.n" in warning for warning in plan.warnings)
