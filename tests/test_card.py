@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,7 +32,7 @@ from rpsa.training.metadata import CardNames, _license, hub_id, model_metadata, 
 from rpsa.training.trainer import AUDIT_FILE, RPSAMixin, RPSATrainer
 
 RESULTS = {
-    "reasoning": {"aime24": 0.5, "mean": 0.5},
+    "reasoning": {"mean": 0.5, "aime24": 0.5},
     "asr": {"strongreject": 0.125, "mean": 0.125},
     "over_refusal": {"xstest": 0.04},
     "refused": 0.01,
@@ -370,7 +371,7 @@ def test_results_are_added_and_replaced(pieces: Any, tmp_path: Path) -> None:
     before = (tmp_path / CARD).read_text()
     first = card_with_results(tmp_path, RESULTS)
     assert (tmp_path / CARD).read_text() == before
-    assert "| Reasoning, correct ↑: aime24 | 50.0 |" in first
+    assert "| Reasoning, correct ↑: aime24 | 50.0 |\n| Reasoning, correct ↑: mean | 50.0 |" in first
     assert "Judge: `some-judge`. 1,234 responses." in first
     assert "Nothing was measured" not in first
     assert "Not measured" not in first
@@ -442,6 +443,13 @@ def test_a_run_gives_every_aligned_model_a_card(tmp_path: Path) -> None:
     rate, before = measured["asr"]["direct"], results("original/tiny-0")["asr"]["direct"]
     assert f"| Attack success ↓: direct | {100 * rate:.1f} | {100 * before:.1f} |" in card
     verify(folder)
+
+    page = (Path(__file__).parent.parent / "docs" / "model-card.md").read_text()
+    [example] = re.findall(r"````markdown\n(.*?)````", page, re.DOTALL)
+    assert re.findall(r"^#+ .*", example, re.M)[1:] == re.findall(r"^#+ .*", card, re.M)[1:]
+    assert example.partition("## Limits")[2].strip().splitlines() == [
+        line for line in card.partition("## Limits")[2].strip().splitlines() if "LoRA" not in line
+    ]
 
 
 # Names

@@ -132,6 +132,6 @@ def _rates(results: Mapping[str, Any]) -> dict[str, float]:
     rates = {
         f"{label}: {name}": rate
         for key, (_, label) in _RATES.items()
-        for name, rate in (results.get(key) or {}).items()
+        for name, rate in sorted((results.get(key) or {}).items(), key=lambda item: item[0] == "mean")
     }
     return rates | {label: results[key] for key, label in _SHARES.items() if key in results}

@@ -73,13 +73,15 @@ def _summary(metadata: Mapping[str, Any]) -> str:
 
 
 def _use(metadata: Mapping[str, Any]) -> str:
-    library, loader = ("peft", "AutoPeftModelForCausalLM") if metadata["adapter"] else (
-        "transformers", "AutoModelForCausalLM")  # fmt: skip
+    loader = "AutoModelForCausalLM"
+    imports = f"from transformers import {loader}, AutoTokenizer\n"
+    if metadata["adapter"]:
+        loader = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer\n"
     return (
-        f"```python\nfrom {library} import {loader}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {loader}.from_pretrained("path/or/id/of/this/model")\n'
+        f'```python\n{imports}\nmodel = {loader}.from_pretrained("path/or/id/of/this/model")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/or/id/of/this/model")\n```\n\n'
-        f"These facts for machines: `{METADATA}`. Fingerprint of the weights: "
+        f"The facts below for machines: `{METADATA}`. Fingerprint of the weights: "
         f"`{metadata['weights_fingerprint'] or 'not taken (sharded)'}`."
     )
 
@@ -233,6 +235,7 @@ def _limits(metadata: Mapping[str, Any]) -> str:
         "complied with; other attacks, languages, longer conversations and other sampling settings may do better.",
         "A judge errs, and another judge gives other rates: compare only rates of the same one.",
         "A model that refuses everything has a perfect attack success rate. Read it beside over-refusal.",
+        "One training run: another seed or another order of the data gives another model, with other rates.",
         "What reasoning the reasoning data does not contain was not protected." if freezing else None,
         "Freezing keeps elements, not abilities: those that trained may still have changed how the model reasons."
         if freezing

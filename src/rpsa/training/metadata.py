@@ -133,8 +133,8 @@ def _license(source: str) -> dict[str, str]:
 def _adapter(model: Any) -> dict[str, Any] | None:
     if not hasattr(model, "peft_config"):
         return None
-    config = model.peft_config[model.active_adapter]
-    targets = config.target_modules
+    config = next(iter(model.peft_config.values()))
+    targets = getattr(config, "target_modules", None)
     return {
         "type": str(getattr(config.peft_type, "value", config.peft_type)),
         "r": getattr(config, "r", None),
@@ -188,7 +188,7 @@ def _safety_data(dataset: Any, name: str | None) -> dict[str, Any]:
     size = len(dataset) if hasattr(dataset, "__len__") else None
     digest = None
     if isinstance(dataset, Dataset) and size:
-        rows = dataset.with_format(None).select(range(0, size, max(1, size // _HASHED_ROWS)))
+        rows = dataset.with_format(None).select(range(0, size, math.ceil(size / _HASHED_ROWS)))
         digest = sha256_of([size, rows.to_list()])
     name = name or _downloaded_from(dataset)
     without_split = name.partition(":")[0] if name else None
