@@ -28,7 +28,8 @@ from rpsa.pipeline import run, verify
 from rpsa.training.card import CARD, add_results, card_with_results, write_card
 from rpsa.training.card_text import METADATA
 from rpsa.training.config import RPSAArguments
-from rpsa.training.metadata import CardNames, _license, hub_id, model_metadata, public_name
+from rpsa.training.metadata import _license, model_metadata
+from rpsa.training.names import CardNames, hub_id, public_name
 from rpsa.training.trainer import AUDIT_FILE, RPSAMixin, RPSATrainer
 
 RESULTS = {

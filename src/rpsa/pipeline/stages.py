@@ -27,7 +27,8 @@ from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems, safety_examples
 from rpsa.training.card import write_card
-from rpsa.training.metadata import CardNames, model_metadata
+from rpsa.training.metadata import model_metadata
+from rpsa.training.names import CardNames
 from rpsa.training.safety_data import (
     SafetyExample,
     contamination,

@@ -28,7 +28,8 @@ from rpsa.parameters import module_group, trainable_parameters
 from rpsa.reference import ReferenceDataset
 from rpsa.training.card import write_card
 from rpsa.training.config import RPSAArguments
-from rpsa.training.metadata import CardNames, model_metadata
+from rpsa.training.metadata import model_metadata
+from rpsa.training.names import CardNames
 from rpsa.training.reasoning_gradient import reasoning_backward
 
 if TYPE_CHECKING:
