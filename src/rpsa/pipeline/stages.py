@@ -23,9 +23,12 @@ from rpsa.fisher.estimators import estimate_fisher
 from rpsa.generation import Completion, Sampling
 from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, training_dtype
 from rpsa.pipeline.tasks import Stage, Task, align_task, fisher_task, reference_task
-from rpsa.recipe.schema import Cell, Recipe, Safety
+from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems, safety_examples
+from rpsa.training.card import write_card
+from rpsa.training.metadata import model_metadata
+from rpsa.training.names import CardNames
 from rpsa.training.safety_data import (
     SafetyExample,
     contamination,
@@ -166,6 +169,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
         )
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(folder)
+    write_card(folder, model_metadata(trainer, card_names(recipe, cell)))
     atomic_write(
         folder / LOG,
         stable_json(
@@ -179,6 +183,14 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
         ),
     )
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def card_names(recipe: Recipe, cell: Cell) -> CardNames:
+    """The recipe's own names, for the model card."""
+    assert cell.safety is not None
+    return CardNames(
+        model=slug(cell.id), base=cell.base, dataset=cell.safety.data, problems=recipe.reference.problems
+    )
 
 
 def make_trainer(

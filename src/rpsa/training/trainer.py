@@ -26,7 +26,10 @@ from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.parameters import module_group, trainable_parameters
 from rpsa.reference import ReferenceDataset
+from rpsa.training.card import write_card
 from rpsa.training.config import RPSAArguments
+from rpsa.training.metadata import model_metadata
+from rpsa.training.names import CardNames
 from rpsa.training.reasoning_gradient import reasoning_backward
 
 if TYPE_CHECKING:
@@ -106,10 +109,42 @@ class RPSAMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights, tokenizer, model card, and the audit if there is one."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        if self.rpsa.audit is not None and self.args.should_save:
+        if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            (folder / AUDIT_FILE).write_text(json.dumps(self.rpsa.report(), indent=1) + "\n")
+            if self.rpsa.audit is not None:
+                (folder / AUDIT_FILE).write_text(json.dumps(self.rpsa.report(), indent=1) + "\n")
+            write_card(folder, model_metadata(self, CardNames(model=self._hub_name())))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        finetuned_from: str | None = None,
+        **front_matter: Any,
+    ) -> None:
+        """Write the card into `args.output_dir`; `push_to_hub` calls this with the keywords that it is given.
+
+        Args:
+            dataset_name: the safety data, as a Hugging Face id or what else it is called.
+            finetuned_from: the base model, if the model's config does not name it.
+            front_matter: more fields of the card's YAML, such as `license` or `language`.
+        """
+        if not self.is_world_process_zero():
+            return
+        names = CardNames(
+            model=model_name or self._hub_name(),
+            base=finetuned_from,
+            dataset=dataset_name,
+            tags=(tags,) if isinstance(tags, str) else tuple(tags or ()),
+            front_matter=front_matter,
+        )
+        write_card(Path(str(self.args.output_dir)), model_metadata(self, names))
+
+    def _hub_name(self) -> str | None:
+        return self.args.hub_model_id.split("/")[-1] if self.args.hub_model_id else None
 
 
 class RPSATrainer(RPSAMixin, SFTTrainer):
@@ -284,6 +319,11 @@ class RPSACallback(TrainerCallback, ExportableState):
         """The audit with the trajectory of k: what `rpsa_audit.json` holds."""
         assert self.audit is not None
         return self.audit.report() | {"trajectory": self.trajectory}
+
+    @property
+    def frozen_fraction(self) -> float:
+        """The share of all trainable elements that the present mask freezes."""
+        return self._frozen_fraction
 
     # Checkpoints
 
