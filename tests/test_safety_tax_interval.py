@@ -1,12 +1,14 @@
 """The bootstrap over problems and the Safety Tax Rate: against loops, known cases, the paper's table, simulation."""
 
 import random
+import re
 import runpy
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -311,6 +313,14 @@ def table_1() -> list[list[str]]:
     )
     assert done.stdout in (ROOT / "docs" / "statistics.md").read_text()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line]
+
+
+def test_the_example_of_the_documentation() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "statistics.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["tax"].value is None
+    assert names["tax"].reason in code
 
 
 def test_table_1_of_the_paper_is_recomputed(table_1: list[list[str]]) -> None:
