@@ -279,6 +279,13 @@ def test_paired_intervals_hold_the_truth_about_95_times_in_100(p: float, q: floa
     assert held >= 930
 
 
+def test_pairing_narrows_an_interval() -> None:
+    before = [1.0] * 30 + [0.0] * 30
+    paired, crossed = newcombe(before, [1.0] * 28 + [0.0] * 32), newcombe(before, [0.0] * 32 + [1.0] * 28)
+    assert paired.value == crossed.value
+    assert paired.high - paired.low < 0.6 * (crossed.high - crossed.low)
+
+
 def test_draws_widen_an_interval() -> None:
     same = {"x": [[1.0, 0.0] * 20] * 5}
     spread = {"x": [[1.0] * 40, [0.0] * 40, [1.0, 0.0] * 20, [1.0] * 40, [0.0] * 40]}

@@ -41,7 +41,7 @@ def layer_map(of: Anatomy, title: str) -> Figure:
     lower.xaxis.set_major_formatter(lambda x, _: str(layers[int(x)]) if 0 <= x < len(layers) else "")
     lower.grid(True, color="#e3e5e8", linewidth=0.7)
     lower.spines[["top", "right"]].set_visible(False)
-    lower.tick_params(labelsize=8.5, length=3)
+    lower.tick_params(which="both", labelsize=8.5, length=3)
     return figure
 
 
@@ -58,8 +58,8 @@ def module_bars(of: Anatomy, title: str) -> Figure:
     _bars(left, list(matrices), list(matrices.values()), [kinds[name] for name in matrices])
     _bars(right, [_NAMES[kind] for kind in blocks], list(blocks.values()), list(blocks))
     right.set_ylim(left.get_ylim())  # bars of one thickness
-    left.set_title(f"{title}: mean Fisher of a matrix", fontsize=10)
-    right.set_title("of all of them", fontsize=10)
+    left.set_title(f"{title}: mean Fisher by matrix", fontsize=10)
+    right.set_title("of all matrices", fontsize=10)
     return figure
 
 
