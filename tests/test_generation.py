@@ -12,7 +12,7 @@ from real_format import byte_level_tokenizer, small_qwen2
 from tokenizers import AddedToken
 
 from rpsa.errors import RPSAError
-from rpsa.generation import Sampling
+from rpsa.generation import Sampling, sample_id, sample_seed
 from rpsa.generation.transformers import TransformersGenerator
 
 torch.set_num_threads(1)
@@ -73,8 +73,8 @@ def test_equals_one_prompt_at_a_time_without_cache_or_padding(temperature):
     model = peaked_model()
     sampling = Sampling(temperature=temperature, top_p=0.9, max_new_tokens=12, seed=3)
     completions = run(model, sampling)
-    for prompt, sample_id, completion in zip(PROMPTS, IDS, completions, strict=True):
-        assert completion.token_ids == slow_response(model, prompt, sampling, sample_id)
+    for prompt, name, completion in zip(PROMPTS, IDS, completions, strict=True):
+        assert completion.token_ids == slow_response(model, prompt, sampling, name)
 
 
 def chi_square(counts, expected, n):
@@ -190,6 +190,53 @@ def test_peft_model():
     assert run(model, sampling) == expected  # B = 0
     assert base.generation_config.repetition_penalty == 1.7
     assert model.generation_config.repetition_penalty == 1.7
+
+
+class FullGPU:
+    """A model's `generate` for which more than `room` sequences are too many."""
+
+    def __init__(self, model, room, error=torch.OutOfMemoryError):
+        self.generate, self.room, self.error, self.sizes = model.generate, room, error, []
+
+    def __call__(self, input_ids, **arguments):
+        self.sizes.append(len(input_ids))
+        if len(input_ids) > self.room:
+            raise self.error("CUDA out of memory")
+        return self.generate(input_ids=input_ids, **arguments)
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
+    model, sampling = peaked_model(), Sampling(max_new_tokens=8)
+    expected = run(model, sampling)
+    gpu = FullGPU(model, room=2)
+    monkeypatch.setattr(model, "generate", gpu)
+    assert run(model, sampling, batch_size=6) == expected
+    assert gpu.sizes == [6, 3, 2, 2, 2]
+    assert "out of GPU memory with 6 sequences: going on with 3" in caplog.text
+
+
+def test_a_sequence_that_does_not_fit_is_one_line_and_other_errors_pass(monkeypatch):
+    model, sampling = peaked_model(), Sampling(max_new_tokens=8)
+    original = model.generate
+    monkeypatch.setattr(model, "generate", FullGPU(model, room=0))
+    with pytest.raises(RPSAError, match="one sequence of 8 prompt tokens and up to 8 new ones"):
+        run(model, sampling)
+    monkeypatch.setattr(model, "generate", original)
+    monkeypatch.setattr(model, "generate", FullGPU(model, 0, RuntimeError))
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        run(model, sampling)
+
+
+def test_sample_ids_and_seeds():
+    triples = [(t, d, i) for t in ("a", "a/b", "a%2Fb", "") for d in ("1", "b/1", 11, "") for i in (0, 1, 11)]
+    ids = {sample_id(*triple) for triple in triples}
+    assert len(ids) == len(triples)
+    assert sample_id("aime24", 3, 0) == "aime24/3/0"
+    seeds = {sample_seed(seed, name) for seed in (0, 42) for name in ids}
+    assert len(seeds) == 2 * len(ids)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert max(seeds) > 2**30
+    assert sample_seed(42, "aime24/3/0") == 1049702189  # stored samples depend on it
 
 
 def test_mistakes():

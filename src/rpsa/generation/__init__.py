@@ -1,12 +1,14 @@
 """One interface to whatever generates text: prompts as token ids in, token ids and text out."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+from urllib.parse import quote
 
 from rpsa.errors import RPSAError
 
-__all__ = ["Completion", "Generator", "Sampling"]
+__all__ = ["Completion", "Generator", "Sampling", "sample_id", "sample_seed"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Completion:
     """One response without its prompt and without padding.
 
     `token_ids` are exactly what the model emitted, EOS included; `text` leaves out special tokens other than
-    `<think>` and `</think>`. `finish_reason` is "stop" if and only if EOS was emitted.
+    `<think>` and `</think>`. `finish_reason` is "stop" if and only if EOS was emitted. Where `exact` is False,
+    a server gave text alone: `token_ids` are what the tokenizer makes of it, which may be split otherwise.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: Literal["stop", "length"]
+    exact: bool = True
 
 
 class Generator(Protocol):
@@ -51,3 +55,20 @@ class Generator(Protocol):
         A response depends on its prompt, `sampling` and its sample id, never on what else is in the batch.
         """
         ...
+
+
+def sample_id(task: str, document: str | int, index: int) -> str:
+    """The id of response number `index` to one document of a task; different triples have different ids."""
+    return f"{task}/{quote(str(document), safe='')}/{index}"
+
+
+def sample_seed(seed: int, sample_id: str) -> int:
+    """The seed of one response for an engine with its own random numbers: 31 bits, which every engine takes."""
+    digest = hashlib.blake2b(f"{seed}\0{sample_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def check_lengths(prompts: Sequence[list[int]], sample_ids: Sequence[str]) -> None:
+    """Raise RPSAError unless there is one sample id for each prompt."""
+    if len(prompts) != len(sample_ids):
+        raise RPSAError(f"{len(prompts)} prompts with {len(sample_ids)} sample ids: give one for each")

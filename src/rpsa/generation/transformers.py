@@ -6,6 +6,7 @@ cumulative distribution; `generate` itself decodes greedily and draws nothing.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from rpsa.chat import CLOSE_THOUGHT, OPEN_THOUGHT
 from rpsa.errors import RPSAError
-from rpsa.generation import Completion, Sampling
+from rpsa.generation import Completion, Sampling, check_lengths
+from rpsa.generation.decoding import ResponseDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersGenerator:
@@ -29,6 +32,7 @@ class TransformersGenerator:
     Batches are left-padded and ordered by prompt length, longest first. The model's training flags and its
     generation settings come back after every batch; of the latter only the EOS ids are used, so that nothing
     but `Sampling` shapes the distribution. Batches change the text only where kernels round differently.
+    A batch that does not fit into the GPU's memory is halved, and so are those after it.
     """
 
     def __init__(
@@ -38,19 +42,44 @@ class TransformersGenerator:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._eos_ids = _eos_ids(model, tokenizer)
-        self._hidden_ids = _hidden_ids(tokenizer)
+        self._decoder = ResponseDecoder(tokenizer)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, sample_ids: Sequence[str]
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index, completion) batch by batch; see `rpsa.generation.Generator`."""
-        if len(prompts) != len(sample_ids):
-            raise RPSAError(f"{len(prompts)} prompts with {len(sample_ids)} sample ids: give one for each")
+        """Yield (index, completion) batch by batch; see `rpsa.generation.Generator`.
+
+        Raises RPSAError if a single sequence does not fit into the GPU's memory.
+        """
+        check_lengths(prompts, sample_ids)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            rows = self._respond([prompts[i] for i in batch], sampling, [sample_ids[i] for i in batch])
+        size, start = self.batch_size, 0
+        while start < len(order):
+            batch = order[start : start + size]
+            rows = self._respond_if_it_fits(
+                [prompts[i] for i in batch], sampling, [sample_ids[i] for i in batch]
+            )
+            if rows is None:
+                size = (len(batch) + 1) // 2
+                logger.warning("out of GPU memory with %d sequences: going on with %d", len(batch), size)
+                continue
+            start += len(batch)
             yield from zip(batch, map(self._completion, rows), strict=True)
+
+    def _respond_if_it_fits(
+        self, prompts: list[list[int]], sampling: Sampling, sample_ids: list[str]
+    ) -> list[list[int]] | None:
+        """`_respond`, or None where the GPU's memory is too small for a batch of several."""
+        try:
+            return self._respond(prompts, sampling, sample_ids)
+        except torch.OutOfMemoryError as error:
+            if len(prompts) == 1:
+                raise RPSAError(
+                    f"out of GPU memory with one sequence of {len(prompts[0])} prompt tokens and up to "
+                    f"{sampling.max_new_tokens} new ones: lower max_new_tokens or load the model in bfloat16"
+                ) from error
+        torch.cuda.empty_cache()  # outside of the handler, whose traceback keeps the tensors alive
+        return None
 
     def _respond(
         self, prompts: list[list[int]], sampling: Sampling, sample_ids: list[str]
@@ -81,12 +110,7 @@ class TransformersGenerator:
     def _completion(self, row: list[int]) -> Completion:
         end = next((n for n, token in enumerate(row, start=1) if token in self._eos_ids), None)
         token_ids = row[:end]
-        text = self.tokenizer.decode(
-            [i for i in token_ids if i not in self._hidden_ids],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
-        return Completion(token_ids, str(text), "length" if end is None else "stop")
+        return Completion(token_ids, self._decoder.text(token_ids), "length" if end is None else "stop")
 
 
 class _KeyedChoice(LogitsProcessor):
@@ -157,10 +181,3 @@ def _eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> 
             f"neither tokenizer {tokenizer.name_or_path!r} nor its model has an EOS token: set one"
         )
     return ids
-
-
-def _hidden_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Special tokens that a completion's text leaves out."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kept = {tokenizer.convert_tokens_to_ids(word) for word in (OPEN_THOUGHT, CLOSE_THOUGHT)}
-    return (special | set(tokenizer.all_special_ids)) - (kept - {tokenizer.unk_token_id})
