@@ -1,0 +1,99 @@
+"""Generation that goes on where it was stopped: every completion is on disk before it is yielded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rpsa.artifacts import append_line, recover_lines, sha256_of
+from rpsa.errors import RPSAError
+from rpsa.generation import Completion, Generator, Sampling, check_lengths
+from rpsa.generation.progress import track
+
+FORMAT = 1
+
+
+def generate_resumable(
+    generator: Generator,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    sample_ids: Sequence[str],
+    path: str | Path,
+    identity: str = "",
+    label: str | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Yield (index, completion) as `generator` does, those that `path` holds already first.
+
+    `path` is a JSONL: a header with the sampling and `identity` (what else decides the responses: the model's
+    path or fingerprint), then a record for each sample with its id and the hash of its prompt. A line that a
+    crash cut off is removed and its sample made again; samples may be added later. `label` shows progress.
+
+    Raises RPSAError if two samples share an id, or if the file was made with another sampling or identity,
+    holds a sample that is not asked for or has another prompt, or is damaged.
+    """
+    check_lengths(prompts, sample_ids)
+    index_of = {sample_id: index for index, sample_id in enumerate(sample_ids)}
+    if len(index_of) < len(sample_ids):
+        twice = next(name for i, name in enumerate(sample_ids) if index_of[name] != i)
+        raise RPSAError(f"two samples have the id {twice!r}: ids must be unique")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    header = {"format": FORMAT, "identity": identity, "sampling": asdict(sampling)}
+    lines = recover_lines(target)
+    if lines:
+        _check_header(target, lines[0], header)
+    stored = _stored(target, lines[1:], prompts, index_of)
+    yield from stored.items()
+    missing = [i for i in range(len(prompts)) if i not in stored]
+    if not missing:
+        return
+    completions = generator.generate(
+        [prompts[i] for i in missing], sampling, [sample_ids[i] for i in missing]
+    )
+    if label is not None:
+        completions = track(completions, len(prompts), label, done=len(stored))
+    with target.open("a", encoding="utf-8") as file:
+        if not lines:
+            append_line(file, header)
+        for position, completion in completions:
+            index = missing[position]
+            key = {"id": sample_ids[index], "prompt_sha256": _prompt_hash(prompts[index])}
+            append_line(file, key | asdict(completion))
+            yield index, completion
+
+
+def _check_header(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    if found.keys() != header.keys() or found["format"] != FORMAT:
+        raise RPSAError(f"{path} does not hold completions: give another path or delete it")
+    for name in ("identity", "sampling"):
+        if found[name] != header[name]:
+            raise RPSAError(
+                f"{path} was made with {name} {found[name]!r}, not {header[name]!r}: give another path or delete it"
+            )
+
+
+def _stored(
+    path: Path,
+    records: Sequence[Mapping[str, Any]],
+    prompts: Sequence[list[int]],
+    index_of: Mapping[str, int],
+) -> dict[int, Completion]:
+    """Completions by index, in the order of the file."""
+    found: dict[int, Completion] = {}
+    for number, record in enumerate(records, start=2):
+        index = index_of.get(record["id"])
+        if index is None or record["prompt_sha256"] != _prompt_hash(prompts[index]):
+            what = "a sample that is not asked for" if index is None else "an answer to another prompt"
+            raise RPSAError(
+                f"{path} line {number} is {what} ({record['id']!r}): give another path or delete the file"
+            )
+        if index in found:
+            raise RPSAError(f"{path} line {number} repeats {record['id']!r}: did two processes write to it?")
+        found[index] = Completion(
+            record["token_ids"], record["text"], record["finish_reason"], record["exact"]
+        )
+    return found
+
+
+def _prompt_hash(prompt: list[int]) -> str:
+    return sha256_of(list(prompt))
