@@ -59,7 +59,7 @@ class Generator(Protocol):
 
 def sample_id(task: str, document: str | int, index: int) -> str:
     """The id of response number `index` to one document of a task; different triples have different ids."""
-    return f"{quote(task, safe='')}/{quote(str(document), safe='')}/{index}"
+    return f"{task}/{quote(str(document), safe='')}/{index}"
 
 
 def sample_seed(seed: int, sample_id: str) -> int:
