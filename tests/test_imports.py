@@ -50,7 +50,8 @@ def imports_of(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors"},
-    {"parameters", "sharding", "artifacts", "rows", "evaluation_mode"},
+    {"sharding"},
+    {"parameters", "artifacts", "rows", "evaluation_mode"},
     {"fisher"},
     {"freezing"},
     {"chat", "answers"},
