@@ -19,7 +19,8 @@ def run_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     processes = [
-        _SERVER.Process(target=_run, args=(rank, count, port, function, folder, args)) for rank in range(count)
+        _SERVER.Process(target=_run, args=(rank, count, port, function, folder, args))
+        for rank in range(count)
     ]
     for process in processes:
         process.start()

@@ -16,7 +16,6 @@ from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.fisher.squares import SquaredGradients
-from rpsa.parameters import trainable_parameters
 from rpsa.sharding import full
 
 BATCHES = [  # as many batches as leave one of two ranks, and two of three, without a last one
@@ -66,7 +65,12 @@ def wrap(model: nn.Module, engine: str) -> nn.Module:
 
 
 def estimate(
-    kind: str, engine: str, settings: dict[str, Any], sample_size: int, folder: Path | None, spoil: bool = False
+    kind: str,
+    engine: str,
+    settings: dict[str, Any],
+    sample_size: int,
+    folder: Path | None,
+    spoil: bool = False,
 ) -> Any:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -134,7 +138,11 @@ def test_ranks_find_what_one_process_finds(
             assert ours["estimation"][key] == theirs["estimation"][key]
         for k, overlap in theirs["estimation"]["split_half"].items():
             assert ours["estimation"]["split_half"][k] == pytest.approx(overlap, abs=0.01)
-    print("relative error", relative_error(several[0]["scores"], alone["scores"]), alone["manifest"]["estimation"]["path"])
+    print(
+        "relative error",
+        relative_error(several[0]["scores"], alone["scores"]),
+        alone["manifest"]["estimation"]["path"],
+    )
     if engine == "fsdp2":
         sizes = [one["held"] for one in several]
         assert sum(sizes) == sum(score.numel() for score in alone["scores"].values())

@@ -119,7 +119,9 @@ class FisherDiagonal:
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shapes = {name: torch.empty(score.shape, dtype=dtype, device="meta") for name, score in self.scores.items()}
+        shapes = {
+            name: torch.empty(score.shape, dtype=dtype, device="meta") for name, score in self.scores.items()
+        }
         plan = split_torch_state_dict_into_shards(
             shapes, filename_pattern="fisher{suffix}.safetensors", max_shard_size=_SHARD_BYTES
         )

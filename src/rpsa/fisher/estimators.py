@@ -114,7 +114,9 @@ def _refuse_different_data(data: list[Samples]) -> None:
     """A rank that has other samples, or as many in other batches, would leave its part out or wait for ever."""
     ours = (data_fingerprint(data), [samples.ids for samples in data])
     if any(theirs != ours for theirs in gather_objects(ours)):
-        raise RPSAError("the ranks have different samples: give estimate_fisher the same batches on all of them")
+        raise RPSAError(
+            "the ranks have different samples: give estimate_fisher the same batches on all of them"
+        )
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:

@@ -121,8 +121,10 @@ class Hooks:
         kind = unsharded_type(module)
         if kind is nn.Linear:
             return self._linear(names)
-        if kind is nn.Embedding and not (
-            module.max_norm or module.scale_grad_by_freq or module.sparse
+        if (
+            isinstance(module, nn.Embedding)
+            and kind is nn.Embedding
+            and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
         ):
             return self._embedding(names["weight"], module.padding_idx)
         if kind.__name__.endswith(("RMSNorm", "LayerNorm")):
