@@ -25,11 +25,10 @@ def run_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=240)
         process.kill()
-    for rank in range(count):
-        failure = folder / f"failure-{rank}"
-        assert not failure.exists(), f"rank {rank} of {count}: {failure.read_text()}"
+    failures = sorted(folder.glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
+    assert not failures, "\n".join(f"{path.name} of {count}: {path.read_text()}" for path in failures)
     return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(count)]
 
 

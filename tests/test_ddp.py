@@ -127,7 +127,7 @@ def assert_same(ours: dict[str, Any], expected: dict[str, Any], dtype: str) -> N
     assert max(norms) < 1e-6
     for run in (ours, expected):
         assert run["report"]["frozen_elements_moved"] == 0
-        assert run["report"]["frozen_element_steps_checked"] > 1000
+        assert run["report"]["frozen_element_steps_checked"] > 500
 
 
 KINDS = ["llama", "qwen2", "llama+lora", "qwen2+lora"]

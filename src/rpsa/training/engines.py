@@ -7,8 +7,8 @@ from rpsa.errors import RPSAError
 
 _PARALLEL = "use DDP or FSDP2 (recipes/accelerate)"
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed is not supported: it steps inside backward and hides gradients; {_PARALLEL}",
-    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM is not supported: it shards in ways of its own; {_PARALLEL}",
+    "DEEPSPEED": "DeepSpeed is not supported: it steps inside backward and hides gradients",
+    "MEGATRON_LM": "Megatron-LM is not supported: it shards in ways of its own",
 }
 _DIMENSIONS = {"TP": "tensor", "PP": "pipeline", "CP": "context", "SP": "sequence", "DP_REPLICATE": "hybrid"}
 
@@ -20,16 +20,19 @@ def refuse_engines(environment: Mapping[str, str]) -> None:
         environment: what `accelerate launch` gives its processes: `os.environ` in one of them.
     """
     for name, message in _REFUSED.items():
-        if environment.get(name, "").lower() in ("true", "1"):
-            raise RPSAError(message)
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        if environment.get("FSDP_VERSION") != "2":
-            raise RPSAError("FSDP1 is not supported: it flattens parameters; set fsdp_version: 2")
+        if _is_set(environment, f"ACCELERATE_USE_{name}"):
+            raise RPSAError(f"{message}; {_PARALLEL}")
+    if _is_set(environment, "ACCELERATE_USE_FSDP") and environment.get("FSDP_VERSION") != "2":
+        raise RPSAError("FSDP1 is not supported: it flattens parameters; set fsdp_version: 2")
     for dimension, word in _DIMENSIONS.items():
         if int(environment.get(f"PARALLELISM_CONFIG_{dimension}_SIZE") or 1) > 1:
             raise RPSAError(
                 f"{word} parallelism is not supported: it is untested with exact freezing; {_PARALLEL}"
             )
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").lower() in ("true", "1")
 
 
 def refuse_accelerator(accelerator: Any, gpus: int) -> None:
