@@ -64,6 +64,7 @@ LAYERS = [
     {"report"},
     {"pipeline"},
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ def readable_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _stop("interrupted; finished stages are kept, and the same command goes on from there", 130)
     except Exception as error:
+        _tell_launcher(str(error) or type(error).__name__)
         # safetensors and torch report a full disk through errors of their own.
         if not isinstance(error, OSError) and "No space left on device" not in str(error):
             raise
@@ -56,8 +58,25 @@ def _machine_error(error: Exception) -> str:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    message = " ".join(message.split())
+    if not _tell_launcher(message):
+        typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _tell_launcher(message: str) -> bool:
+    """Leave a message for the launcher that started this process among others; False if it is to be printed here.
+
+    All ranks make the same mistake at once: one of them says so.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from rpsa.pipeline.launch import MARK
+
+    get_error_handler().record_exception(RPSAError(message))
+    return MARK in os.environ or os.environ.get("RANK") != "0"
 
 
 def _version(wanted: bool) -> None:

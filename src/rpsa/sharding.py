@@ -130,6 +130,11 @@ def all_reduce(tensor: Tensor, operation: str = "SUM") -> Tensor:
     return tensor
 
 
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks."""
     if world_size() == 1:

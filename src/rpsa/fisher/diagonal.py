@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.quantile import count_nonzero, order_statistic, threshold_rank
 from rpsa.parameters import fingerprint, trainable_parameters
-from rpsa.sharding import full, is_sharded, local, rank, world_size
+from rpsa.sharding import barrier, full, is_sharded, local, rank
 
 MANIFEST = "manifest.json"
 _SHARD_BYTES = 4 << 30
@@ -108,7 +107,8 @@ class FisherDiagonal:
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write sharded safetensors and `manifest.json` into `folder`; bf16 halves the size.
 
-        Sharded scores are gathered a file (4 GiB) at a time: all ranks must call it, and rank 0 writes.
+        Among several ranks rank 0 writes; sharded scores are gathered a file (4 GiB) at a time, so that all ranks
+        must call it.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
@@ -134,12 +134,12 @@ class FisherDiagonal:
         }
         for filename, names in plan.filename_to_tensors.items():
             stored = {name: full(self.scores[name]).to("cpu", dtype).contiguous() for name in names}
-            if not self._sharded or rank() == 0:
+            if rank() == 0:
                 save_file(stored, folder / filename)
-        if not self._sharded or rank() == 0:
+        if rank() == 0:
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if self._sharded and world_size() > 1:
-            dist.barrier()
+        if self._sharded:
+            barrier()
 
     @classmethod
     def load(cls, folder: str | Path) -> "FisherDiagonal":
