@@ -42,9 +42,10 @@ def readable_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _stop("interrupted; finished stages are kept, and the same command goes on from there", 130)
     except Exception as error:
-        _tell_launcher(str(error) or type(error).__name__)
         # safetensors and torch report a full disk through errors of their own.
         if not isinstance(error, OSError) and "No space left on device" not in str(error):
+            if _tell_launcher(error):
+                raise typer.Exit(1) from None
             raise
         _stop(_machine_error(error), 1)
 
@@ -59,15 +60,15 @@ def _machine_error(error: Exception) -> str:
 
 def _stop(message: str, code: int) -> None:
     message = " ".join(message.split())
-    if not _tell_launcher(message):
+    if not _tell_launcher(RPSAError(message)):
         typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 
-def _tell_launcher(message: str) -> bool:
-    """Leave a message for the launcher that started this process among others; False if it is to be printed here.
+def _tell_launcher(error: Exception) -> bool:
+    """Leave an error to the launcher that started this process among others; False if it is to be printed here.
 
-    All ranks make the same mistake at once: one of them says so.
+    All ranks make the same mistake at once, and fail when one of them does: it is said once.
     """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return False
@@ -75,8 +76,8 @@ def _tell_launcher(message: str) -> bool:
 
     from rpsa.pipeline.launch import MARK
 
-    get_error_handler().record_exception(RPSAError(message))
-    return MARK in os.environ or os.environ.get("RANK") != "0"
+    get_error_handler().record_exception(error)
+    return MARK in os.environ or (isinstance(error, RPSAError) and os.environ.get("RANK") != "0")
 
 
 def _version(wanted: bool) -> None:

@@ -3,7 +3,9 @@
 import gc
 import logging
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from rpsa.errors import RPSAError
 from rpsa.recipe.schema import Launch, Recipe
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     from rpsa.pipeline.tasks import Stage
 
 LAUNCHED_STAGES = ("fisher", "align")
@@ -88,8 +92,7 @@ def launch(recipe: Recipe, stage: "Stage") -> None:
         try:
             launch_command(launch_command_parser().parse_args(arguments))
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise RPSAError(f"stage {stage}: {_reason(rank, failure)}") from None
+            raise RPSAError(f"stage {stage}: {_reason(error)}") from None
         except SignalException:
             raise KeyboardInterrupt from None
         except (subprocess.CalledProcessError, SystemExit):  # one process, which has said why
@@ -111,11 +114,18 @@ def options(launch: Launch) -> list[str]:
     return result
 
 
-def _reason(rank: int, failure: Any) -> str:
+def _reason(error: "ChildFailedError") -> str:
+    """What the first rank to fail has left. A rank that was killed comes first: the others fail because of it."""
+    killed = [rank for rank, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
+    rank = killed[0] if killed else error.get_first_failure()[0]
+    failure: Any = error.failures[rank]
     message = failure.message
-    if isinstance(message, dict):  # left by the process itself
-        text = str(message["message"]).removeprefix("RPSAError: ")
-        return text if failure.exitcode == 2 else f"rank {rank} failed: {' '.join(text.split())}"
+    if isinstance(message, dict):  # from the process itself
+        text = " ".join(str(message["message"]).removeprefix("RPSAError: ").split())
+        if failure.exitcode in (1, 2) and "RPSAError" in str(message["message"]):
+            return text
+        print(message["extraInfo"]["py_callstack"], file=sys.stderr)
+        return f"rank {rank} failed, and the others were stopped: {text}"
     ended = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with {failure.exitcode}"
     )
