@@ -46,6 +46,57 @@ def test_examples_run_and_move_nothing_frozen(script: str, tmp_path: Path) -> No
     assert "0 frozen elements moved" in done.stdout
 
 
+def test_the_fsdp2_example_runs_and_goes_on_with_other_ranks(tmp_path: Path) -> None:
+    def start(ranks: int) -> list[str]:
+        done = subprocess.run(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc-per-node",
+                    str(ranks),
+                ),
+                *(str(ROOT / "examples" / "fsdp2_loop.py"), str(tmp_path)),
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "\n0 frozen elements moved" in done.stdout
+        return [line for line in done.stdout.splitlines() if line.startswith("step ")]
+
+    whole = start(2)
+    assert len(whole) == 8
+    resumed = start(1)  # from the checkpoint that the first run left at step 4
+    assert [line.split()[1] for line in resumed] == ["4", "5", "6", "7"]
+    for found, expected in zip(resumed, whole[4:], strict=True):
+        (_, loss, c, k), (_, whole_loss, whole_c, whole_k) = numbers(found), numbers(expected)
+        assert loss == pytest.approx(whole_loss, abs=2e-3)
+        assert c == pytest.approx(whole_c, abs=2e-5)
+        assert k == pytest.approx(whole_k, abs=1e-2)
+
+
+def numbers(line: str) -> list[float]:
+    return [float(word) for word in line.split()[1::2]]
+
+
+def test_the_benchmark_at_8b_runs_when_it_is_small(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "gpu_8b.py"), "lora", "--shape", "test"),
+            *("--steps", "2", "--length", "16", "--batch", "1"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"frozen elements moved": 0' in done.stdout
+
+
 def test_the_readmes_trl_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir(0), dtype=torch.float32)

@@ -52,7 +52,8 @@ def imports_of(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors"},
-    {"parameters", "sharding", "artifacts", "rows", "evaluation_mode"},
+    {"sharding"},
+    {"parameters", "artifacts", "rows", "evaluation_mode"},
     {"fisher"},
     {"freezing"},
     {"chat", "answers"},
@@ -67,6 +68,7 @@ LAYERS = [
     {"pipeline"},
     {"plan"},
     {"cli"},
+    {"__main__"},
 ]
 
 

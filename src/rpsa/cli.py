@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ def readable_errors() -> Iterator[None]:
     except Exception as error:
         # safetensors and torch report a full disk through errors of their own.
         if not isinstance(error, OSError) and "No space left on device" not in str(error):
+            if _tell_launcher(error):
+                raise typer.Exit(1) from None
             raise
         _stop(_machine_error(error), 1)
 
@@ -56,8 +59,25 @@ def _machine_error(error: Exception) -> str:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    message = " ".join(message.split())
+    if not _tell_launcher(RPSAError(message)):
+        typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _tell_launcher(error: Exception) -> bool:
+    """Leave an error to the launcher that started this process among others; False if it is to be printed here.
+
+    All ranks make the same mistake at once, and fail when one of them does: it is said once.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from rpsa.pipeline.launch import MARK
+
+    get_error_handler().record_exception(error)
+    return MARK in os.environ or (isinstance(error, RPSAError) and os.environ.get("RANK") != "0")
 
 
 def _version(wanted: bool) -> None:

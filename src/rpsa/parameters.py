@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rpsa.sharding import full
+
 _LEADING_WRAPPER = re.compile(r"^(module\.)+")
 _INNER_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -26,11 +28,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
     """A hash of names, shapes and up to 4,096 evenly spaced values of each tensor.
 
-    Values are read as float32, so a bf16 checkpoint loaded in fp32 keeps its fingerprint.
+    Values are read as float32, so a bf16 checkpoint loaded in fp32 keeps its fingerprint. Of a sharded model all
+    ranks must ask for it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(dict(tensors).items()):
-        values = tensor.detach().flatten()
+        values = full(tensor.detach()).flatten()
         stride = max(1, values.numel() // _SAMPLED_ELEMENTS)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values[::stride].to("cpu", torch.float32).numpy().tobytes())

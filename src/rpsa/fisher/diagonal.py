@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rpsa.errors import RPSAError
 from rpsa.fisher.quantile import count_nonzero, order_statistic, threshold_rank
 from rpsa.parameters import fingerprint, trainable_parameters
+from rpsa.sharding import barrier, full, is_sharded, local, rank
 
 MANIFEST = "manifest.json"
 _SHARD_BYTES = 4 << 30
@@ -22,7 +23,7 @@ class FisherDiagonal:
 
     Args:
         scores: canonical parameter name -> non-negative tensor of the parameter's shape. Held as fp32, or as
-            bf16 if all are bf16.
+            bf16 if all are bf16. Sharded scores (DTensor) stay sharded; all ranks must then do the same with them.
         manifest: where they came from (JSON-able); `estimate_fisher` fills it.
 
     Raises:
@@ -34,8 +35,9 @@ class FisherDiagonal:
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
         self.scores = {name: score.detach().to(dtype) for name, score in scores.items()}
         self.manifest: dict[str, Any] = dict(manifest or {})
+        self._sharded = is_sharded(self.scores)
         for name, score in self.scores.items():
-            if not bool(torch.isfinite(score).all()) or bool((score < 0).any()):
+            if not bool(torch.isfinite(local(score)).all()) or bool((local(score) < 0).any()):
                 raise RPSAError(f"Fisher scores of {name!r} must be finite and not negative")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,7 +53,7 @@ class FisherDiagonal:
     @cached_property
     def nonzero(self) -> int:
         """How many elements have F > 0: only these can be frozen."""
-        return count_nonzero(self.scores.values())
+        return count_nonzero(map(local, self.scores.values()), sharded=self._sharded)
 
     def threshold(self, k: float) -> float:
         """tau_k = Q_{1-k}({F_i | F_i > 0}): elements above it are frozen.
@@ -61,7 +63,8 @@ class FisherDiagonal:
         """
         if self.nonzero == 0:
             raise RPSAError("every Fisher score is zero: nothing can be frozen; check the labels of D_ref")
-        return order_statistic(self.scores.values(), threshold_rank(self.nonzero, k))
+        shards = map(local, self.scores.values())
+        return order_statistic(shards, threshold_rank(self.nonzero, k), sharded=self._sharded)
 
     def mask(self, k: float) -> dict[str, Tensor]:
         """M = 1[F <= tau_k]: bool tensors, True = trainable."""
@@ -102,7 +105,11 @@ class FisherDiagonal:
             )
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write sharded safetensors and `manifest.json` into `folder`; bf16 halves the size."""
+        """Write sharded safetensors and `manifest.json` into `folder`; bf16 halves the size.
+
+        Among several ranks rank 0 writes; sharded scores are gathered a file (4 GiB) at a time, so that all ranks
+        must call it.
+        """
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
 
@@ -112,12 +119,12 @@ class FisherDiagonal:
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stored = {name: score.to("cpu", dtype).contiguous() for name, score in self.scores.items()}
+        shapes = {
+            name: torch.empty(score.shape, dtype=dtype, device="meta") for name, score in self.scores.items()
+        }
         plan = split_torch_state_dict_into_shards(
-            stored, filename_pattern="fisher{suffix}.safetensors", max_shard_size=_SHARD_BYTES
+            shapes, filename_pattern="fisher{suffix}.safetensors", max_shard_size=_SHARD_BYTES
         )
-        for filename, names in plan.filename_to_tensors.items():
-            save_file({name: stored[name] for name in names}, folder / filename)
         manifest = self.manifest | {
             "format": "rpsa.fisher/1",
             "dtype": str(dtype).removeprefix("torch."),
@@ -125,7 +132,14 @@ class FisherDiagonal:
             "files": sorted(plan.filename_to_tensors),
             "shapes": {name: list(score.shape) for name, score in self.scores.items()},
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for filename, names in plan.filename_to_tensors.items():
+            stored = {name: full(self.scores[name]).to("cpu", dtype).contiguous() for name in names}
+            if rank() == 0:
+                save_file(stored, folder / filename)
+        if rank() == 0:
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if self._sharded:
+            barrier()
 
     @classmethod
     def load(cls, folder: str | Path) -> "FisherDiagonal":

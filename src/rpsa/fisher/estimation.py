@@ -16,12 +16,17 @@ from rpsa.fisher.loop import Loop, only_requiring_grad
 from rpsa.fisher.probes import probe_weights
 from rpsa.fisher.samples import Responses, Samples
 from rpsa.fisher.squares import SquaredGradients
+from rpsa.sharding import all_reduce, gather_objects, on_any_rank, rank, reshard, world_size
 
 logger = logging.getLogger(__name__)
 
 
 class Estimation:
-    """Sums the squared gradients of `parameters` (by canonical name) over `data` into `squares`."""
+    """Sums the squared gradients of `parameters` (by canonical name) over `data` into `squares`.
+
+    Several ranks have the same `data` and take its batches in turn. Where the model is sharded they go through
+    their passes in step: one that has no batch left runs along without adding anything.
+    """
 
     def __init__(
         self,
@@ -64,6 +69,9 @@ class Estimation:
                 continue
             if is_clean:
                 break
+        self.squares.sum_over_ranks()
+        for excluded in gather_objects(self.excluded):
+            self.excluded |= excluded
         if len(self.excluded) == sum(len(samples) for samples in self._data):
             raise RPSAError("no sample has finite log-probabilities and gradients: check the model's weights")
 
@@ -125,31 +133,57 @@ class Estimation:
     def _pass(self) -> bool:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
         is_clean = True
-        with self._installed(), _progress_bar(self._data, self._config.progress) as bar:
-            for samples in self._data:
+        shares = self._shares()
+        with self._installed(), _progress_bar(shares, self._config.progress and rank() == 0) as bar:
+            for samples, counts in shares:
                 rows = [row for row, place in enumerate(samples.places) if place not in self.excluded]
                 for part in [rows] if self._hooks else [[row] for row in rows]:
-                    if part and not self._add(samples.select(part)):
+                    if part and not self._add(samples.select(part), counts):
                         is_clean = False
+                if not rows and self._is_in_step:
+                    self._add(samples, counts=False)
                 bar.update(len(samples))
-        return is_clean
+        return not on_any_rank(not is_clean) if self._is_in_step else is_clean
+
+    @property
+    def _is_in_step(self) -> bool:
+        """Whether the ranks work on different samples of one sharded model."""
+        return self.squares.sharded and self._hooks is not None
+
+    def _shares(self) -> list[tuple[Samples, bool]]:
+        """This rank's batches, and whether they count or are only run along with."""
+        if self.squares.sharded and not self._hooks:
+            return [(samples, True) for samples in self._data]
+        shares = []
+        for start in range(0, len(self._data), world_size()):
+            mine = start + rank()
+            if mine < len(self._data):
+                shares.append((self._data[mine], True))
+            elif self._is_in_step:
+                shares.append((self._data[start], False))
+        return shares
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
         differentiated = [] if self._hooks else list(self._parameters.values())
         with only_requiring_grad(self._model, differentiated), (self._hooks or self._loop).installed():
-            yield
+            try:
+                yield
+            finally:
+                reshard(self._model)
 
-    def _add(self, samples: Samples) -> bool:
+    def _add(self, samples: Samples, counts: bool = True) -> bool:
         """Add a batch, without the samples whose log-probabilities are not finite; False as in `_pass`."""
         log_probs, responses = self._log_probs(samples)
-        bad = sorted(set(responses.rows[~log_probs.isfinite()].tolist()))
-        if bad:
+        bad = sorted(set(responses.rows[~log_probs.isfinite()].tolist())) if counts else []
+        if on_any_rank(bool(bad)) if self._is_in_step else bad:
             del log_probs
             self._exclude(samples, bad)
             rest = [row for row in range(len(samples)) if row not in bad]
-            return not rest or self._add(samples.select(rest))
-        self._add_squares(samples, log_probs, responses)
+            if rest:
+                return self._add(samples.select(rest), counts)
+            return not self._is_in_step or self._add(samples, counts=False)
+        self._add_squares(samples, log_probs, responses, counts)
         bad = self.squares.nonfinite_rows()
         self._exclude(samples, bad)
         return not bad
@@ -179,22 +213,27 @@ class Estimation:
         rows, labels = places.to(logits.device), responses.labels.to(logits.device)
         return label_log_probs(logits.flatten(0, 1), rows, labels), responses
 
-    def _add_squares(self, samples: Samples, log_probs: Tensor, responses: Responses) -> None:
-        self.squares.begin([place % 2 for place in samples.places])
+    def _add_squares(
+        self, samples: Samples, log_probs: Tensor, responses: Responses, counts: bool = True
+    ) -> None:
+        self.squares.begin([place % 2 for place in samples.places], counts=counts)
         # The backward pass runs in the dtypes that the forward pass has left: a caller's autocast ends there.
         with torch.autocast(log_probs.device.type, enabled=False):
             if self._config.estimator == "per_token":
                 self._loop.add_tokens(log_probs)
                 return
             probes = probe_weights(self._config, samples, responses)
+            if self._is_in_step:
+                passes = int(all_reduce(torch.tensor(len(probes)), "MAX"))
+                probes += [torch.zeros_like(probes[0])] * (passes - len(probes))
             for number, weights in enumerate(probes, start=1):
                 seeds = weights.to(log_probs.device, log_probs.dtype)
                 torch.autograd.backward(log_probs, seeds, retain_graph=number < len(probes))
 
 
-def _progress_bar(data: list[Samples], is_shown: bool) -> Any:
+def _progress_bar(shares: list[tuple[Samples, bool]], is_shown: bool) -> Any:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     return tqdm(
-        total=sum(len(samples) for samples in data), desc="Fisher", unit="sample", disable=not is_shown
+        total=sum(len(samples) for samples, _ in shares), desc="Fisher", unit="sample", disable=not is_shown
     )

@@ -34,6 +34,7 @@ from rpsa.fisher.estimation import Estimation
 from rpsa.fisher.overlap import split_half_overlap
 from rpsa.fisher.samples import Samples, data_fingerprint, read_samples
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
+from rpsa.sharding import gather_objects, without_ddp
 
 __all__ = ["FisherConfig", "estimate_fisher"]
 
@@ -46,6 +47,9 @@ def estimate_fisher(
     config: FisherConfig = FisherConfig(),  # noqa: B008  (frozen)
 ) -> FisherDiagonal:
     """Estimate Eq. 4 on the response tokens of `batches`.
+
+    Among several ranks (`torch.distributed`) all of them call it with the same batches and share the work. The
+    model may be wrapped in DDP or sharded by `fully_shard`; the scores then have the parameters' own shards.
 
     Args:
         model: called as `model(input_ids=..., attention_mask=..., use_cache=False)`, its result read from
@@ -63,12 +67,14 @@ def estimate_fisher(
 
     Raises:
         RPSAError: no parameter is in scope, a sample has no response token, gradient checkpointing is
-            reentrant, or a sample is not finite and `on_nonfinite` is "stop".
+            reentrant, a sample is not finite and `on_nonfinite` is "stop", or ranks have different samples.
     """
     started = time.perf_counter()
+    model = without_ddp(model)
     parameters = _in_scope(model, config.scope)
     _refuse_reentrant_checkpointing(model)
     data = read_samples(batches)
+    _refuse_different_data(data)
     estimation = Estimation(model, parameters, data, config)
     with evaluation_mode(model), torch.enable_grad():
         estimation.run()
@@ -102,6 +108,15 @@ def _in_scope(model: nn.Module, scope: str | None) -> dict[str, nn.Parameter]:
         example = next(iter(trainable))
         raise RPSAError(f"fisher.scope {scope!r} matches no trainable parameter (there is {example!r}, ...)")
     return chosen
+
+
+def _refuse_different_data(data: list[Samples]) -> None:
+    """A rank that has other samples, or as many in other batches, would leave its part out or wait for ever."""
+    ours = (data_fingerprint(data), [samples.ids for samples in data])
+    if any(theirs != ours for theirs in gather_objects(ours)):
+        raise RPSAError(
+            "the ranks have different samples: give estimate_fisher the same batches on all of them"
+        )
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:

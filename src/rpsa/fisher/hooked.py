@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import canonical_name
+from rpsa.sharding import unsharded_type
 
 Rule = Callable[[Tensor, Tensor], None]
 """Takes a module's input and the gradient at its output, and adds the squares."""
@@ -38,10 +39,11 @@ class Hooks:
         self._calls: Counter[str] = Counter()
         self._batch_size = 0
         self._is_forward = False
+        self._problem: str | None = None
         self._autocast: dict[str, Any] = {}
         self._modules: dict[str, tuple[nn.Module, Rule]] = {}
         for prefix, (module, names) in _owners(model, parameters).items():
-            self._modules[prefix] = (module, self._rule(prefix, module, names))
+            self._modules[prefix] = (module, self._completed(self._rule(prefix, module, names), names))
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -65,8 +67,12 @@ class Hooks:
         """The model's forward pass: each module may be called once in it, on tensors of `batch_size` rows.
 
         A checkpoint's recomputation in the backward pass runs the hooks again and is not counted.
+
+        Raises:
+            NotHookable: at the end, as a sharded model must not be left in the midst of a forward pass.
         """
         self._calls.clear()
+        self._problem = None
         self._batch_size = batch_size
         self._is_forward = True
         self._autocast = {
@@ -78,36 +84,52 @@ class Hooks:
             yield
         finally:
             self._is_forward = False
+        if self._problem:
+            raise NotHookable(self._problem)
 
-    def _tap(self, name: str, rule: Rule) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
+    def _tap(self, name: str, rule: Rule) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             if self._is_forward:
-                self._check_call(name, inputs, output)
+                self._calls[name] += 1
+                self._problem = self._problem or self._problem_of(name, inputs, output)
+            if self._problem:
+                return output
             tapped: Tensor = _Tap.apply(output, inputs[0], self._anchor, rule)  # type: ignore[no-untyped-call]
             return tapped
 
         return hook
 
-    def _check_call(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        self._calls[name] += 1
+    def _problem_of(self, name: str, inputs: tuple[Any, ...], output: Any) -> str | None:
         if self._calls[name] > 1:
-            raise NotHookable(f"{name} is called twice in one forward pass")
+            return f"{name} is called twice in one forward pass"
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
-            raise NotHookable(f"{name} does not map one tensor to one tensor")
+            return f"{name} does not map one tensor to one tensor"
         if inputs[0].shape[:1] != (self._batch_size,) or output.shape[:1] != (self._batch_size,):
-            raise NotHookable(f"{name} has inputs whose first dimension is not the batch")
+            return f"{name} has inputs whose first dimension is not the batch"
+        return None
+
+    def _completed(self, rule: Rule, names: Mapping[str, str]) -> Rule:
+        def complete(x: Tensor, delta: Tensor) -> None:
+            rule(x, delta)
+            for name in names.values():
+                self._squares.complete(name)
+
+        return complete
 
     def _rule(self, prefix: str, module: nn.Module, names: Mapping[str, str]) -> Rule:
         # Exact types: a subclass may scale its output or use its weight in another way.
-        if type(module) is nn.Linear:
+        kind = unsharded_type(module)
+        if kind is nn.Linear:
             return self._linear(names)
-        if type(module) is nn.Embedding and not (
-            module.max_norm or module.scale_grad_by_freq or module.sparse
+        if (
+            isinstance(module, nn.Embedding)
+            and kind is nn.Embedding
+            and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
         ):
             return self._embedding(names["weight"], module.padding_idx)
-        if type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+        if kind.__name__.endswith(("RMSNorm", "LayerNorm")):
             return self._norm(module, names)
-        raise NotHookable(f"{prefix} is a {type(module).__name__}")
+        raise NotHookable(f"{prefix} is a {kind.__name__}")
 
     def _linear(self, names: Mapping[str, str]) -> Rule:
         def rule(x: Tensor, delta: Tensor) -> None:

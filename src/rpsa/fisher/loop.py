@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rpsa.fisher.squares import SquaredGradients
+from rpsa.sharding import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,13 @@ class Loop:
     """Squares each parameter's gradient as soon as it is complete, and drops it.
 
     There is never a second full set of gradients, and the parts of a tied weight are summed before squaring.
+    Of sharded parameters autograd only gives gradients averaged over ranks: all ranks take the same sequence.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], squares: SquaredGradients) -> None:
         self._parameters = dict(parameters)
         self._squares = squares
-        self._can_batch = True
+        self._can_batch = not squares.sharded  # what autograd sees of sharded parameters are others
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -42,7 +44,8 @@ class Loop:
     def _square(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._squares.add(name, 0, parameter.grad.to_dense())
+            gradient = parameter.grad if is_dtensor(parameter.grad) else parameter.grad.to_dense()
+            self._squares.add(name, 0, gradient)
             parameter.grad = None
 
         return hook

@@ -63,13 +63,12 @@ class Audit:
             return
         start, sums, values = self._opened
         self._opened = None
-        changed = [
-            name
-            for name, p in self._parameters()
-            if checksum(local(p), self.freezer.frozen(name)) != sums[name]
-        ]
-        moved = sum(self._moved(name, values[name]) for name in changed)
-        counts = torch.tensor([max(moved, len(changed))])
+        # what is sharded may have moved on another rank: counts by tensor, summed over shards
+        moved = torch.zeros(len(sums), dtype=torch.int64)
+        for place, (name, p) in enumerate(self._parameters()):
+            if checksum(local(p), self.freezer.frozen(name)) != sums[name]:
+                moved[place] = max(1, self._moved(name, values[name]))
+        moved = sum_over_shards(moved, sharded=self.freezer.sharded).cpu()
         self.intervals.append(
             Interval(
                 start=start,
@@ -77,15 +76,19 @@ class Audit:
                 frozen_ratio=self.freezer.frozen_ratio,
                 threshold=self.freezer.threshold,
                 frozen=sum(self.freezer.frozen_counts().values()),
-                moved=int(sum_over_shards(counts, sharded=self.freezer.sharded)),
-                tensors_changed=tuple(changed),
+                moved=int(moved.sum()),
+                tensors_changed=tuple(name for name, n in zip(sums, moved.tolist(), strict=True) if n),
             )
         )
 
     def report(self) -> dict[str, Any]:
-        """JSON-able. `frozen_elements_moved` must be 0, unless only gradients were masked."""
+        """JSON-able. `frozen_elements_moved` must be 0, unless only gradients were masked.
+
+        Of a sharded model all ranks must ask for it.
+        """
         elements = sum(p.numel() for _, p in self._parameters())
-        sampled = sum(initial.numel() for initial in self._initial.values())
+        held = torch.tensor(sum(initial.numel() for initial in self._initial.values()))
+        sampled = int(sum_over_shards(held, sharded=self.freezer.sharded))
         return {
             "gradient_only": self.freezer.gradient_only,
             "frozen_element_steps_checked": sum(i.frozen * (i.end - i.start) for i in self.intervals),
@@ -105,12 +108,13 @@ class Audit:
             now, before = self._sampled(name).double(), self._initial[name].double()
             terms = [(now - before).square().sum(), before.square().sum(), (now != before).sum()]
             sums[module_group(name)] += torch.tensor([*(float(t) for t in terms), now.numel()])
+        totals = sum_over_shards(torch.stack(list(sums.values())), sharded=self.freezer.sharded).cpu()
         return {
             group: {
                 "relative": math.sqrt(float(s[0]) / float(s[1])) if s[1] > 0 else math.sqrt(float(s[0])),
                 "changed": float(s[2] / s[3]),
             }
-            for group, s in sums.items()
+            for group, s in zip(sums, totals, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def _sampled_indices(freezer: Freezer, seed: int) -> dict[str, Tensor | None]:
         return dict.fromkeys(sizes)
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randint(size, (max(1, int(share * size)),), generator=generator).to(
+        name: torch.randint(max(1, size), (min(size, max(1, int(share * size))),), generator=generator).to(
             freezer.parameters[name].device
         )
         for name, size in sizes.items()

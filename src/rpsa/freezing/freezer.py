@@ -65,7 +65,7 @@ class Freezer:
         fisher.check(model)
         parameters = trainable_parameters(model)
         self.parameters = {name: parameters[name] for name in fisher}
-        self.sharded = is_sharded(list(self.parameters.values()))
+        self.sharded = is_sharded(self.parameters)
         self.ratio: FrozenRatio = ConflictRatio() if ratio is None else ratio
         self.gradient_only = gradient_only
         self.zero_fisher = zero_fisher

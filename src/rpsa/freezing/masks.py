@@ -13,6 +13,7 @@ from torch import Tensor
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import order_statistic
+from rpsa.sharding import full
 
 Mask = Literal["fisher", "random", "random_nonzero", "random_per_tensor", "magnitude", "inverse"]
 
@@ -27,9 +28,12 @@ def control_scores(
     - `random_per_tensor`: Fisher's count in each tensor, shuffled inside it
     - `magnitude`: largest |theta| first
     - `inverse`: smallest non-zero F first
+
+    The result is not sharded, though its arguments may be: each rank ranks all elements, and so all alike.
     """
     if mask not in get_args(Mask):
         raise RPSAError(f"mask {mask!r} is not one of {', '.join(get_args(Mask))}")
+    fisher = FisherDiagonal({name: full(score) for name, score in fisher.scores.items()}, fisher.manifest)
     generator = torch.Generator().manual_seed(seed)
     build: dict[str, Callable[[], dict[str, Tensor]]] = {
         "fisher": lambda: dict(fisher.scores),
@@ -39,7 +43,7 @@ def control_scores(
         },
         "random_per_tensor": lambda: {name: _shuffled(fisher[name], generator) for name in fisher},
         "magnitude": lambda: keep_top(
-            {name: parameters[name].detach().float().abs().cpu() for name in fisher}, fisher.nonzero
+            {name: full(parameters[name].detach()).float().abs().cpu() for name in fisher}, fisher.nonzero
         ),
         "inverse": lambda: {name: _inverse(fisher[name]) for name in fisher},
     }

@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 from rpsa.errors import RPSAError
 from rpsa.freezing.exact import FrozenMask
-from rpsa.sharding import local
+from rpsa.sharding import is_sharded, local, sum_over_shards
 
 
 class RawSecondMoments:
     def __init__(self, parameters: Mapping[str, nn.Parameter], frozen: FrozenMask) -> None:
         self.parameters, self.frozen = parameters, frozen
+        self.sharded = is_sharded(parameters)
         self.raw: dict[str, Tensor] = {}
         self.norm = torch.zeros(())
         self.rescale = torch.ones(())
@@ -31,13 +32,13 @@ class RawSecondMoments:
     def keep(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Remember the frozen elements' gradients, before they are masked."""
         self.raw = {n: local(g)[self.frozen(n)] for n, g in gradients.items() if g is not None}
-        self.norm = _norm([local(g)[~self.frozen(n)] for n, g in gradients.items() if g is not None])
+        self.norm = self._norm([local(g)[~self.frozen(n)] for n, g in gradients.items() if g is not None])
 
     def before_step(self) -> None:
         """Clipping and unscaling changed the trained elements' gradients since; the frozen ones' follow."""
         if self.raw:
             gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
-            self.rescale = torch.where(self.norm > 0, _norm(gradients) / self.norm, 1.0)
+            self.rescale = torch.where(self.norm > 0, self._norm(gradients) / self.norm, 1.0)
 
     def after_step(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -48,6 +49,6 @@ class RawSecondMoments:
                     second[self.frozen(name)] += missing.to(second.dtype)
         self.raw = {}
 
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt()
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        squares = torch.stack([t.float().square().sum() for t in tensors]).sum()
+        return sum_over_shards(squares, sharded=self.sharded).sqrt()

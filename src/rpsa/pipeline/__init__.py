@@ -30,16 +30,20 @@ def run(recipe: Recipe, *, only: str | None = None) -> Path:
     Raises:
         RPSAError: `only` is no stage, or what it stands on has not been run.
     """
+    from rpsa.pipeline import launch
     from rpsa.pipeline.tasks import STAGES
     from rpsa.recipe.problems import did_you_mean
 
     if only is not None and only not in STAGES:
         raise RPSAError(f"--only: there is no stage {only!r}{did_you_mean(only, STAGES)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    atomic_write(recipe.folder / "recipe.json", stable_json(recipe.model_dump(mode="json")))
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes one says what all have to say
+    logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s")
     stages = [stage for stage in STAGES if only in (None, stage)]
-    _run_tasks(recipe, [stage for stage in stages if stage != "report"])
+    launch.check(recipe, stages)
+    atomic_write(recipe.folder / "recipe.json", stable_json(recipe.model_dump(mode="json")))
+    with launch.joined(recipe):
+        _run_tasks(recipe, [stage for stage in stages if stage != "report"])
     if "report" in stages:
         _report(recipe)
     return recipe.folder
@@ -65,7 +69,9 @@ def _run_tasks(recipe: Recipe, stages: "list[Stage]") -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from rpsa.pipeline import launch
     from rpsa.pipeline.tasks import tasks_of, unfinished
+    from rpsa.sharding import rank
 
     columns = (
         TextColumn("{task.description:10}"),
@@ -74,16 +80,26 @@ def _run_tasks(recipe: Recipe, stages: "list[Stage]") -> None:
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[now]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar, _Performer(recipe) as performer:
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=rank() > 0) as bar,
+        _Performer(recipe) as performer,
+    ):
         for stage in stages:
             tasks = tasks_of(recipe, stage)
             if not tasks:
                 continue
             waiting = unfinished(recipe, tasks)
-            shown = bar.add_task(stage, total=len(tasks), completed=len(tasks) - len(waiting), now="")
+            news = "" if waiting else "up to date"
+            if waiting and recipe.launch and stage in launch.LAUNCHED_STAGES and not launch.is_launched():
+                performer.check_settings()
+                bar.stop()
+                launch.launch(recipe, stage)
+                bar.start()
+                waiting = []
+            line = bar.add_task(stage, total=len(tasks), completed=len(tasks) - len(waiting), now="")
             for task in performer.perform(waiting):
-                bar.update(shown, advance=1, now=task.name)
-            bar.update(shown, now="" if waiting else "up to date")
+                bar.update(line, advance=1, now=task.name)
+            bar.update(line, now=news)
 
 
 class _Performer:
@@ -110,8 +126,7 @@ class _Performer:
         from rpsa.pipeline import runner
 
         if self.recipe.matrix.parallel == 1:
-            runner.quiet()
-            self._check(runner.check_settings)
+            self.check_settings()
             for task in tasks:
                 runner.perform(self.recipe, task)
                 yield task
@@ -120,6 +135,13 @@ class _Performer:
             self._executor = self._stack.enter_context(runner.workers(self.recipe.matrix.parallel))
         self._check(lambda recipe: self._executor.submit(runner.check_settings, recipe).result())
         yield from runner.perform_all(self._executor, self.recipe, tasks)
+
+    def check_settings(self) -> None:
+        """In this process, and once."""
+        from rpsa.pipeline import runner
+
+        runner.quiet()
+        self._check(runner.check_settings)
 
     def _check(self, check: "Callable[[Recipe], None]") -> None:
         if not self._checked:

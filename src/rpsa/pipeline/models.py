@@ -1,5 +1,6 @@
 """Models as a recipe names them: loaded, identified, and with a LoRA adapter that always starts the same."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def identity(name: str, model: Model) -> dict[str, Any]:
 
 
 def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrainedModel":
-    """On the GPU if there is one. `dtype` overrides the recipe's.
+    """On the GPU if there is one, unless FSDP will put it there shard by shard. `dtype` overrides the recipe's.
 
     Raises:
         RPSAError: there is no such model, or it cannot be read.
@@ -58,7 +59,8 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
         )
     except (OSError, ValueError) as error:
         raise RPSAError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
-    return loaded.to("cuda") if torch.cuda.is_available() else loaded
+    will_be_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded else loaded
 
 
 def load_tokenizer(name: str, model: Model) -> "PreTrainedTokenizerBase":
@@ -90,6 +92,24 @@ def add_adapter(model: "PreTrainedModel", cell: Cell) -> Any:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **cell.lora))
     except ValueError as error:
         raise RPSAError(f"lora: {_first_line(error)}") from error
+
+
+def sharded(model: Any) -> Any:
+    """The model as FSDP2 spreads it over the ranks, where `accelerate launch` has set that up; else as it is."""
+    import torch
+    from accelerate import Accelerator
+
+    from rpsa.sharding import world_size
+
+    if world_size() == 1:
+        return model
+    accelerator = Accelerator()
+    if accelerator.distributed_type.name != "FSDP":
+        return model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # accelerate shards a model only together with an optimizer
+    model, _ = accelerator.prepare(model, torch.optim.SGD(trained))
+    return model
 
 
 def _first_line(error: Exception) -> str:

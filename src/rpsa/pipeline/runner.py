@@ -11,21 +11,33 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rpsa.artifacts import sha256_of, write_manifest
 from rpsa.pipeline.stages import WORK, Progress, check_settings, no_progress
 from rpsa.pipeline.tasks import Task, inputs_of
 from rpsa.recipe.schema import Recipe
+from rpsa.sharding import barrier, rank
 
 __all__ = ["check_settings", "perform", "perform_all", "quiet", "workers"]
 
 
 def perform(recipe: Recipe, task: Task, progress: Progress = no_progress) -> None:
-    """Do one task. Its folder appears when it is complete; what can be resumed waits beside it in a hidden one."""
+    """Do one task. Its folder appears when it is complete; what can be resumed waits beside it in a hidden one.
+
+    Several ranks do it together, and rank 0 keeps the folders.
+    """
     inputs = inputs_of(recipe, task)
     unfinished = task.folder.with_name(f".{task.folder.name}.{sha256_of(inputs)[:8]}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     WORK[task.stage](recipe, task, unfinished, progress)
+    barrier()
+    if rank() == 0:
+        _finish(task, unfinished, inputs)
+    barrier()
+
+
+def _finish(task: Task, unfinished: Path, inputs: dict[str, Any]) -> None:
     write_manifest(unfinished, task.stage, inputs)
     if task.folder.exists():
         shutil.rmtree(task.folder)

@@ -21,10 +21,11 @@ from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.generation import Completion, Sampling
-from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, training_dtype
+from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, sharded, training_dtype
 from rpsa.pipeline.tasks import Stage, Task, align_task, fisher_task, reference_task
 from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
+from rpsa.sharding import rank, world_size
 from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems, safety_examples
 from rpsa.training.card import write_card
 from rpsa.training.metadata import model_metadata
@@ -118,11 +119,12 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
     )
     if task.cell is not None:
         model = add_adapter(model, task.cell)
-        model.save_pretrained(folder / ADAPTER)
+        if rank() == 0:
+            model.save_pretrained(folder / ADAPTER)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fisher = estimate_fisher(
-        model,
+        sharded(model),
         reference.batches(settings.batch_size, recipe.reference.reference_max_length),
         FisherConfig(
             estimator=settings.estimator,
@@ -167,7 +169,9 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
             f"{task.name}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "its checkpoint is kept, and the same command goes on from there"
         )
-    trainer.save_model(str(folder))
+    save_whole(trainer, folder)
+    if rank() > 0:
+        return
     tokenizer.save_pretrained(folder)
     write_card(folder, model_metadata(trainer, card_names(recipe, cell)))
     atomic_write(
@@ -177,6 +181,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
                 "history": trainer.state.log_history,
                 "steps": trainer.state.global_step,
                 "seconds": time.perf_counter() - started,
+                "processes": trainer.accelerator.num_processes,
                 "safety_data": asdict(counts),
                 "contamination": [asdict(c) for c in contaminated(recipe, examples)],
             }
@@ -191,6 +196,13 @@ def card_names(recipe: Recipe, cell: Cell) -> CardNames:
     return CardNames(
         model=slug(cell.id), base=cell.base, dataset=cell.safety.data, problems=recipe.reference.problems
     )
+
+
+def save_whole(trainer: Any, folder: Path) -> None:
+    """The model as Hugging Face writes it, put together from its shards if it has been sharded."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
 
 
 def make_trainer(
@@ -246,7 +258,7 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
     arguments = {"disable_tqdm": quiet} | dict(cell.train) | {"output_dir": str(folder / CHECKPOINTS)}
     with refusals_of_trl(cell):
         if cell.align is None:
-            return SFTConfig(**{"enable_jit_checkpoint": True} | arguments)
+            return SFTConfig(**{"enable_jit_checkpoint": world_size() == 1} | arguments)
         return RPSAConfig(
             **arguments,
             **cell.align.model_dump(),

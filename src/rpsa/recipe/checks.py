@@ -1,6 +1,7 @@
 """What the types of a recipe do not see: TRL's and PEFT's fields, files that are not there, missing parts."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     yield from _grid_problems(recipe)
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
+    yield from _launch_problems(recipe)
 
 
 def _settings(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -84,6 +86,18 @@ def _grid_problems(recipe: Recipe) -> Iterator[str]:
                 model.model_validate({name: value})
             except ValidationError as error:
                 yield f"matrix.grid.{section}.{validation_problems(error, model)[0]}"
+
+
+def _launch_problems(recipe: Recipe) -> Iterator[str]:
+    launch = recipe.launch
+    if launch is None:
+        return
+    if launch.config is None and launch.num_processes is None:
+        yield "launch: name config (an accelerate config file) or num_processes"
+    if launch.config is not None and not Path(launch.config).is_file():
+        yield f"launch.config: no such file: {launch.config!r}"
+    if recipe.matrix.parallel > 1:
+        yield "matrix.parallel: cannot be more than 1 beside launch, whose processes share one task"
 
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:

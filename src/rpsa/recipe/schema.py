@@ -275,6 +275,18 @@ class Cell:
         return self.train.get("learning_rate")
 
 
+class Launch(Section):
+    """Several processes for the stages fisher and align, through `accelerate launch`: its config file (`config`),
+    or a number of processes for DDP. What is set beside `config` replaces the file's value."""
+
+    config: str | None = None
+    num_processes: PositiveInt | None = None
+    num_machines: PositiveInt | None = None
+    machine_rank: NonNegativeInt | None = None
+    main_process_ip: str | None = None
+    main_process_port: NonNegativeInt | None = None
+
+
 class Recipe(Section):
     """The whole file."""
 
@@ -290,6 +302,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
     matrix: Matrix = Field(default_factory=Matrix)
+    launch: Launch | None = None
     output_dir: str | None = None
     data_dir: str | None = None
 

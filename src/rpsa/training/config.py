@@ -56,7 +56,7 @@ class RPSAArguments:
         metadata={"help": "Checksum the frozen set, and write rpsa_audit.json beside the model."},
     )
     enable_jit_checkpoint: bool = field(
-        default=True, metadata={"help": "Save a checkpoint on SIGTERM and stop."}
+        default=True, metadata={"help": "Save a checkpoint on SIGTERM and stop; one process only."}
     )
 
     def __post_init__(self) -> None:
@@ -73,6 +73,9 @@ class RPSAArguments:
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
         refuse_unsupported(self)
         super().__post_init__()  # type: ignore[misc]
+        if getattr(self, "world_size", 1) > 1:
+            # ranks learn of a signal at different steps, and one that saves alone would wait for the others
+            self.enable_jit_checkpoint = False
 
     def ratio(self) -> FrozenRatio:
         """A fresh `ConstantRatio`, `ConflictRatio` or `NoiseRatio`; the last draws by the run's seed."""

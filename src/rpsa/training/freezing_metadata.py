@@ -105,7 +105,8 @@ def _trajectory(trajectory: list[dict[str, float | int]]) -> dict[str, Any] | No
 def _audit(trainer: "RPSAMixin") -> dict[str, Any] | None:
     if trainer.rpsa.audit is None:
         return None
-    report = trainer.rpsa.report()
+    # the card is one rank's work, a sharded model's report all ranks': it was made when the weights were saved
+    report = trainer.rpsa.reported or trainer.rpsa.report()
     steps = sum(interval["end"] - interval["start"] for interval in report["intervals"])
     names = ("frozen_elements_moved", "frozen_element_steps_checked", "moved_counted_on")
     return {**{name: report[name] for name in names}, "steps": steps}

@@ -8,6 +8,7 @@ exactness in hooks of the optimizer itself.
 
 import json
 import logging
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,10 @@ from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.parameters import module_group, trainable_parameters
 from rpsa.reference import ReferenceDataset
+from rpsa.sharding import full
 from rpsa.training.card import write_card
 from rpsa.training.config import RPSAArguments
+from rpsa.training.engines import refuse_accelerator, refuse_engines, refuse_model
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
 from rpsa.training.reasoning_gradient import reasoning_backward
@@ -62,7 +65,17 @@ class RPSAMixin(_Trainer):
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_engines(os.environ)
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+        refuse_model(model, has_adapter=has_adapter)
+        quantized = getattr(model, "is_quantized", False)
+        adapter = [(p, p.data) for p in model.parameters() if p.requires_grad] if quantized else []
         super().__init__(*args, **kwargs)
+        for parameter, weights in adapter:
+            # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
+            parameter.data = weights.to(parameter.device)
+        refuse_accelerator(self.accelerator, self.args.n_gpu)
         if not isinstance(self.args, RPSAArguments):
             raise RPSAError("args must include RPSAArguments: class MyConfig(RPSAArguments, ...)")
         if isinstance(fisher, str | Path):
@@ -75,20 +88,13 @@ class RPSAMixin(_Trainer):
                 "give reference_dataset"
             )
         fisher.check(self.model)
-        fisher.check_adapter(self.model)
-        self._refuse_engines()
+        if self.accelerator.is_main_process:  # the others may not have read the weights yet
+            fisher.check_adapter(self.model)
         self.fisher = fisher
         self.reference_dataset = reference_dataset
         self.rpsa = RPSACallback(self)
         # before callbacks that save: what they store must be the state between two steps
         self.callback_handler.callbacks.insert(0, self.rpsa)
-
-    def _refuse_engines(self) -> None:
-        engine = self.accelerator.distributed_type.name
-        if engine not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
-            raise RPSAError(f"{engine} is not supported; use DDP or FSDP2")
-        if getattr(self.model, "tp_size", None) not in (None, 1):
-            raise RPSAError("tensor parallel models are not supported; use DDP or FSDP2")
 
     @property
     def freezer(self) -> Freezer:
@@ -111,11 +117,17 @@ class RPSAMixin(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Weights, tokenizer, model card, and the audit if there is one."""
         super().save_model(output_dir, _internal_call=_internal_call)
+        report = self.rpsa.report() if self.rpsa.audit else None  # of a sharded model, all ranks' work
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            if self.rpsa.audit is not None:
-                (folder / AUDIT_FILE).write_text(json.dumps(self.rpsa.report(), indent=1) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            if report is not None:
+                (folder / AUDIT_FILE).write_text(json.dumps(report, indent=1) + "\n")
             write_card(folder, model_metadata(self, CardNames(model=self._hub_name())))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.rpsa.end_interval()
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(
         self,
@@ -159,6 +171,7 @@ class RPSACallback(TrainerCallback, ExportableState):
         self.freezer: Freezer | None = None
         self.audit: Audit | None = None
         self.trajectory: list[dict[str, float | int]] = []
+        self.reported: dict[str, Any] | None = None
         self._frozen_fraction = 0.0
         self._shares: dict[str, float] = {}
         self._unmasked_norm = torch.zeros(())
@@ -203,7 +216,8 @@ class RPSACallback(TrainerCallback, ExportableState):
     def _warn_if_never_dynamic(self, max_steps: int) -> None:
         assert self.freezer is not None
         ratio = self.freezer.ratio
-        if isinstance(ratio, ConflictRatio) and max_steps <= ratio.first_dynamic_step:
+        is_first = self.trainer.accelerator.is_main_process
+        if is_first and isinstance(ratio, ConflictRatio) and max_steps <= ratio.first_dynamic_step:
             log.warning(
                 "k will stay at 0.5: this run has %d steps, and the first dynamic k comes at step %d "
                 "(window %d x every %d); make it longer, or window or every smaller",
@@ -215,6 +229,10 @@ class RPSACallback(TrainerCallback, ExportableState):
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # weights may be replaced by those of the best checkpoint after the last epoch
+        self.end_interval()
+
+    def end_interval(self) -> None:
+        """Check what is frozen now, and go on in a new interval."""
         if self.audit is not None:
             self.audit.close()
             self.audit.open()
@@ -257,7 +275,7 @@ class RPSACallback(TrainerCallback, ExportableState):
         assert self.freezer is not None
         freezer, audit = self.freezer, self.audit
         gradients = [p.grad for p in freezer.parameters.values() if p.grad is not None]
-        self._unmasked_norm = nn.utils.get_total_norm(gradients)
+        self._unmasked_norm = full(nn.utils.get_total_norm(gradients))
         measuring = freezer.reference_captured
         if measuring and audit is not None:
             audit.close()
@@ -318,7 +336,8 @@ class RPSACallback(TrainerCallback, ExportableState):
     def report(self) -> dict[str, Any]:
         """The audit with the trajectory of k: what `rpsa_audit.json` holds."""
         assert self.audit is not None
-        return self.audit.report() | {"trajectory": self.trajectory}
+        self.reported = self.audit.report() | {"trajectory": self.trajectory}
+        return self.reported
 
     @property
     def frozen_fraction(self) -> float:
@@ -335,11 +354,9 @@ class RPSACallback(TrainerCallback, ExportableState):
         }
 
     def state(self) -> dict[str, Any]:
-        """Called when a checkpoint is written: the interval that is open is checked and ends here."""
+        """Asked for when a checkpoint is written, on one rank alone; `end_interval` has been called on all."""
         if self.audit is None:
             return {"args": {}, "attributes": self._between_steps}
-        self.audit.close()
-        self.audit.open()
         return {"args": {}, "attributes": self._between_steps | {"audit": self.audit.state_dict()}}
 
     def _resume(self, state: TrainerState) -> None:

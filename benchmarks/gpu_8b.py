@@ -1,0 +1,225 @@
+"""What RPSA costs at the size of Llama-3.1-8B: peak memory and tokens a second, beside the same run without it.
+
+    python benchmarks/gpu_8b.py lora                                            # one card of 80 GB
+    python benchmarks/gpu_8b.py fft --weights bfloat16                          # one card of 141 GB
+    torchrun --nproc-per-node 4 benchmarks/gpu_8b.py fft                        # FSDP2
+    python benchmarks/gpu_8b.py lora --shape 1b --steps 2 --length 64 --batch 1  # a CPU
+
+Random weights and tokens; activations in bf16 (autocast), checkpointed. Under LoRA the frozen base is bf16 and the
+adapter fp32; in full fine-tuning the weights are fp32 unless `--weights` says otherwise. The plain run comes first.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rpsa import ConflictRatio, FisherConfig, FisherDiagonal, Freezer, estimate_fisher
+from rpsa.freezing.audit import Audit
+from rpsa.parameters import trainable_parameters
+from rpsa.sharding import rank, world_size
+
+LLAMA_3 = {
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "use_cache": False,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {  # Llama-3.1-8B
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "1b": {  # Llama-3.2-1B
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "test": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "head_dim": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def build(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    is_lora = arguments.paradigm == "lora"
+    dtype = torch.bfloat16 if is_lora else getattr(torch, arguments.weights)
+    shape = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(LlamaConfig(**LLAMA_3 | shape), dtype=dtype)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if is_lora:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["gate_proj", "up_proj", "down_proj"]
+        model.enable_input_require_grads()
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if world_size() > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        for module in list(model.modules()):
+            if type(module).__name__.endswith("DecoderLayer"):
+                fully_shard(module)
+        fully_shard(model)
+    return model.train()
+
+
+def tokens(arguments: argparse.Namespace, device: torch.device, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + rank())
+    vocabulary = SHAPES[arguments.shape].get("vocab_size", LLAMA_3["vocab_size"])
+    return torch.randint(vocabulary, (arguments.batch, arguments.length), generator=generator).to(device)
+
+
+def backward(model: nn.Module, ids: torch.Tensor) -> None:
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+
+
+def measured_fisher(model: nn.Module, arguments: argparse.Namespace) -> FisherDiagonal:
+    generator = torch.Generator().manual_seed(7)
+    vocabulary = SHAPES[arguments.shape].get("vocab_size", LLAMA_3["vocab_size"])
+    ids = torch.randint(vocabulary, (4, arguments.length), generator=generator)
+    batches = [
+        {"input_ids": i[None], "attention_mask": torch.ones_like(i[None]), "labels": i[None]} for i in ids
+    ]
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+        fisher = estimate_fisher(model, batches, FisherConfig(probes=1, progress=False))
+    # one more copy as large as the gradients: bf16 halves it and orders as well
+    return FisherDiagonal({name: fisher.scores.pop(name).bfloat16() for name in list(fisher)})
+
+
+def run(
+    model: nn.Module, arguments: argparse.Namespace, device: torch.device, *, freezes: bool
+) -> dict[str, float]:
+    parameters = trainable_parameters(model)
+    result: dict[str, float] = {}
+    freezer = audit = None
+    _reset_peak(device)
+    if freezes:
+        started = time.perf_counter()
+        fisher = measured_fisher(model, arguments)
+        result["fisher seconds a sample"] = (time.perf_counter() - started) / 4
+        result["fisher peak GiB"] = _peak(device)
+        freezer = Freezer(model, fisher, ConflictRatio(window=1, every=arguments.every))
+        del fisher
+        _reset_peak(device)
+    kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = kinds[arguments.optimizer](parameters.values(), lr=1e-5, weight_decay=1e-4)
+    if freezer is not None:
+        freezer.attach(optimizer)
+        audit = Audit(freezer)
+        audit.open()
+    started = time.perf_counter()
+    for step in range(arguments.steps):
+        if step == 1:  # the first step allocates the optimizer's state
+            _synchronise(device)
+            started = time.perf_counter()
+        if freezer is not None and freezer.reference_due:
+            backward(model, tokens(arguments, device, seed=1))
+            freezer.capture_reference()
+        backward(model, tokens(arguments, device, seed=step + 2))
+        if freezer is not None and audit is not None:
+            is_measuring = freezer.reference_captured
+            if is_measuring:
+                audit.close()
+            freezer.mask_gradients()
+            if is_measuring:
+                audit.open()
+        clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    _synchronise(device)
+    steps = arguments.steps - 1
+    result["tokens a second"] = (
+        steps * arguments.batch * arguments.length * world_size() / (time.perf_counter() - started)
+    )
+    result["peak GiB"] = _peak(device)
+    if freezer is not None and audit is not None:
+        audit.close()
+        result["frozen elements moved"] = audit.report()["frozen_elements_moved"]
+        freezer.detach()
+    return result
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> float:
+    """Of this rank: allocated on the GPU; on a CPU the process's largest size so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paradigm", choices=["lora", "fft"])
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=2048)
+    arguments = parser.parse_args()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    model = build(arguments, device)
+    plain = run(model, arguments, device, freezes=False)
+    rpsa = run(model, arguments, device, freezes=True)
+    if rank() == 0:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        print(f"{count:,} parameters on {world_size()} x {name}, {vars(arguments)}")
+        print(json.dumps({"plain": plain, "rpsa": rpsa}, indent=1))
+        print(
+            f"RPSA keeps {100 * rpsa['tokens a second'] / plain['tokens a second']:.1f}% of the tokens a second"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Stages in several processes: `rpsa run` starts them through `accelerate launch`, or finds itself in one of them."""
+
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rpsa.artifacts import atomic_write, stable_json
+from rpsa.errors import RPSAError
+from rpsa.recipe.schema import Launch, Recipe
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from rpsa.pipeline.tasks import Stage
+
+LAUNCHED_STAGES = ("fisher", "align")
+MARK = "RPSA_LAUNCHED"
+RECIPE = "launched.json"
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that were launched together."""
+    return MARK in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def check(recipe: Recipe, stages: "list[Stage]") -> None:
+    """Raise RPSAError for what cannot be launched, or cannot be done by what was launched."""
+    from rpsa.training.engines import refuse_engines
+
+    others = [stage for stage in stages if stage not in LAUNCHED_STAGES]
+    if is_launched():
+        refuse_engines(os.environ)
+        if others:
+            raise RPSAError(
+                "several processes do the stages fisher and align only: add --only fisher or --only align, "
+                "and run the others with plain `rpsa run`"
+            )
+    elif recipe.launch is not None:
+        refuse_engines(_environment(recipe.launch))
+        if recipe.launch.machine_rank and others:
+            raise RPSAError(
+                f"machine {recipe.launch.machine_rank} does the stages fisher and align only: add --only fisher or "
+                "--only align, as on machine 0 at the same time"
+            )
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    """What a config file will have `accelerate launch` set up."""
+    if launch.config is None:
+        return {}
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        config = load_config_from_file(launch.config)
+    except Exception as error:  # accelerate lets through whatever its parsers raise
+        raise RPSAError(
+            f"{launch.config}: no accelerate config: {str(error).strip().splitlines()[0]}"
+        ) from error
+    kind = getattr(config.distributed_type, "value", config.distributed_type)
+    fsdp = getattr(config, "fsdp_config", None) or {}
+    parallel = getattr(config, "parallelism_config", None) or {}
+    return {
+        f"ACCELERATE_USE_{kind}": "true",
+        "FSDP_VERSION": str(fsdp.get("fsdp_version", 1)),
+        **{key.upper(): str(value) for key, value in parallel.items()},
+    }
+
+
+def launch(recipe: Recipe, stage: "Stage") -> None:
+    """Run one stage in the processes of the recipe's `launch` section, and wait for them.
+
+    Raises:
+        RPSAError: one of them failed; the others have been stopped.
+        KeyboardInterrupt: this process was told to stop, and has stopped them.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    assert recipe.launch is not None
+    copy = recipe.folder / RECIPE
+    atomic_write(copy, stable_json(recipe.model_dump(mode="json", exclude_unset=True)))
+    arguments = [*options(recipe.launch), "--module", "rpsa", "run", str(copy), "--only", stage]
+    _free_memory()
+    with _marked():
+        try:
+            launch_command(launch_command_parser().parse_args(arguments))
+        except ChildFailedError as error:
+            raise RPSAError(f"stage {stage}: {_reason(error)}") from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+        except (subprocess.CalledProcessError, SystemExit):  # one process, which has said why
+            raise RPSAError(f"stage {stage}: its process failed; see above") from None
+
+
+def options(launch: Launch) -> list[str]:
+    """The section as options of `accelerate launch`."""
+    given = launch.model_dump(exclude_none=True)
+    config = given.pop("config", None)
+    if given.get("num_machines", 1) == 1 and config is None:
+        given = {"main_process_port": 0} | given
+    result = ["--config_file", config] if config else ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if config is None:
+        result += ["--num_machines", str(given.pop("num_machines", 1))]
+        result += ["--multi_gpu"] if launch.num_processes and launch.num_processes > 1 else []
+    for name, value in given.items():
+        result += [f"--{name}", str(value)]
+    return result
+
+
+def _reason(error: "ChildFailedError") -> str:
+    """What the first rank to fail has left. A rank that was killed comes first: the others fail because of it."""
+    killed = [rank for rank, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
+    rank = killed[0] if killed else error.get_first_failure()[0]
+    failure: Any = error.failures[rank]
+    message = failure.message
+    if isinstance(message, dict):  # from the process itself
+        text = " ".join(str(message["message"]).removeprefix("RPSAError: ").split())
+        if failure.exitcode in (1, 2) and "RPSAError" in str(message["message"]):
+            return text
+        print(message["extraInfo"]["py_callstack"], file=sys.stderr)
+        return f"rank {rank} failed, and the others were stopped: {text}"
+    ended = (
+        f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with {failure.exitcode}"
+    )
+    return (
+        f"rank {rank} {ended}, and the others were stopped; "
+        "the same command goes on from the last checkpoint, if there is one"
+    )
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Launched processes know it from their environment; the launcher leaves the telling to us."""
+    os.environ[MARK] = "1"
+    loggers = [
+        logging.getLogger(f"torch.distributed.elastic.{name}.api")
+        for name in ("multiprocessing", "agent.server")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        del os.environ[MARK]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _free_memory() -> None:
+    """Earlier stages ran in this process: the launched ones need its GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def joined(recipe: Recipe) -> Iterator[None]:
+    """In a launched process: the process group and the device, before anything is loaded."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=bool(recipe.train.get("use_cpu", False)))
+    yield
+    state.destroy_process_group()
