@@ -106,7 +106,7 @@ def _adapter(model: Any) -> dict[str, Any] | None:
 def _weights_fingerprint(model: Any) -> str | None:
     """Of all parameters; None where this rank holds only a part of them."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
-    return None if is_sharded(list(parameters.values())) else fingerprint(parameters)
+    return None if is_sharded(parameters) else fingerprint(parameters)
 
 
 def _training(trainer: Any, model: Any) -> dict[str, Any]:
