@@ -53,7 +53,7 @@ def imports_of(path: Path) -> set[str]:
 LAYERS = [
     {"errors"},
     {"sharding"},
-    {"parameters", "artifacts", "rows", "evaluation_mode"},
+    {"parameters", "artifacts", "rows", "evaluation_mode", "prompts"},
     {"fisher"},
     {"freezing"},
     {"chat", "answers"},

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rpsa.errors import RPSAError
+from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.models import add_adapter, load_model
 from rpsa.pipeline.stages import starting_model
@@ -186,21 +187,47 @@ def test_a_killed_evaluation_goes_on_sample_by_sample(recipe_file: Path) -> None
     folder = recipe_file.parent / "run"
     settings = ["matrix.methods=[original]", "evaluate.n=20", "evaluate.batch_size=4"]
     process = start(recipe_file, *settings)
-    wait_for(folder, "evaluate/*/.*.unfinished/samples.jsonl", process)
-    [samples] = folder.glob("evaluate/*/.*.unfinished/samples.jsonl")
-    while len(samples.read_text().splitlines()) < 8:
+    wait_for(folder, "evaluate/*/.*.unfinished/responses.jsonl", process)
+    [responses] = folder.glob("evaluate/*/.*.unfinished/responses.jsonl")
+    while len(responses.read_text().splitlines()) < 8:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    stored = samples.read_text().rpartition("\n")[0].splitlines()
+    stored = responses.read_text().rpartition("\n")[0].splitlines()
     assert len(stored) < 200, "the run ended before it was killed"
-    samples.write_text(samples.read_text() + '{"id": "torn')
+    responses.write_text(responses.read_text() + '{"id": "torn')
     run(small(recipe_file, *settings), only="evaluate")
-    [finished] = folder.glob("evaluate/*/*/samples.jsonl")
+    [finished] = folder.glob("evaluate/*/*/responses.jsonl")
     lines = finished.read_text().splitlines()
     assert lines[: len(stored)] == stored
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
     assert len({row["id"] for row in rows}) == len(rows) == 200
+    samples = finished.with_name("samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in samples} == {row["id"] for row in rows}
+
+
+def test_another_statistic_costs_no_generation(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(small(recipe_file, "matrix.methods=[original]"), only="evaluate")
+    monkeypatch.setattr(TransformersGenerator, "generate", lambda *_: pytest.fail("asked again"))
+    run(small(recipe_file, "matrix.methods=[original]", "evaluate.judge_traces=true"), only="evaluate")
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        run(small(recipe_file, "matrix.methods=[original]", "evaluate.max_new_tokens=47"), only="evaluate")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.judge=lama-guard-3", "judge 'lama-guard-3' is unknown: choose from refusal, llama-guard-3"),
+        ("evaluate.judge=rubric", "judge rubric: missing a required"),
+        ("evaluate.tasks=[tiny,rpsa_gpqa_main]", "Idavidrein/gpqa does not load: it is gated"),
+    ],
+)
+def test_what_evaluation_lacks_is_known_before_anything_runs(
+    recipe_file: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(RPSAError, match=message):
+        run(small(recipe_file, setting))
+    assert not list((recipe_file.parent / "run").glob("reference/*"))
 
 
 def test_a_mistake_in_the_data_is_one_line(recipe_file: Path, tmp_path: Path) -> None:

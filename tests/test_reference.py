@@ -13,6 +13,7 @@ from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling
 from rpsa.generation.transformers import TransformersGenerator
+from rpsa.prompts import math_prompt
 from rpsa.reference import (
     Problem,
     ReferenceConfig,
@@ -20,7 +21,6 @@ from rpsa.reference import (
     Trace,
     build_reference,
     load_problems,
-    math_prompt,
 )
 from rpsa.rows import read_rows
 

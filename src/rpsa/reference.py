@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,21 +20,13 @@ from rpsa.artifacts import append_line, atomic_write, recover_lines, sha256_of, 
 from rpsa.chat import IGNORED_LABEL, render_prompt
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Generator, Sampling
-from rpsa.rows import Row, read_rows, text_field
+from rpsa.prompts import PromptStyle, math_prompt, styled
+from rpsa.rows import Row, draw, read_rows, text_field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-# Appendix B, "AIME Prompt", with the backslash that its typesetting lost.
-_MATH_PROMPT = (
-    "Solve the following math problem. Present the final answer in the format: Final Answer: "
-    "\\boxed{{your_answer}}.\n\nProblem: {problem}\n\nAnswer:"
-)
-_STEP_BY_STEP = "\n\nPlease think step by step."
-
-PromptStyle = Literal["appendix_b", "section_4"]
 
 
 @dataclass(frozen=True)
@@ -235,20 +227,14 @@ def load_problems(
     rows = read_rows(source, preferred_split="test")
     if n < 1 or n > len(rows):
         raise RPSAError(f"{source} has {len(rows)} problems: ask for 1 to {len(rows)}, not {n}")
-    return [_problem(rows[i], str(i), prompt_style) for i in random.Random(seed).sample(range(len(rows)), n)]
-
-
-def math_prompt(problem: str, prompt_style: PromptStyle = "appendix_b") -> str:
-    """The user message for a mathematical problem (Appendix B, "AIME Prompt")."""
-    prompt = _MATH_PROMPT.format(problem=problem)
-    return prompt + _STEP_BY_STEP if prompt_style == "section_4" else prompt
+    return [_problem(row, str(i), prompt_style) for i, row in draw(list(enumerate(rows)), n, seed)]
 
 
 def _problem(row: Row, number: str, prompt_style: PromptStyle) -> Problem:
     if "problem" not in row.fields and "prompt" in row.fields:
         prompt = text_field(row, ["prompt"])
     else:
-        prompt = math_prompt(text_field(row, ["problem"]), prompt_style)
+        prompt = styled(math_prompt(text_field(row, ["problem"])), prompt_style)
     identifier = next((row.fields[name] for name in ("unique_id", "id") if name in row.fields), number)
     return Problem(str(identifier), prompt, text_field(row, ["answer"]), str(row.fields.get("subject", "")))
 

@@ -4,13 +4,17 @@ import csv
 import gzip
 import io
 import json
+import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rpsa.errors import RPSAError
 
-_FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".gz"}
+_FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".gz"}
+
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -21,7 +25,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str | Path, preferred_split: str = "train") -> list[Row]:
-    """Rows of a JSONL, JSON (a list) or CSV file, gzipped or not, or of a Hugging Face dataset.
+    """Rows of a JSONL, JSON (a list), CSV or TSV file, gzipped or not, or of a Hugging Face dataset.
 
     A dataset is named `id` or `id:split`; without a split the only one is taken, else `preferred_split`.
 
@@ -49,6 +53,11 @@ def text_field(row: Row, names: Sequence[str]) -> str:
     raise RPSAError(f"{row.where} has no text field {' or '.join(map(repr, names))} (fields: {found})")
 
 
+def draw(rows: Sequence[T], n: int, seed: int) -> list[T]:
+    """`n` of `rows` without replacement, in the order drawn; the same `seed` gives the same draw everywhere."""
+    return random.Random(seed).sample(list(rows), n)
+
+
 def _read_file(path: Path) -> list[Row]:
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
@@ -56,10 +65,11 @@ def _read_file(path: Path) -> list[Row]:
             text = file.read()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise RPSAError(f"{path} cannot be read: {error}") from error
-    if path.name.removesuffix(".gz").endswith(".csv"):
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix in (".csv", ".tsv"):
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t")
         records: Iterable[tuple[str, Any]] = (
-            (f"row {n}", dict(record))
-            for n, record in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1)
+            (f"row {n}", dict(record)) for n, record in enumerate(table, start=1)
         )
     elif text.lstrip().startswith("["):
         records = ((f"row {n}", item) for n, item in enumerate(_json(text, str(path)), start=1))

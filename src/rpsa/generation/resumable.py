@@ -1,11 +1,12 @@
 """Generation that goes on where it was stopped: every completion is on disk before it is yielded."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import append_line, recover_lines, sha256_of
+from rpsa.artifacts import append_line, atomic_write, recover_lines, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Generator, Sampling, check_lengths
 from rpsa.generation.progress import track
@@ -97,3 +98,24 @@ def _stored(
 
 def _prompt_hash(prompt: list[int]) -> str:
     return sha256_of(list(prompt))
+
+
+def carry_over(
+    earlier: Path,
+    path: Path,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    sample_ids: Sequence[str],
+    identity: str,
+) -> None:
+    """Start `path` with those completions of an `earlier` file that `generate_resumable` would make again as they are.
+
+    Does nothing if `path` is there already, or if the earlier file is absent or was made in another way.
+    """
+    lines = recover_lines(earlier)
+    header = {"format": FORMAT, "identity": identity, "sampling": asdict(sampling)}
+    if path.exists() or not lines or lines[0] != header:
+        return
+    wanted = {name: _prompt_hash(prompt) for name, prompt in zip(sample_ids, prompts, strict=True)}
+    fitting = [record for record in lines[1:] if wanted.get(record["id"]) == record["prompt_sha256"]]
+    atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [header, *fitting]))

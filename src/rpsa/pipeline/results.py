@@ -1,11 +1,12 @@
 """What the finished cells of a run found, as the report wants it."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rpsa.artifacts import package_versions, read_manifest
 from rpsa.errors import RPSAError
+from rpsa.pipeline.evaluation import RESULTS
 from rpsa.pipeline.tasks import align_task, evaluate_task, fisher_task, reference_task, upstream
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult
@@ -25,9 +26,9 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
 
     evaluated = evaluate_task(recipe, cell)
     upstream(evaluated)
-    figures = json.loads((evaluated.folder / "results.json").read_text())
-    for kind, wanted in (("reasoning", "reasoning problems"), ("asr", "harmful requests")):
-        if not figures[kind]:
+    sets = json.loads((evaluated.folder / RESULTS).read_text())["sets"]
+    for kind, wanted in (("reasoning", "reasoning problems"), ("attack", "harmful requests")):
+        if not sets[kind]:
             raise RPSAError(
                 f"evaluate.tasks: no task has {wanted}, so there is no safety tax to report; add one"
             )
@@ -41,16 +42,27 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         base=cell.base,
         seed=cell.seed,
         lr=cell.learning_rate,
-        reasoning=figures["reasoning"],
-        refused=figures["refused"],
-        truncated=figures["truncated"],
-        asr=figures["asr"],
-        over_refusal=figures["over_refusal"],
+        reasoning=_with_mean(sets["reasoning"], "pass_at_1"),
+        refused=_mean(found["refused"] for found in sets["reasoning"].values()),
+        truncated=_mean(found["length"] for kind in sets.values() for found in kind.values()),
+        asr=_with_mean(sets["attack"], "attack_success_rate"),
+        over_refusal={name: found["over_refusal"] for name, found in sets["over_refusal"].items()},
         safety=cell.safety.data if cell.safety else None,
         trajectory=_columns(audit["trajectory"]) if audit and audit["trajectory"] else None,
         audit=audit,
         seconds=log.get("seconds"),
     )
+
+
+def _with_mean(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """The figure of each set, and the paper's average, in which every set counts alike."""
+    values = {name: float(found[metric]) for name, found in sets.items()}
+    return values | {"mean": _mean(values.values())}
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known)
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpsa.answers import grade
-from rpsa.artifacts import append_line, atomic_write, recover_lines, sha256_of, stable_json
-from rpsa.chat import render_prompt
+from rpsa.artifacts import atomic_write, sha256_of, stable_json
 from rpsa.errors import RPSAError
-from rpsa.evaluation.figures import Sample, figures
-from rpsa.evaluation.refusals import JUDGE
-from rpsa.evaluation.tasks import Item, load_task
+from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.loading import load_tasks
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
-from rpsa.generation import Completion, Sampling
+from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate
 from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, sharded, training_dtype
-from rpsa.pipeline.tasks import Stage, Task, align_task, fisher_task, reference_task
+from rpsa.pipeline.subjects import cell_subject
+from rpsa.pipeline.tasks import Stage, Task, align_task, fisher_task, reference_of, reference_task
 from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.sharding import rank, world_size
@@ -48,11 +47,6 @@ log = logging.getLogger(__name__)
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 LOG = "log.json"
-RESULTS = "results.json"
-SAMPLES = "samples.jsonl"
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -267,7 +261,9 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Build every cell's training arguments once, so that what TRL or RPSA refuses is known before anything runs."""
+    """What TRL or RPSA refuses, a task that is not to be had, a judge or sandbox that is not there: known before
+    anything runs."""
+    check_evaluation(recipe.evaluate, task_options(recipe))
     checked = set()
     for cell in recipe.cells():
         key = sha256_of([dict(cell.train), cell.align.model_dump() if cell.align else None])
@@ -317,7 +313,7 @@ def safety_data(safety: Safety, cell_seed: int) -> list[SafetyExample]:
 
 def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
     """Training examples that the evaluation asks about, too."""
-    prompts = [item.prompt for item in evaluation_items(recipe)]
+    prompts = [item.prompt for item in load_tasks(recipe.evaluate.tasks, task_options(recipe))]
     found = contamination(examples, prompts)
     if found:
         log.warning(
@@ -342,68 +338,20 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def make_evaluated(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """Answers of one model to every evaluation prompt, scored; stored sample by sample."""
-    from rpsa.generation.transformers import TransformersGenerator
-
+    """Answers of one model to every evaluation prompt, graded; stored sample by sample."""
     cell = task.cell
     assert cell is not None
-    started = time.perf_counter()
+    # the problems of this base's D_ref are no test of it, whatever the method
+    options = task_options(recipe, reference_of(recipe, cell.base))
+    subject = cell_subject(recipe, cell)
+    evaluate(subject, recipe.evaluate, options, folder, progress, earlier=task.folder)
+
+
+def task_options(recipe: Recipe, reference: Task | None = None) -> TaskOptions:
+    """Which items are asked."""
     settings = recipe.evaluate
-    items = {item.id: item for item in evaluation_items(recipe)}
-    stored = {record["id"] for record in recover_lines(folder / SAMPLES)}
-    missing = [item for name, item in items.items() if name not in stored]
-    if missing:
-        model, tokenizer = aligned_model(recipe, cell)
-        generator = TransformersGenerator(model, tokenizer, settings.batch_size)
-        prompts = [render_prompt(tokenizer, item.prompt) for item in missing]
-        sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
-        with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-            for index, completion in generator.generate(prompts, sampling, [item.id for item in missing]):
-                append_line(file, asdict(scored(missing[index], completion)))
-                stored.add(missing[index].id)
-                progress(len(stored), len(items))
-    samples = [Sample(**record) for record in recover_lines(folder / SAMPLES)]
-    result = asdict(figures(samples)) | {
-        "judge": JUDGE if any(source != "tiny" for source in settings.tasks) else "exact",
-        "samples": len(samples),
-        "seconds": time.perf_counter() - started,
-    }
-    atomic_write(folder / RESULTS, stable_json(result))
-
-
-def evaluation_items(recipe: Recipe) -> list[Item]:
-    return [
-        item
-        for source in recipe.evaluate.tasks
-        for item in load_task(source, recipe.evaluate.n, recipe.evaluate.seed)
-    ]
-
-
-def scored(item: Item, completion: Completion) -> Sample:
-    return Sample(
-        item.id,
-        item.set,
-        item.kind,
-        item.prompt,
-        item.answer,
-        completion.text,
-        completion.finish_reason,
-        item.score(completion.text),
-    )
-
-
-def aligned_model(recipe: Recipe, cell: Cell) -> tuple[Any, Any]:
-    """The model to evaluate and its tokenizer; an adapter is merged into its base."""
-    task = align_task(recipe, cell)
-    if task is None:
-        return load_model(cell.base, recipe.model), load_tokenizer(cell.base, recipe.model)
-    tokenizer = load_tokenizer(str(task.folder), recipe.model)
-    if cell.paradigm == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(load_model(cell.base, recipe.model), str(task.folder))
-        return model.merge_and_unload(), tokenizer
-    return load_model(str(task.folder), recipe.model), tokenizer
+    folder = str(reference.folder) if reference else None
+    return TaskOptions(settings.n, settings.seed, recipe.data_dir, folder, settings.prompt_style)
 
 
 WORK: dict[Stage, Callable[[Recipe, Task, Path, Progress], None]] = {

@@ -110,7 +110,23 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
         "model": upstream(aligned) if aligned else model,
         "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
         "data": [source_identity(source, "task") for source in recipe.evaluate.tasks],
+        "data_dir": recipe.data_dir,
+        "reference": _problems_left_out(recipe, cell),
     }
+
+
+def reference_of(recipe: Recipe, base: str) -> Task | None:
+    """The D_ref of a base, if any method of the matrix has one."""
+    tasks = (reference_task(recipe, cell) for cell in recipe.cells() if cell.base == base)
+    return next((task for task in tasks if task is not None), None)
+
+
+def _problems_left_out(recipe: Recipe, cell: Cell) -> str | None:
+    """MATH-500 as a test leaves out what D_ref has, so that its result stands on D_ref."""
+    if "rpsa_math500" not in recipe.evaluate.tasks:
+        return None
+    reference = reference_of(recipe, cell.base)
+    return upstream(reference) if reference else None
 
 
 def upstream(task: Task) -> str:

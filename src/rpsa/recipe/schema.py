@@ -165,16 +165,35 @@ class Safety(Section):
 
 
 class Evaluate(Section):
-    """What the models are asked afterwards. A task is `tiny`, or a file whose columns say what it holds:
-    `answer` makes its rows reasoning problems, a `label` "safe" requests to comply with, else they are harmful."""
+    """What the models are asked afterwards, and who judges.
+
+    A task is a benchmark (`rpsa_aime24`, ...), a group, `tiny`, or a file whose columns say what it holds:
+    `entry_point` and `tests` make its rows programs to write, `answer` reasoning problems, a `label` "safe" requests
+    to comply with; other rows are harmful requests. Benchmarks are read from files in the recipe's `data_dir` where
+    it has them, else from the Hugging Face hub. `n` draws items of each set, `samples` responses to each (by default
+    as many as the benchmark asks for). `judge` judges answers to attacks (`second_judge` too, for their agreement),
+    `refusal_judge` answers to requests that nobody should refuse; their settings and `engine` (vLLM's) are passed on.
+    """
 
     tasks: list[str] = []
     n: PositiveInt | None = None
+    samples: PositiveInt | None = None
     seed: int = 123
+    prompt_style: Literal["appendix_b", "section_4"] = "appendix_b"
     temperature: Annotated[float, Field(ge=0)] = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_new_tokens: PositiveInt = 32768
     batch_size: PositiveInt = 16
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: dict[str, Any] = {}
+    judge: str = "refusal"
+    judge_settings: dict[str, Any] = {}
+    judge_traces: bool = False
+    second_judge: str | None = None
+    second_judge_settings: dict[str, Any] = {}
+    refusal_judge: str = "refusal"
+    refusal_judge_settings: dict[str, Any] = {}
+    accept_unsandboxed: bool = False
 
 
 class Report(Section):

@@ -5,7 +5,7 @@ around any judge keeps what it has paid for.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rpsa.errors import RPSAError
@@ -30,6 +30,7 @@ __all__ = [
     "Judgement",
     "Sees",
     "Tally",
+    "check_judge",
     "cohens_kappa",
     "judge_responses",
     "judged_text",
@@ -51,6 +52,16 @@ def make_judge(name: str, **settings: Any) -> Judge:
     Raises:
         RPSAError: there is no such judge or setting, or the model cannot be loaded.
     """
+    check_judge(name, settings)
+    return _MAKERS[name](**settings)
+
+
+def check_judge(name: str, settings: Mapping[str, Any]) -> None:
+    """What `make_judge` can refuse before it loads anything.
+
+    Raises:
+        RPSAError: there is no such judge or setting, or one is missing.
+    """
     if name not in _MAKERS:
         raise RPSAError(f"judge {name!r} is unknown: choose from {', '.join(_MAKERS)}")
     maker = _MAKERS[name]
@@ -58,7 +69,6 @@ def make_judge(name: str, **settings: Any) -> Judge:
         inspect.signature(maker).bind(**settings)
     except TypeError as error:
         raise RPSAError(f"judge {name}: {error}; it takes {_settings_of(maker)}") from None
-    return maker(**settings)
 
 
 def _classifier(name: str) -> Callable[..., Judge]:

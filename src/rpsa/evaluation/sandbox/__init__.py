@@ -1,6 +1,6 @@
 """Running model-written code, and grading it by tests that it cannot see. The whole story is in docs/sandbox.md."""
 
-from rpsa.evaluation.sandbox.benchmarks import CodeProblem, load_code_problems
+from rpsa.evaluation.sandbox.benchmarks import CodeProblem, code_problem, load_code_problems, shown_assertion
 from rpsa.evaluation.sandbox.grading import Program, Verdict, grade_programs
 from rpsa.evaluation.sandbox.limits import Finished, Limits
 from rpsa.evaluation.sandbox.probing import TierReport, best_sandbox, probe, tier_reports
@@ -17,9 +17,11 @@ __all__ = [
     "Unsandboxed",
     "Verdict",
     "best_sandbox",
+    "code_problem",
     "grade_programs",
     "load_code_problems",
     "probe",
+    "shown_assertion",
     "tier_reports",
     "with_time_limits",
 ]

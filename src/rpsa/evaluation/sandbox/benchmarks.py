@@ -65,9 +65,17 @@ def load_code_problems(source: str | Path) -> list[CodeProblem]:
     Raises:
         RPSAError: a row lacks a column, its test checks nothing, or its entry point cannot be found.
     """
-    return [
-        _mbpp(row) if "test_list" in row.fields else _suite(row, i) for i, row in enumerate(read_rows(source))
-    ]
+    return [code_problem(row, i) for i, row in enumerate(read_rows(source))]
+
+
+def code_problem(row: Row, index: int) -> CodeProblem:
+    """One row as a problem; `index` names it if the row has no `task_id`. Raises as `load_code_problems` does."""
+    return _mbpp(row) if "test_list" in row.fields else _suite(row, index)
+
+
+def shown_assertion(row: Row) -> str:
+    """The assertion of a row of MBPP+ that its prompt shows."""
+    return str(row.fields["test_list"][0])
 
 
 def _suite(row: Row, index: int) -> CodeProblem:

@@ -1,0 +1,226 @@
+"""From a model and a list of tasks to `results.json`: ask, grade, summarise. Each step goes on where it was stopped."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpsa.artifacts import (
+    append_line,
+    atomic_write,
+    package_versions,
+    recover_lines,
+    sha256_of,
+    stable_json,
+)
+from rpsa.chat import render_prompt
+from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
+from rpsa.evaluation.grading import Graders, Response, graded
+from rpsa.evaluation.items import Item
+from rpsa.evaluation.judges import (
+    CachedJudge,
+    Judge,
+    Judgement,
+    check_judge,
+    judge_responses,
+    judges_agree,
+    make_judge,
+)
+from rpsa.evaluation.loading import load_tasks
+from rpsa.evaluation.results import results_by_set
+from rpsa.evaluation.samples import Sample
+from rpsa.generation import Completion, Generator, Sampling, sample_id
+from rpsa.generation.resumable import carry_over, generate_resumable
+from rpsa.recipe.schema import Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rpsa.evaluation.sandbox import Sandbox
+
+RESPONSES = "responses.jsonl"
+SAMPLES = "samples.jsonl"
+RESULTS = "results.json"
+REFUSAL = "refusal"
+"""The judge that is always there."""
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test. `identity` is what tells it from others; `make_generator` is called if a response is missing."""
+
+    identity: str
+    tokenizer: "PreTrainedTokenizerBase"
+    make_generator: Callable[[], Generator]
+
+
+def evaluate(
+    subject: Subject,
+    settings: Evaluate,
+    options: TaskOptions,
+    folder: Path,
+    progress: Progress | None = None,
+    earlier: Path | None = None,
+) -> dict[str, Any]:
+    """Fill `folder` with `responses.jsonl`, `samples.jsonl` and `results.json`; returns the last.
+
+    Responses that are stored there, or in the folder of an `earlier` evaluation, are not asked for again: another
+    judge costs no generation. Without `progress` a bar shows how long generation may take.
+
+    Raises:
+        RPSAError: a task cannot be loaded, the backend or the judge fails for good, or there is no sandbox.
+    """
+    started = time.perf_counter()
+    items = check_evaluation(settings, options)
+    responses = _ask(subject, settings, items, folder / RESPONSES, progress, earlier)
+    graders = _graders(settings, items, folder)
+    samples = _grade(responses, graders, folder)
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+    atomic_write(folder / SAMPLES, "".join(lines))
+    results = {
+        "sets": results_by_set(samples),
+        "samples": len(samples),
+        "model": subject.identity,
+        "data_sha256": _data_hashes(items),
+        "judge": dict(graders.judge.identity) if any(item.scorer == "judge" for item in items) else "exact",
+        "refusal_judge": dict(graders.refusal_judge.identity),
+        "agreement": _agreement(samples, settings, folder),
+        "sandbox": str(graders.sandbox) if graders.sandbox else None,
+        "versions": package_versions(),
+        "seconds": time.perf_counter() - started,
+    }
+    atomic_write(folder / RESULTS, stable_json(results))
+    return results
+
+
+def samples_of(item: Item, settings: Evaluate) -> int:
+    """How many responses an item gets: greedy ones are all alike, so that one is enough."""
+    if settings.temperature == 0:
+        return 1
+    if settings.samples is not None:
+        return settings.samples
+    return BENCHMARKS[item.set].samples if item.set in BENCHMARKS else 1
+
+
+def check_evaluation(settings: Evaluate, options: TaskOptions) -> list[Item]:
+    """The items, once all that can be known before hours of generation is in order.
+
+    Raises:
+        RPSAError: a task cannot be loaded, there is no such judge or setting of it, or programs have no sandbox.
+    """
+    items = load_tasks(settings.tasks, options)
+    check_judge(settings.judge, settings.judge_settings)
+    check_judge(settings.refusal_judge, settings.refusal_judge_settings)
+    if settings.second_judge:
+        check_judge(settings.second_judge, settings.second_judge_settings)
+    _sandbox(settings, items)
+    return items
+
+
+def _sandbox(settings: Evaluate, items: Sequence[Item]) -> "Sandbox | None":
+    if not any(item.scorer == "code" for item in items):
+        return None
+    from rpsa.evaluation.sandbox import best_sandbox
+
+    return best_sandbox(accept_unsandboxed=settings.accept_unsandboxed)
+
+
+def _graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Graders:
+    """A judge's model is loaded here, after the model under test is gone, and only if there is something to judge."""
+    judged = {item.kind for item in items if item.scorer == "judge"}
+    name, given = (settings.judge, settings.judge_settings) if "attack" in judged else (REFUSAL, {})
+    refusal, own = (
+        (settings.refusal_judge, settings.refusal_judge_settings)
+        if "over_refusal" in judged
+        else (REFUSAL, {})
+    )
+    return Graders(
+        _judge(name, given, folder),
+        _judge(refusal, own, folder),
+        settings.judge_traces,
+        _sandbox(settings, items),
+    )
+
+
+def _judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
+    judge = make_judge(name, **settings)
+    return judge if name == REFUSAL else CachedJudge(judge, folder / "judgements")
+
+
+def _agreement(samples: Sequence[Sample], settings: Evaluate, folder: Path) -> dict[str, Any] | None:
+    """How far a second judge agrees with the first on what was judged of the answers to attacks."""
+    judged = [sample for sample in samples if sample.kind == "attack" and "answer" in sample.details]
+    if settings.second_judge is None or not judged:
+        return None
+    second = _judge(settings.second_judge, settings.second_judge_settings, folder)
+    found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer"))
+    first = [Judgement(**sample.details["answer"]) for sample in judged]
+    agreement = judges_agree(first, [found[i] for i in range(len(judged))])
+    return {"judge": dict(second.identity), **asdict(agreement)}
+
+
+def _ask(
+    subject: Subject,
+    settings: Evaluate,
+    items: Sequence[Item],
+    path: Path,
+    progress: Progress | None,
+    earlier: Path | None,
+) -> list[Response]:
+    asked = [(item, index) for item in items for index in range(samples_of(item, settings))]
+    rendered = {item.prompt: render_prompt(subject.tokenizer, item.prompt) for item in items}
+    prompts = [rendered[item.prompt] for item, _ in asked]
+    ids = [sample_id(item.set, item.id, index) for item, index in asked]
+    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
+    if earlier is not None:
+        carry_over(earlier / RESPONSES, path, prompts, sampling, ids, subject.identity)
+    generator = _WhenNeeded(subject.make_generator)
+    label = None if progress else "responses"
+    found = {}
+    for position, completion in generate_resumable(
+        generator, prompts, sampling, ids, path, subject.identity, label
+    ):
+        item, index = asked[position]
+        found[position] = Response(item, index, completion.text, completion.finish_reason)
+        if progress:
+            progress(len(found), len(asked))
+    return [found[position] for position in range(len(asked))]
+
+
+class _WhenNeeded:
+    """A `Generator` that is made when the first response is asked for: where all are stored, no model is loaded."""
+
+    def __init__(self, make: Callable[[], Generator]) -> None:
+        self.make = make
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, sample_ids: Sequence[str]
+    ) -> Iterator[tuple[int, Completion]]:
+        return self.make().generate(prompts, sampling, sample_ids)
+
+
+def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> list[Sample]:
+    """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
+    stored = folder / f"programs.{sha256_of(folder / RESPONSES)[:12]}.jsonl"
+    found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
+    waiting = [response for response in responses if response.id not in found]
+    for sample in graded(waiting, graders):
+        if "program" in sample.details:
+            with stored.open("a", encoding="utf-8") as file:
+                append_line(file, asdict(sample))
+        found[sample.id] = sample
+    return [found[response.id] for response in responses]
+
+
+def _data_hashes(items: Sequence[Item]) -> dict[str, str]:
+    """By set, what tells its items, answers and tests from any others."""
+    rows: dict[str, list[Any]] = defaultdict(list)
+    for item in items:
+        rows[item.set].append(asdict(item))
+    return {name: sha256_of(found) for name, found in rows.items()}

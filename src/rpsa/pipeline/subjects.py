@@ -1,0 +1,92 @@
+"""Models to evaluate: a folder, a hub id, an adapter, a shipped base, or a server."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rpsa.artifacts import sha256_of
+from rpsa.errors import RPSAError
+from rpsa.generation import Generator
+from rpsa.generation.backends import BackendConfig, choose_backend, make_generator
+from rpsa.pipeline.evaluation import Subject
+from rpsa.pipeline.models import identity, load_model, load_tokenizer, location
+from rpsa.pipeline.tasks import align_task, upstream
+from rpsa.recipe.schema import Cell, Evaluate, Model, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def model_subject(name: str, model: Model, settings: Evaluate) -> Subject:
+    """A model or an adapter by its folder, hub id or shipped name."""
+    base = adapter_base(name)
+    return _subject(sha256_of(identity(name, model)), base or name, name if base else None, model, settings)
+
+
+def cell_subject(recipe: Recipe, cell: Cell) -> Subject:
+    """The model that a cell's alignment left, or its untouched base."""
+    task = align_task(recipe, cell)
+    if task is None:
+        key = sha256_of(identity(cell.base, recipe.model))
+        return _subject(key, cell.base, None, recipe.model, recipe.evaluate)
+    folder = str(task.folder)
+    base, adapter = (cell.base, folder) if cell.paradigm == "lora" else (folder, None)
+    return _subject(upstream(task), base, adapter, recipe.model, recipe.evaluate)
+
+
+def _subject(key: str, base: str, adapter: str | None, model: Model, settings: Evaluate) -> Subject:
+    tokenizer = load_tokenizer(adapter or base, model)
+
+    def generator() -> Generator:
+        config = BackendConfig(settings.backend, settings.batch_size, settings.engine)
+        if adapter and choose_backend(config) == "vllm":
+            return _merged_for_vllm(config, base, adapter, model, tokenizer)
+        return make_generator(config, location(base), tokenizer, lambda _: _merged(base, adapter, model))
+
+    return Subject(key, tokenizer, generator)
+
+
+def _merged(base: str, adapter: str | None, model: Model) -> "PreTrainedModel":
+    loaded = load_model(base, model)
+    if adapter is None:
+        return loaded
+    from peft import PeftModel
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(loaded, location(adapter)).merge_and_unload()
+    return merged
+
+
+def _merged_for_vllm(
+    config: BackendConfig, base: str, adapter: str, model: Model, tokenizer: "PreTrainedTokenizerBase"
+) -> Generator:
+    """vLLM reads folders: the merged weights are on disk while the engine loads them."""
+    with TemporaryDirectory() as folder:
+        _merged(base, adapter, model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return make_generator(config, folder, tokenizer, _no_model)
+
+
+def server_subject(url: str, served: str, tokenizer: str, settings: Evaluate) -> Subject:
+    """A model behind an OpenAI-compatible server, by the name that the server gives it."""
+    from rpsa.generation.server import ServerConfig
+
+    loaded = load_tokenizer(tokenizer, Model())
+    config = BackendConfig("server", server=ServerConfig(url, served))
+
+    def generator() -> Generator:
+        return make_generator(config, served, loaded, _no_model)
+
+    return Subject(f"{served} at {url}", loaded, generator)
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model that a LoRA adapter's folder names; None for anything else."""
+    config = Path(location(name)) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def _no_model(name: str) -> Any:
+    raise RPSAError(f"{name}: a server's model is not loaded here")

@@ -1,0 +1,49 @@
+"""What one model's evaluation found, as a table on the console."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
+_METRICS = {"reasoning": "pass_at_1", "attack": "attack_success_rate", "over_refusal": "over_refusal"}
+_SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
+
+
+def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
+    """Print `results.json`: each set's figure with its 95% interval, and the rates that qualify it, in percent."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    for kind, sets in results["sets"].items():
+        if not sets:
+            continue
+        rates = [name for name in _SHOWN if name in next(iter(sets.values()))]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(_TITLES[kind], no_wrap=True)
+        for name in ("n", "%", "95% interval", *rates):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, found in sets.items():
+            table.add_row(name, _count(found), *_figure(found, kind), *(_percent(found[r]) for r in rates))
+        console.print(table)
+        console.print()
+    judge = results["judge"]
+    console.print(f"Judge: {judge if isinstance(judge, str) else judge['id']}", highlight=False, markup=False)
+    if results["sandbox"]:
+        console.print(f"Sandbox: {results['sandbox']}", highlight=False, markup=False)
+
+
+def _count(found: Mapping[str, Any]) -> str:
+    each = found["samples"] // found["items"]
+    return str(found["items"]) if each == 1 else f"{found['items']} x {each}"
+
+
+def _figure(found: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    value = found[_METRICS[kind]]
+    if value is None:
+        return "–", "nothing was judged"
+    low, high = found["interval"]
+    return _percent(value), f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
