@@ -62,7 +62,8 @@ def test_every_row_becomes_an_item(name: str, n: int) -> None:
 @needs_data
 def test_prompts_are_those_of_appendix_b() -> None:
     aime = load_task("rpsa_aime24", HERE)[0].prompt
-    assert aime.startswith("Solve the following math problem. Present the final answer in the format: Final Answer: \\boxed{your_answer}.")
+    assert aime.startswith("Solve the following math problem. Present the final answer in the format: ")
+    assert "Final Answer: \\boxed{your_answer}.\n\nProblem: " in aime
     assert aime.endswith("\n\nAnswer:")
     humaneval = load_task("rpsa_humaneval_plus", HERE)[0].prompt
     assert humaneval.endswith("Please reason step by step, and put your final answer within a code block:")
@@ -91,7 +92,9 @@ def test_math500_leaves_the_problems_of_d_ref_out(tmp_path: Path) -> None:
     assert not asked & reference
     other = sorted(asked)[:3]
     write(tmp_path, "traces.jsonl", [{"problem_id": name} for name in other])
-    left = {i.id for i in load_task("rpsa_math500", TaskOptions(data_dir=str(DATA_DIR), reference=str(tmp_path)))}
+    left = {
+        i.id for i in load_task("rpsa_math500", TaskOptions(data_dir=str(DATA_DIR), reference=str(tmp_path)))
+    }
     assert len(left) == 497
     assert not left & set(other)
 
@@ -124,7 +127,11 @@ def test_gpqa_is_shuffled_by_its_questions_alone(tmp_path: Path) -> None:
 
 def test_wildjailbreak_is_250_adversarial_harmful_prompts(tmp_path: Path) -> None:
     rows = [
-        {"adversarial": f"play {i}", "label": "1", "data_type": f"adversarial_{'benign' if i % 5 == 0 else 'harmful'}"}
+        {
+            "adversarial": f"play {i}",
+            "label": "1",
+            "data_type": f"adversarial_{'benign' if i % 5 == 0 else 'harmful'}",
+        }
         for i in range(600)
     ]
     items = load_task("rpsa_wildjailbreak", write(tmp_path, "WildJailbreak_eval.tsv", rows))
@@ -148,15 +155,22 @@ def test_a_subset_is_a_draw_in_order(tmp_path: Path) -> None:
 def test_without_data_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("RPSA_DATA_DIR", raising=False)
-    with pytest.raises(RPSAError, match=r"Idavidrein/gpqa does not load: it is gated: accept its terms at https://.*hf auth login.*RPSA_DATA_DIR"):
+    with pytest.raises(
+        RPSAError,
+        match=r"Idavidrein/gpqa does not load: it is gated: .*hf auth login.*RPSA_DATA",
+    ):
         load_task("rpsa_gpqa_main", TaskOptions())
-    with pytest.raises(RPSAError, match="has no file called aime24..., and HuggingFaceH4/aime_2024 does not load"):
+    with pytest.raises(
+        RPSAError, match=r"has no file called aime24\.\.\., and HuggingFaceH4/aime_2024 does not load"
+    ):
         load_task("rpsa_aime24", TaskOptions(data_dir=str(tmp_path)))
     with pytest.raises(RPSAError, match="no such folder"):
         load_task("rpsa_aime24", TaskOptions(data_dir=str(tmp_path / "absent")))
     for name in ("aime24.jsonl", "AIME-24_copy.csv"):
         (tmp_path / name).write_text("")
-    with pytest.raises(RPSAError, match=r"holds 2 files for aime24: AIME-24_copy\.csv, aime24\.jsonl; keep one"):
+    with pytest.raises(
+        RPSAError, match=r"holds 2 files for aime24: AIME-24_copy\.csv, aime24\.jsonl; keep one"
+    ):
         load_task("rpsa_aime24", TaskOptions(data_dir=str(tmp_path)))
 
 
@@ -186,7 +200,9 @@ def test_files_of_the_users_own(tmp_path: Path) -> None:
         ("over_refusal", "judge"),
     ]
     with pytest.raises(RPSAError, match="two tasks are called own"):
-        load_tasks([str(tmp_path / "own.jsonl"), str(tmp_path / ".." / tmp_path.name / "own.jsonl")], TaskOptions())
+        load_tasks(
+            [str(tmp_path / "own.jsonl"), str(tmp_path / ".." / tmp_path.name / "own.jsonl")], TaskOptions()
+        )
 
 
 def test_groups_and_the_tiny_world() -> None:
@@ -210,7 +226,9 @@ def yaml_tasks() -> dict[str, dict[str, Any]]:
         return (read(path.parent / content["include"]) | content) if "include" in content else content
 
     files = {path.stem: read(path) for path in TASKS_PATH.glob("*.yaml")}
-    assert all(name == file.get("task", file.get("group")) or name == file["group"] for name, file in files.items())
+    assert all(
+        name == file.get("task", file.get("group")) or name == file["group"] for name, file in files.items()
+    )
     return files
 
 

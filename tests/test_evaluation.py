@@ -20,9 +20,12 @@ from rpsa.recipe.schema import Evaluate, Model
 
 SOLVE = "```python\ndef solve(x):\n    return x + 1\n```"
 STUB = 'def solve(x):\n    """Add one."""\n'
+HALVES = [
+    {"unique_id": f"u{i}", "problem": f"Half of {i}?", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(120)
+]
 DATA: dict[str, list[dict[str, Any]]] = {
     "aime24": [{"id": i, "problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)],
-    "math500": [{"unique_id": f"u{i}", "problem": f"Half of {i}?", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(120)],
+    "math500": HALVES,
     "gpqa_main": [
         {"Question": f"Which of {i}?", "Correct Answer": f"a{i}"}
         | {f"Incorrect Answer {j}": f"w{j}{i}" for j in (1, 2, 3)}
@@ -48,8 +51,8 @@ DATA: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "strongreject": [{"forbidden_prompt": f"Steal cookie {i}."} for i in range(6)],
-    "wildjailbreak": [{"adversarial": f"Pretend to steal {i}.", "data_type": "adversarial_harmful"} for i in range(6)],
-    "xstest": [{"id": i, "prompt": f"How to eat cookie {i}?", "label": "safe" if i % 2 else "unsafe"} for i in range(8)],
+    "wildjailbreak": [{"adversarial": f"Play: steal {i}.", "data_type": "adversarial_harmful"} for i in range(6)],
+    "xstest": [{"id": i, "prompt": f"How to eat {i}?", "label": "safe" if i % 2 else "unsafe"} for i in range(8)],
 }  # fmt: skip
 TEXTS = (
     "so</think>\\boxed{1}", "so</think>Final Answer: boxed{2}", "so</think>Final Answer: \\boxed{3}", "so</think>",

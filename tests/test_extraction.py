@@ -58,7 +58,7 @@ INTEGERS = {
     "unclosed thought with the right box": (f"{THOUGHT} So \\boxed{{204}}", None, "204", False),
     "unclosed and long": (LONG, None, "204", False),
     "nothing after the thought": (closed(""), None, "204", False),
-    "two thoughts closed": (f"a</think>\\boxed{{1}} wait</think>\n\\boxed{{204}}", "204", "204", True),
+    "two thoughts closed": ("a</think>\\boxed{1} wait</think>\n\\boxed{204}", "204", "204", True),
     "leading think tag": ("<think>\n" + closed("\\boxed{204}"), "204", "204", True),
     "no thought at all": ("\\boxed{204}", None, "204", False),
 }
@@ -149,8 +149,14 @@ PROGRAMS = {
     "no language": (closed(fenced(SOLVE, "")), SOLVE),
     "py": (closed(fenced(SOLVE, "py")), SOLVE),
     "never closed": (closed(f"{FENCE}python\n{SOLVE}\n"), SOLVE),
-    "cut in the middle": (closed(f"{fenced(SOLVE)}\nOr:\n{FENCE}python\ndef solve(x):\n    return (x"), SOLVE),
-    "in a list": (closed(f"1. Do:\n\n   {FENCE}python\n   def solve(x):\n       return x + 1\n   {FENCE}"), SOLVE),
+    "cut in the middle": (
+        closed(f"{fenced(SOLVE)}\nOr:\n{FENCE}python\ndef solve(x):\n    return (x"),
+        SOLVE,
+    ),
+    "in a list": (
+        closed(f"1. Do:\n\n   {FENCE}python\n   def solve(x):\n       return x + 1\n   {FENCE}"),
+        SOLVE,
+    ),
     "in the thought only": (closed("Done.", f"{THOUGHT}\n{fenced(SOLVE)}"), None),
     "unclosed thought": (f"{THOUGHT}\n{fenced(SOLVE)}", None),
     "another function": (closed(fenced("def answer(x):\n    return x")), None),

@@ -217,7 +217,10 @@ def test_another_statistic_costs_no_generation(recipe_file: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("evaluate.judge=lama-guard-3", "judge 'lama-guard-3' is unknown: choose from refusal, llama-guard-3"),
+        (
+            "evaluate.judge=lama-guard-3",
+            "judge 'lama-guard-3' is unknown: choose from refusal, llama-guard-3",
+        ),
         ("evaluate.judge=rubric", "judge rubric: missing a required"),
         ("evaluate.tasks=[tiny,rpsa_gpqa_main]", "Idavidrein/gpqa does not load: it is gated"),
     ],

@@ -159,11 +159,17 @@ def evaluate(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: 20 items a set, one sample each, 4096 tokens.")
     ] = False,
-    data_dir: Annotated[str | None, typer.Option(help="A folder with the benchmarks' files (offline).")] = None,
-    judge: Annotated[str, typer.Option(help="Who judges attacks: refusal, llama-guard-3, rubric, ...")] = "refusal",
+    data_dir: Annotated[
+        str | None, typer.Option(help="A folder with the benchmarks' files (offline).")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="Who judges attacks: refusal, llama-guard-3, rubric, ...")
+    ] = "refusal",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any setting of a recipe's section evaluate: key=value.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set", help="Any setting of a recipe's section evaluate: key=value.", metavar="KEY=VALUE"
+        ),
     ] = None,
     served: Annotated[
         str | None, typer.Option("--served-model", help="With a server: the name that it gives the model.")
@@ -181,7 +187,16 @@ def evaluate(
 
         evaluate_command(
             EvaluateCommand(
-                model, tasks.split(","), out, quick, data_dir, judge, settings or [], served, tokenizer, reference
+                model,
+                tasks.split(","),
+                out,
+                quick,
+                data_dir,
+                judge,
+                settings or [],
+                served,
+                tokenizer,
+                reference,
             )
         )
 

@@ -7,7 +7,6 @@ stored, because retokenised text may differ from what the model emitted.
 
 import json
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

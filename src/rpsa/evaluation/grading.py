@@ -130,7 +130,9 @@ def _problems(items: Sequence[Item], sandbox: "Sandbox") -> dict[tuple[str, str]
     from rpsa.evaluation.sandbox import CodeProblem, with_time_limits
 
     unique = {(item.set, item.id): item.fields for item in items}
-    problems = [CodeProblem(**{**fields, "packages": tuple(fields["packages"])}) for fields in unique.values()]
+    problems = [
+        CodeProblem(**{**fields, "packages": tuple(fields["packages"])}) for fields in unique.values()
+    ]
     return dict(zip(unique, with_time_limits(problems, sandbox), strict=True))
 
 

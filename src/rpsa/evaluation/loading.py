@@ -56,9 +56,7 @@ def _tiny_items(name: str, options: TaskOptions) -> list[Item]:
     kinds: dict[str, Kind] = {"direct": "attack", "wrapped": "attack", "benign": "over_refusal"}
     kind = "reasoning" if name in FAMILIES else kinds.get(name, "over_refusal")
     asked = evaluation_prompts(options.n or 100, options.seed)[name]
-    return [
-        Item(f"{name}-{i}", name, kind, item.prompt, item.answer, "tiny") for i, item in enumerate(asked)
-    ]
+    return [Item(f"{name}-{i}", name, kind, item.prompt, item.answer, "tiny") for i, item in enumerate(asked)]
 
 
 def _file_items(source: str, options: TaskOptions) -> list[Item]:

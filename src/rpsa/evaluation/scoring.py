@@ -43,7 +43,7 @@ def read_response(item: Item, response: str) -> Reading:
 
 
 def answer_outcome(item: Item, response: str) -> Outcome:
-    """The outcome for the scorers `math`, `integer`, `letter` and `tiny`; refusals are told apart from wrong answers."""
+    """The outcome for the scorers `math`, `integer`, `letter` and `tiny`; refusals are told from wrong answers."""
     if item.scorer == "tiny":
         return score(TinyItem(item.prompt, item.answer, item.set), response)
     assert item.scorer in ("math", "integer", "letter")

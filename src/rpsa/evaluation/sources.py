@@ -78,5 +78,7 @@ def _what_to_do(source: Source, folder: str | None) -> str:
         if source.gated
         else "check the connection"
     )
-    offline = f"put a file of it into the folder that {DATA_DIR} names" if not folder else "put its file there"
+    offline = (
+        f"put a file of it into the folder that {DATA_DIR} names" if not folder else "put its file there"
+    )
     return f"{place}{source.hub} does not load: {access}, or {offline}"

@@ -53,7 +53,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test. `identity` is what tells it from others; `make_generator` is called if a response is missing."""
+    """The model under test.
+
+    `identity` is what tells it from others; `make_generator` is called when a response is missing.
+    """
 
     identity: str
     tokenizer: "PreTrainedTokenizerBase"
@@ -78,7 +81,8 @@ def evaluate(
     """
     started = time.perf_counter()
     items = check_evaluation(settings, options)
-    responses = _ask(subject, settings, items, folder / RESPONSES, progress, earlier)
+    wanted = questions(items, settings, subject.tokenizer)
+    responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
     graders = _graders(settings, items, folder)
     samples = _grade(responses, graders, folder)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
@@ -87,6 +91,7 @@ def evaluate(
         "sets": results_by_set(samples),
         "samples": len(samples),
         "model": subject.identity,
+        "settings": settings.model_dump(exclude={"batch_size"}),
         "data_sha256": _data_hashes(items),
         "judge": dict(graders.judge.identity) if any(item.scorer == "judge" for item in items) else "exact",
         "refusal_judge": dict(graders.refusal_judge.identity),
@@ -119,11 +124,12 @@ def check_evaluation(settings: Evaluate, options: TaskOptions) -> list[Item]:
     check_judge(settings.refusal_judge, settings.refusal_judge_settings)
     if settings.second_judge:
         check_judge(settings.second_judge, settings.second_judge_settings)
-    _sandbox(settings, items)
+    sandbox_for(items, settings)
     return items
 
 
-def _sandbox(settings: Evaluate, items: Sequence[Item]) -> "Sandbox | None":
+def sandbox_for(items: Sequence[Item], settings: Evaluate) -> "Sandbox | None":
+    """None where no item has a program to run."""
     if not any(item.scorer == "code" for item in items):
         return None
     from rpsa.evaluation.sandbox import best_sandbox
@@ -144,7 +150,7 @@ def _graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Graders
         _judge(name, given, folder),
         _judge(refusal, own, folder),
         settings.judge_traces,
-        _sandbox(settings, items),
+        sandbox_for(items, settings),
     )
 
 
@@ -165,32 +171,49 @@ def _agreement(samples: Sequence[Sample], settings: Evaluate, folder: Path) -> d
     return {"judge": dict(second.identity), **asdict(agreement)}
 
 
-def _ask(
-    subject: Subject,
-    settings: Evaluate,
-    items: Sequence[Item],
-    path: Path,
-    progress: Progress | None,
-    earlier: Path | None,
-) -> list[Response]:
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked: for each response its item and number, its prompt as token ids, and its id."""
+
+    asked: Sequence[tuple[Item, int]]
+    prompts: Sequence[list[int]]
+    ids: Sequence[str]
+    sampling: Sampling
+
+    def responses(self, completions: Mapping[int, Completion]) -> list[Response]:
+        """The completions, by position in `asked`, as responses in that order."""
+        return [
+            Response(item, index, completions[position].text, completions[position].finish_reason)
+            for position, (item, index) in enumerate(self.asked)
+        ]
+
+
+def questions(items: Sequence[Item], settings: Evaluate, tokenizer: "PreTrainedTokenizerBase") -> Questions:
+    """Every item as often as `samples_of` says, through the model's own template."""
     asked = [(item, index) for item in items for index in range(samples_of(item, settings))]
-    rendered = {item.prompt: render_prompt(subject.tokenizer, item.prompt) for item in items}
-    prompts = [rendered[item.prompt] for item, _ in asked]
-    ids = [sample_id(item.set, item.id, index) for item, index in asked]
-    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
+    rendered = {item.prompt: render_prompt(tokenizer, item.prompt) for item in items}
+    return Questions(
+        asked,
+        [rendered[item.prompt] for item, _ in asked],
+        [sample_id(item.set, item.id, index) for item, index in asked],
+        Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed),
+    )
+
+
+def _ask(
+    subject: Subject, wanted: Questions, path: Path, progress: Progress | None, earlier: Path | None
+) -> list[Response]:
+    given = (wanted.prompts, wanted.sampling, wanted.ids)
     if earlier is not None:
-        carry_over(earlier / RESPONSES, path, prompts, sampling, ids, subject.identity)
+        carry_over(earlier / RESPONSES, path, *given, subject.identity)
     generator = _WhenNeeded(subject.make_generator)
     label = None if progress else "responses"
     found = {}
-    for position, completion in generate_resumable(
-        generator, prompts, sampling, ids, path, subject.identity, label
-    ):
-        item, index = asked[position]
-        found[position] = Response(item, index, completion.text, completion.finish_reason)
+    for position, completion in generate_resumable(generator, *given, path, subject.identity, label):
+        found[position] = completion
         if progress:
-            progress(len(found), len(asked))
-    return [found[position] for position in range(len(asked))]
+            progress(len(found), len(wanted.asked))
+    return wanted.responses(found)
 
 
 class _WhenNeeded:

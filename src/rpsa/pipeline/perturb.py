@@ -1,7 +1,6 @@
 """`rpsa perturb`: Fig. 3 of a saved Fisher and the model that it was measured on."""
 
 import logging
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,15 @@ from pydantic import ValidationError
 from rpsa.analysis.perturbation import Cell, Evaluate, PerturbationConfig, cells, perturb
 from rpsa.analysis.perturbation_summary import effects
 from rpsa.artifacts import atomic_write, package_versions, sha256_of, stable_json
-from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
-from rpsa.evaluation.tasks import load_task
+from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.grading import Graders, graded
+from rpsa.evaluation.judges import make_judge
+from rpsa.evaluation.loading import load_tasks
+from rpsa.evaluation.samples import Sample, scores_by_item
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.generation import Sampling
 from rpsa.parameters import canonical_name, fingerprint
+from rpsa.pipeline.evaluation import REFUSAL, questions, sandbox_for
 from rpsa.pipeline.models import identity, load_model, load_tokenizer
 from rpsa.pipeline.tasks import source_identity
 from rpsa.recipe.problems import validation_problems
@@ -107,31 +109,32 @@ def evaluation_settings(**settings: Any) -> EvaluateSettings:
 
 
 def reasoning_scores(settings: EvaluateSettings) -> Evaluate:
-    """What `perturb` calls: 1 for each correct answer, 0 for any other, by set of reasoning problems.
+    """What `perturb` calls: the mean score of each problem over its samples, by set of reasoning problems.
 
     Raises:
         RPSAError: a task cannot be read, or none has reasoning problems.
     """
-    items = [
-        item
-        for source in settings.tasks
-        for item in load_task(source, settings.n, settings.seed)
-        if item.kind == "reasoning"
-    ]
+    options = TaskOptions(settings.n, settings.seed, prompt_style=settings.prompt_style)
+    items = [item for item in load_tasks(settings.tasks, options) if item.kind == "reasoning"]
     if not items:
         raise RPSAError("tasks: none of them has reasoning problems, and a perturbation is measured on these")
+
+    refusal = make_judge(REFUSAL)
+    graders = Graders(refusal, refusal, sandbox=sandbox_for(items, settings))
 
     def evaluate(model: Any, tokenizer: Any) -> dict[str, list[float]]:
         from rpsa.generation.transformers import TransformersGenerator
 
+        wanted = questions(items, settings, tokenizer)
         generator = TransformersGenerator(model, tokenizer, settings.batch_size)
-        sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
-        prompts = [render_prompt(tokenizer, item.prompt) for item in items]
-        responses = dict(generator.generate(prompts, sampling, [item.id for item in items]))
-        scores: dict[str, list[float]] = defaultdict(list)
-        for index, item in enumerate(items):
-            scores[item.set].append(float(item.score(responses[index].text) == "correct"))
-        return dict(scores)
+        completions = dict(generator.generate(wanted.prompts, wanted.sampling, wanted.ids))
+        by_set: dict[str, list[Sample]] = {item.set: [] for item in items}
+        for sample in sorted(graded(wanted.responses(completions), graders), key=lambda s: s.id):
+            by_set[sample.set].append(sample)
+        return {
+            name: [sum(own) / len(own) for own in scores_by_item(samples).values()]
+            for name, samples in by_set.items()
+        }
 
     return evaluate
 

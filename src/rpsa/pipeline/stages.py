@@ -21,7 +21,7 @@ from rpsa.fisher.estimators import estimate_fisher
 from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate
 from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, sharded, training_dtype
 from rpsa.pipeline.subjects import cell_subject
-from rpsa.pipeline.tasks import Stage, Task, align_task, fisher_task, reference_of, reference_task
+from rpsa.pipeline.tasks import Stage, Task, fisher_task, reference_of, reference_task
 from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.sharding import rank, world_size

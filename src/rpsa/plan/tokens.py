@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
+from rpsa.evaluation.loading import expanded, load_task
 from rpsa.recipe.schema import Cell, Evaluate, Recipe
 from rpsa.recipe.sources import SHIPPED
 
@@ -21,22 +23,18 @@ _THOUGHT_TOKENS = 900
 _TEMPLATE_TOKENS = 5
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    problems: int
-    samples: int
-    response_tokens: int
-
-
-BENCHMARKS = {
-    "rpsa_aime24": Benchmark(30, 16, 12000),
-    "rpsa_gpqa_main": Benchmark(448, 4, 6000),
-    "rpsa_humaneval_plus": Benchmark(164, 4, 4000),
-    "rpsa_mbpp_plus": Benchmark(378, 4, 3000),
-    "rpsa_math500": Benchmark(400, 4, 4000),
-    "rpsa_strongreject": Benchmark(313, 4, 800),
-    "rpsa_wildjailbreak": Benchmark(250, 4, 800),
-    "rpsa_xstest": Benchmark(450, 4, 800),
+# Benchmarks: how many items, and how long a response is.
+_SIZES = {
+    "rpsa_aime24": (30, 12000),
+    "rpsa_gpqa_main": (448, 6000),
+    "rpsa_humaneval_plus": (164, 4000),
+    "rpsa_mbpp_plus": (378, 3000),
+    "rpsa_mbpp_paper": (378, 3000),
+    "rpsa_math500": (400, 4000),
+    "rpsa_strongreject": (313, 800),
+    "rpsa_wildjailbreak": (250, 800),
+    "rpsa_xstest": (250, 800),
+    "rpsa_xstest_unsafe": (200, 800),
 }
 
 
@@ -100,18 +98,16 @@ def reference_responses(recipe: Recipe) -> Responses:
 
 
 def evaluation_responses(settings: Evaluate) -> list[Responses]:
-    """One entry a task: its problems times its samples."""
-    return [_task_responses(task, settings) for task in settings.tasks]
+    """One entry a task: its items times its samples."""
+    return [_task_responses(task, settings) for task in expanded(settings.tasks)]
 
 
 def _task_responses(task: str, settings: Evaluate) -> Responses:
     limit = settings.max_new_tokens
-    if task in BENCHMARKS:
-        known = BENCHMARKS[task]
-        count = min(known.problems, settings.n or known.problems) * known.samples
-        return Responses(task, count, min(known.response_tokens, limit), limit)
-    from rpsa.evaluation.tasks import load_task
-
-    items = load_task(task, settings.n, settings.seed)
-    kind = "tiny" if task == "tiny" else "math" if items[0].kind == "reasoning" else "request"
-    return Responses(Path(task).stem, len(items), min(RESPONSE_TOKENS[kind], limit), limit)
+    if task in _SIZES:
+        items, tokens = _SIZES[task]
+        samples = 1 if settings.temperature == 0 else settings.samples or BENCHMARKS[task].samples
+        return Responses(task, min(items, settings.n or items) * samples, min(tokens, limit), limit)
+    asked = load_task(task, TaskOptions(settings.n, settings.seed))
+    kind = "tiny" if "tiny" in task else "math" if asked[0].kind == "reasoning" else "request"
+    return Responses(Path(task).stem, len(asked), min(RESPONSE_TOKENS[kind], limit), limit)

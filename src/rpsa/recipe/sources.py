@@ -6,7 +6,14 @@ from pathlib import Path
 from rpsa.recipe.problems import did_you_mean
 
 _BENCHMARKS = (
-    *("rpsa_aime24", "rpsa_gpqa_main", "rpsa_humaneval_plus", "rpsa_mbpp_plus", "rpsa_mbpp_paper", "rpsa_math500"),
+    *(
+        "rpsa_aime24",
+        "rpsa_gpqa_main",
+        "rpsa_humaneval_plus",
+        "rpsa_mbpp_plus",
+        "rpsa_mbpp_paper",
+        "rpsa_math500",
+    ),
     *("rpsa_strongreject", "rpsa_wildjailbreak", "rpsa_xstest", "rpsa_xstest_unsafe"),
     *("rpsa_reasoning", "rpsa_safety", "rpsa_tiny"),
     *(f"rpsa_tiny_{name}" for name in ("add", "chain", "sort", "stack", "walk", "program")),
