@@ -134,6 +134,14 @@ def test_the_strongest_that_works_is_taken_and_without_one_nothing_runs() -> Non
     class Open(Unsandboxed):
         isolates = True
 
+    class Lingering(Unsandboxed):
+        isolates = True
+
+        def launch(self, limits: Limits, packages: tuple[str, ...]) -> Any:
+            # its leader ends with the program, but is not what the program's children hang on
+            command = ["/bin/sh", "-c", "echo sound; sleep 20 & exit 0"]
+            return replace(super().launch(limits, packages), command=command)
+
     working = [report.sandbox for report in tier_reports() if report.problem is None]
     assert best_sandbox(tiers=[Broken(), *working, Unsandboxed()]) == (working or [Unsandboxed()])[0]
     with pytest.raises(
@@ -143,6 +151,7 @@ def test_the_strongest_that_works_is_taken_and_without_one_nothing_runs() -> Non
     assert "\n" not in str(raised.value)
     # a tier without walls is found out by its probe, whatever it says of itself
     assert "it sees the host's files" in str(probe(Open()))
+    assert "outlive" in str(probe(Lingering()))
     assert isinstance(best_sandbox(accept_unsandboxed=True, tiers=[Broken(), Open()]), Unsandboxed)
 
 
