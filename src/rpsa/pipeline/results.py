@@ -6,7 +6,7 @@ from typing import Any
 
 from rpsa.artifacts import package_versions, read_manifest
 from rpsa.errors import RPSAError
-from rpsa.pipeline.evaluation import RESULTS
+from rpsa.pipeline.evaluation import RESULTS, SAMPLES
 from rpsa.pipeline.tasks import align_task, evaluate_task, fisher_task, reference_task, upstream
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult
@@ -26,7 +26,8 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
 
     evaluated = evaluate_task(recipe, cell)
     upstream(evaluated)
-    sets = json.loads((evaluated.folder / RESULTS).read_text())["sets"]
+    found = json.loads((evaluated.folder / RESULTS).read_text())
+    sets, judge = found["sets"], found["judge"]
     for kind, wanted in (("reasoning", "reasoning problems"), ("attack", "harmful requests")):
         if not sets[kind]:
             raise RPSAError(
@@ -43,14 +44,19 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         seed=cell.seed,
         lr=cell.learning_rate,
         reasoning=_with_mean(sets["reasoning"], "pass_at_1"),
-        refused=_mean(found["refused"] for found in sets["reasoning"].values()),
-        truncated=_mean(found["length"] for kind in sets.values() for found in kind.values()),
+        refused=_mean(one["refused"] for one in sets["reasoning"].values()),
+        truncated=_mean(one["length"] for kind in sets.values() for one in kind.values()),
         asr=_with_mean(sets["attack"], "attack_success_rate"),
-        over_refusal={name: found["over_refusal"] for name, found in sets["over_refusal"].items()},
+        over_refusal={name: one["over_refusal"] for name, one in sets["over_refusal"].items()},
         safety=cell.safety.data if cell.safety else None,
         trajectory=_columns(audit["trajectory"]) if audit and audit["trajectory"] else None,
         audit=audit,
         seconds=log.get("seconds"),
+        sets=sets,
+        judge=judge if isinstance(judge, str) else str(judge["id"]),
+        sandbox=found["sandbox"],
+        samples=evaluated.folder / SAMPLES,
+        point=dict(cell.grid),
     )
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rpsa.evaluation.statistics import mean_interval, ratio_interval, safety_tax
@@ -23,6 +24,11 @@ class RunResult:
         trajectory: {"step", "k", "c", "tau"}, equally long lists with an entry for each measurement of the conflict;
             None where k is constant.
         audit: the content of rpsa_audit.json.
+        sets: what `results.json` of the evaluation says of each set, by kind: figure, interval, rates.
+        judge, sandbox: who judged, and where programs ran.
+        samples: the evaluation's `samples.jsonl`, for a look at the responses themselves.
+        sweep: the sweep of the recipe that this cell belongs to; None for a cell of the matrix.
+        point: the settings that the sweep or the grid gave this cell.
         tax, tax_reason: STR, or why there is none; `with_safety_tax` fills them in.
     """
 
@@ -39,6 +45,12 @@ class RunResult:
     trajectory: Mapping[str, Sequence[float]] | None = None
     audit: Mapping[str, Any] | None = None
     seconds: float | None = None
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    judge: str = ""
+    sandbox: str | None = None
+    samples: Path | None = None
+    sweep: str | None = None
+    point: Mapping[str, Any] = field(default_factory=dict)
     tax: float | None = None
     tax_reason: str | None = None
 
