@@ -56,6 +56,7 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         judge=judge if isinstance(judge, str) else str(judge["id"]),
         sandbox=found["sandbox"],
         samples=evaluated.folder / SAMPLES,
+        sweep=cell.sweep,
         point=dict(cell.grid),
     )
 
