@@ -19,7 +19,15 @@ from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate
-from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, sharded, training_dtype
+from rpsa.pipeline.models import (
+    add_adapter,
+    load_model,
+    load_tokenizer,
+    location,
+    sharded,
+    training_dtype,
+    vllm_engine,
+)
 from rpsa.pipeline.subjects import cell_subject
 from rpsa.pipeline.tasks import (
     FISHER_MAP,
@@ -66,7 +74,7 @@ def no_progress(done: int, total: int) -> None:
 
 def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """D_ref: the model's own responses to reasoning problems."""
-    from rpsa.generation.transformers import TransformersGenerator
+    from rpsa.generation.backends import BackendConfig, make_generator
 
     settings = recipe.reference
     if settings.problems is None:
@@ -75,7 +83,10 @@ def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress)
         )
     problems = reference_problems(settings.problems, settings.n, settings.seed)
     tokenizer = load_tokenizer(task.base, recipe.model)
-    generator = TransformersGenerator(load_model(task.base, recipe.model), tokenizer, settings.batch_size)
+    config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(recipe.model, settings.engine))
+    generator = make_generator(
+        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model)
+    )
     done = 0
 
     def on_trace(trace: Any) -> None:

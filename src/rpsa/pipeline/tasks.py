@@ -105,7 +105,9 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
         problems = recipe.reference.problems or ""
         return {
             "model": model,
-            "reference": recipe.reference.model_dump(exclude={"reference_max_length", "batch_size"}),
+            "reference": recipe.reference.model_dump(
+                exclude={"reference_max_length", "batch_size", "engine"}
+            ),
             "problems": source_identity(problems, "problems"),
         }
     cell = task.cell

@@ -88,7 +88,10 @@ class Model(Section):
 
 
 class Reference(Section):
-    """D_ref (section 3.1): the model's own responses to reasoning problems."""
+    """D_ref (section 3.1): the model's own responses to reasoning problems.
+
+    `backend` "auto" is vLLM where it is installed with a GPU, else transformers; `engine` is passed to vLLM.
+    """
 
     problems: str | None = None
     n: PositiveInt = 100
@@ -99,6 +102,8 @@ class Reference(Section):
     reference_max_length: PositiveInt = 4096
     only_correct: bool = False
     batch_size: PositiveInt = 16
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: dict[str, Any] = {}
 
 
 def _regex(value: str) -> str:
