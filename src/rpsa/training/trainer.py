@@ -8,7 +8,6 @@ exactness in hooks of the optimizer itself.
 
 import json
 import logging
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from rpsa.parameters import module_group, trainable_parameters
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import full
 from rpsa.training.config import RPSAArguments
-from rpsa.training.engines import refuse_accelerator, refuse_engines, refuse_model
+from rpsa.training.engines import refuse_accelerator, refuse_model
 from rpsa.training.reasoning_gradient import reasoning_backward
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ class RPSAMixin(_Trainer):
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        refuse_engines(os.environ)
         model = kwargs["model"] if "model" in kwargs else args[0]
         has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         refuse_model(model, has_adapter=has_adapter)
