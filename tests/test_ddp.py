@@ -59,6 +59,7 @@ def make_trainer(kind: str, dtype: str, folder: Path, fisher: Path, **settings: 
         "max_steps": 6,
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
+        "adam_epsilon": 1e-6,  # a smaller one makes a step of what is rounding in a gradient that is nearly 0
         "lr_scheduler_type": "constant",
         "report_to": [],
         "use_cpu": True,
