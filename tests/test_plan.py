@@ -1,5 +1,7 @@
 """`rpsa plan` against what is really there: live bytes of real runs, and the trainer's own count of steps."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from rpsa.plan import make_plan
 from rpsa.plan.dry_run import Precision, Shape
 from rpsa.plan.live_bytes import LiveBytes
 from rpsa.plan.memory import (
+    AlignMemory,
     Freezing,
+    Passes,
     StageMemory,
     align_memory,
     dry_passes,
@@ -65,7 +69,8 @@ SEQUENCES, LENGTH, THOUGHT = 2, 48, 96
 
 def real_model(config: PreTrainedConfig, dtype: str, lora: bool) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    # a trainer writes into its model's config
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -209,6 +214,32 @@ def test_generation_memory_is_what_is_alive() -> None:
     assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
 
 
+def test_what_is_kept_is_shared_out() -> None:
+    freezing = Freezing(
+        dynamic=True, control=True, raw_moments=False, gradient_only=False, audit=False, largest_k=1.0
+    )
+    n = 1 << 30
+    plain = AlignMemory(n, n, 4 * n, 4 * n, 1000, "adamw_torch_fused", Passes(5 * n, 7 * n), None)
+    assert dict(plain.on(1, "one GPU").kept) == {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    assert plain.on(1, "one GPU").work == n  # g_R is not measured
+    rpsa = dataclasses.replace(plain, freezing=freezing)
+    assert rpsa.on(1, "one GPU").kept["Fisher"] == 8 * n  # with the control's ranking
+    assert rpsa.on(1, "one GPU").work == 3 * n
+    assert rpsa.on(8, "DDP").total == rpsa.on(1, "one GPU").total + 4 * n
+    sharded = dataclasses.replace(rpsa, passes=Passes(n, n, gathered=n // 2)).on(4, "FSDP2")
+    assert dict(sharded.kept) == {
+        "weights": n, "gradients": n, "optimizer": 2 * n, "Fisher": 2 * n, "audit": 0
+    }  # fmt: skip
+    assert sharded.work == n + n // 4 + n // 2  # the pass, a quarter of the signs, what is gathered
+    assert dataclasses.replace(plain, optimizer="sgd").on(1, "one GPU").kept["optimizer"] == 0
+
+
+def test_a_stage_fits_with_room_to_spare() -> None:
+    memory = StageMemory({"weights": 20 << 30}, 2 << 30)
+    assert memory.fits(24.2)
+    assert not memory.fits(24)
+
+
 def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
     known = torch.ones(100)
     with LiveBytes([known]) as live:
@@ -269,6 +300,7 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_8b_model_on_80_gib(eight_billion: Path) -> None:
     recipe = load_recipe(
         RECIPES / "deepseek-r1-distill-llama-8b" / "fft+rpsa.yaml", [f"model.name={eight_billion}"]
