@@ -150,12 +150,14 @@ class _Performer:
 
 
 def _report(recipe: Recipe) -> None:
+    from rpsa.pipeline.cards import write_cards
     from rpsa.pipeline.results import collect, provenance
     from rpsa.report import render_console, write_report
 
     results: list[RunResult] = collect(recipe)
     folder = recipe.folder / "report"
-    write_report(results, folder, provenance(recipe))
+    summaries = write_report(results, folder, provenance(recipe))
+    write_cards(recipe, results, folder / "cards")
     write_manifest(folder, "report", {"versions": package_versions()})
-    render_console(results)
+    render_console(summaries)
     print(f"\nReport: {folder / 'index.html'}")

@@ -52,7 +52,7 @@ def run_perturbation(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from rpsa.pipeline.runner import quiet
-    from rpsa.report.figures import to_png, to_svg
+    from rpsa.report.drawing import to_png, to_svg
     from rpsa.report.perturbation_figure import perturbation_bars
     from rpsa.report.perturbation_table import render_effects
 
