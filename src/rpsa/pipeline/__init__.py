@@ -10,7 +10,6 @@ from rpsa.artifacts import (
     MANIFEST,
     altered_files,
     atomic_write,
-    package_versions,
     stable_json,
     write_manifest,
 )
@@ -150,12 +149,12 @@ class _Performer:
 
 
 def _report(recipe: Recipe) -> None:
-    from rpsa.pipeline.results import collect, provenance
+    from rpsa.pipeline.results import collect, provenance, report_inputs
     from rpsa.report import render_console, write_report
 
     results: list[RunResult] = collect(recipe)
     folder = recipe.folder / "report"
     write_report(results, folder, provenance(recipe))
-    write_manifest(folder, "report", {"versions": package_versions()})
+    write_manifest(folder, "report", report_inputs(recipe))
     render_console(results)
     print(f"\nReport: {folder / 'index.html'}")
