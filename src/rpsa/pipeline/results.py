@@ -83,6 +83,18 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
+def report_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What a report is made of: the recipe, wherever it writes, and the results that it shows.
+
+    Raises:
+        RPSAError: a cell has not been evaluated.
+    """
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
+        "evaluated": {cell.id: upstream(evaluate_task(recipe, cell)) for cell in recipe.cells()},
+    }
+
+
 def provenance(recipe: Recipe) -> dict[str, Any]:
     """Where the numbers come from: versions, D_ref and the Fishers, judges, sandbox, data, and the recipe."""
     import json
