@@ -436,12 +436,12 @@ def test_a_run_gives_every_aligned_model_a_card(tmp_path: Path) -> None:
     assert facts["reference"]["temperature"] == 0.6
     assert str(tmp_path) not in (model / CARD).read_text() + (model / METADATA).read_text()
 
-    def results(cell: str) -> dict[str, Any]:
-        return dict(json.loads((folder / "evaluate" / cell / "results.json").read_text()))
+    def attacks(cell: str) -> dict[str, Any]:
+        found = json.loads((folder / "evaluate" / cell / "results.json").read_text())
+        return {name: one["attack_success_rate"] for name, one in found["sets"]["attack"].items()}
 
-    measured = results("lora+rpsa/tiny-0/seed0")
-    card = card_with_results(model, measured, results("original/tiny-0"))
-    rate, before = measured["asr"]["direct"], results("original/tiny-0")["asr"]["direct"]
+    card = (folder / "report" / "cards" / "lora+rpsa" / "tiny-0" / "seed0" / CARD).read_text()
+    rate, before = attacks("lora+rpsa/tiny-0/seed0")["direct"], attacks("original/tiny-0")["direct"]
     assert f"| Attack success ↓: direct | {100 * rate:.1f} | {100 * before:.1f} |" in card
     verify(folder)
 

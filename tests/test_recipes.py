@@ -11,7 +11,7 @@ from rpsa.recipe import Cell, Recipe, load_recipe
 from rpsa.reference import ReferenceConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "smoke")
+ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("smoke", "accelerate"))
 REAL = [path for path in ALL if path.parent.name != "tiny"]
 PAPER = [path for path in REAL if "7b" in path.parent.name or "8b" in path.parent.name]
 

@@ -148,7 +148,7 @@ class _NoSums(SquaredGradients):
     """Sums that are counted elsewhere: only what comes and goes on the way to them."""
 
     def __init__(self) -> None:
-        pass
+        self.sharded = False
 
     def add(self, name: str, row: int, gradient: Tensor) -> None:
         pass

@@ -66,8 +66,8 @@ def write_report(
         "learning_rate": figures.learning_rates(summaries),
     }
     captions = dict(CAPTIONS)
-    for name, figure in sweep_figures(results).items():
-        drawn[f"sweep-{name}"] = figure
+    for name, swept in sweep_figures(results).items():
+        drawn[f"sweep-{name}"] = swept
         captions[f"sweep-{name}"] = (
             f"Sweep {name}",
             "Means over bases and seeds, with the 95% interval of the STR.",

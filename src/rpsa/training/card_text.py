@@ -100,7 +100,7 @@ def _frozen(metadata: Mapping[str, Any]) -> str:
         how = "How: gradients only. Frozen elements had no gradient, but weight decay and momentum still moved them."
     return _bullets(
         _ratio(freezing),
-        _trajectory(metadata["trajectory"]) if freezing["frozen_ratio"] == "dynamic" else None,
+        _trajectory(metadata["trajectory"]) if isinstance(freezing["frozen_ratio"], str) else None,
         mask,
         _fraction(freezing, metadata["audit"]),
         how,
@@ -111,9 +111,14 @@ def _frozen(metadata: Mapping[str, Any]) -> str:
 
 
 def _ratio(freezing: Mapping[str, Any]) -> str:
-    if freezing["frozen_ratio"] != "dynamic":
+    if not isinstance(freezing["frozen_ratio"], str):
         share = f"{freezing['frozen_ratio']:g}"
         return f"Frozen ratio k: constant, {share} of the elements with non-zero Fisher information."
+    if freezing["frozen_ratio"] == "noise":
+        return (
+            "Frozen ratio k (of the elements with non-zero Fisher information): noise, a control. It is drawn anew "
+            f"every {freezing['every']} optimizer steps by the law of the dynamic ratio, whatever the conflict."
+        )
     return (
         "Frozen ratio k (of the elements with non-zero Fisher information): dynamic. It follows the conflict between "
         f"the reasoning and the safety gradient, measured every {freezing['every']} optimizer steps against the "

@@ -28,10 +28,10 @@ def freezing_metadata(trainer: "RPSAMixin", names: CardNames) -> dict[str, Any]:
 
 def _freezing(trainer: "RPSAMixin") -> dict[str, Any]:
     args, freezer = trainer.args, trainer.rpsa.freezer
-    dynamic = args.frozen_ratio == "dynamic"
+    moves = isinstance(args.frozen_ratio, str)
     return {
         "frozen_ratio": args.frozen_ratio,
-        **{name: getattr(args, name) if dynamic else None for name in ("window", "every", "sigma_scale")},
+        **{name: getattr(args, name) if moves else None for name in ("window", "every", "sigma_scale")},
         "mask": args.mask,
         "exact": not args.gradient_only,
         "frozen_moments": args.frozen_moments,
