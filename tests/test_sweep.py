@@ -56,6 +56,7 @@ def test_a_killed_sweep_goes_on_and_repeats_no_finished_point(recipe_file: Path)
     process.communicate()
     before = written(out)
     assert "r=1/report" in before
+    (second / "run.log").unlink()
 
     process = start(recipe_file, *arguments)
     wait_for(second, "run.log", process)
@@ -219,6 +220,16 @@ def test_values_are_a_comma_list_or_yaml(recipe_file: Path) -> None:
     assert cell.lora["target_modules"] == ["q_proj", "v_proj"]
     [_, cell] = points[2].recipe.cells()
     assert cell.lora["target_modules"] == "all-linear"
+
+
+def test_a_method_of_its_own_k_is_swept_by_its_name(recipe_file: Path) -> None:
+    axes = parse_axes(["matrix.methods.lora+constant.align.frozen_ratio=0.4,dynamic"])
+    points = points_of(recipe_file, axes, [METHODS], recipe_file.parent)
+    assert [point.name for point in points] == ["frozen_ratio=0.4", "frozen_ratio=dynamic"]
+    assert [cell.align.frozen_ratio for p in points for cell in p.recipe.cells() if cell.align] == [
+        0.4,
+        "dynamic",
+    ]
 
 
 def test_the_words_of_a_launcher() -> None:
