@@ -1,6 +1,5 @@
-"""A page in headless Chromium, driven over the DevTools pipe: what it logs, what it asks for, how it looks."""
+"""A page in headless Chromium, driven over the DevTools pipe: what it logs, what it asks for, what is in it."""
 
-import base64
 import fcntl
 import json
 import os
@@ -44,10 +43,6 @@ class Page:
 
     def value(self, script: str) -> Any:
         return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
-
-    def screenshot(self, file: Path) -> None:
-        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(shot["data"]))
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._count += 1
