@@ -1,8 +1,13 @@
 """Results such as the tiny world gives, made up: reports are tested without training anything."""
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+from rpsa.evaluation.samples import MAIN_METRIC, METRICS, Sample
 from rpsa.report import RunResult
 
 FAMILIES = ("arithmetic", "sorting", "counting", "parity", "lookup")
@@ -76,7 +81,69 @@ def made_up(method: str, base: str, seed: int, lr: float | None, safety: str, sa
         if aligned
         else None,
         seconds=6.0,
+        sets={
+            "reasoning": _sets("reasoning", families),
+            "attack": _sets("attack", {"direct": direct, "wrapped": wrapped}),
+            "over_refusal": _sets("over_refusal", {"benign": benign, "borderline": borderline}),
+        },
+        judge="exact",
     )
+
+
+def with_samples(
+    results: Sequence[RunResult], folder: Path, items: int = 30, response: str = "no"
+) -> list[RunResult]:
+    """The results with stored samples whose scores are about as frequent as the results say.
+
+    An item is as hard for all models, so that scores are paired, as real ones are.
+    """
+    return [_with_samples(result, folder / f"{i}.jsonl", items, response) for i, result in enumerate(results)]
+
+
+def _with_samples(result: RunResult, path: Path, items: int, response: str) -> RunResult:
+    samples = []
+    for kind, sets in result.sets.items():
+        for name, found in sets.items():
+            for number in range(items):
+                difficulty = random.Random(f"{name} {number}").random()
+                score = float(difficulty < found[MAIN_METRIC[kind]])  # type: ignore[index]
+                samples.append(_sample(kind, name, number, score, response))
+    path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    return replace(result, samples=path)
+
+
+def _sample(kind: Any, name: str, number: int, score: float, response: str) -> Sample:
+    outcomes: dict[str, tuple[Any, Any]] = {
+        "reasoning": ("wrong", "correct"),
+        "attack": ("refused", "complied"),
+        "over_refusal": ("complied", "refused"),
+    }
+    return Sample(
+        id=f"{name}/{name}-{number}/0",
+        set=name,
+        item=f"{name}-{number}",
+        index=0,
+        kind=kind,
+        prompt=f"what is {name} of {number}?",
+        answer="yes",
+        response=response,
+        finish_reason="stop",
+        extracted="yes" if score else None,
+        truncated=False,
+        empty=False,
+        unparsed=False,
+        outcome=outcomes[kind][int(score)],
+        score=score,
+    )
+
+
+def _sets(kind: Any, rates: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    others = dict.fromkeys((*METRICS[kind][1:], "length"), 0.0)
+    return {
+        name: {"items": 30, "samples": 30, **others, MAIN_METRIC[kind]: rate}
+        | {"interval": [max(0.0, rate - 0.1), min(1.0, rate + 0.1)], "standard_error": 0.05}
+        for name, rate in rates.items()
+    }
 
 
 def _trajectory(draw: random.Random) -> dict[str, list[float]]:

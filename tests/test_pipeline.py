@@ -74,8 +74,19 @@ def test_a_run_is_complete_and_is_not_repeated(recipe_file: Path) -> None:
         assert set(result["over_refusal"]) == {"benign", "borderline"}
         assert (result["lr"] is None) == (result["str"] is None and result["method"] == "original")
     assert {row["method"] for row in results["summary"]} == {"original", "fft", "fft+rpsa", "lora+rpsa"}
-    for name in ("index.html", "table.md", "scatter.png", "trajectories.png"):
+    for name in ("index.html", "table.md", "table.tex", "scatter.png", "trajectories.png"):
         assert (folder / "report" / name).stat().st_size > 0
+    cards = sorted((folder / "report" / "cards").rglob("README.md"))
+    assert [card.parent.parent.parent.name for card in cards] == ["fft", "fft+rpsa", "lora+rpsa"]
+    for card in cards:
+        text = card.read_text()
+        assert "| In percent | This model | Untouched |" in text
+        assert "Judge: `exact`. 20 responses." in text
+        assert "Not measured" not in text
+    page = (folder / "report" / "index.html").read_text()
+    assert "exact comparison" in page
+    evaluated = json.loads((folder / "evaluate" / "original" / "tiny-0" / "results.json").read_text())
+    assert all(digest in page for digest in evaluated["data_sha256"].values())
 
     again = written(run(small(recipe_file)))
     assert {n: t for n, t in again.items() if n != "report"} == {

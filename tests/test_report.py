@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_results import FAMILIES, demo_results, study_results
+from chromium import CHROMIUM, chromium
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up_results import FAMILIES, LEVELS, demo_results, made_up, study_results, with_samples
 from rich.console import Console
 
+from rpsa.evaluation.statistics import safety_tax_interval
 from rpsa.report import RunResult, render_console, summarise, with_safety_tax, write_report
+from rpsa.report.benchmarks import benchmark_table, rates_table
+from rpsa.report.latex import escaped, latex_table
+from rpsa.report.problems import with_problem_intervals
+from rpsa.report.responses import LIMIT, chosen_responses, cut, script_json
 from rpsa.report.warnings import audit_line, warnings
 
 PROVENANCE = {
@@ -22,11 +30,14 @@ PROVENANCE = {
     "recipe": {"a": {"b": 1}},
 }
 
+HOSTILE = """</script><script>document.title = "gone"</script><!-- <script>
+<img src=http://example.org/x onerror=stop()></pre></details></body> & &lt; \u2028 \x00 \\ ' " ]]> url(http://example.org/y)"""
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    write_report(demo_results(), out, PROVENANCE)
+    write_report(with_samples(demo_results(), tmp_path_factory.mktemp("samples")), out, PROVENANCE)
     return out
 
 
@@ -72,7 +83,7 @@ def test_summary_str_is_mean_drop_over_mean_gain(demo: Path) -> None:
         runs = [run for run in content["runs"] if run["method"] == summary["method"]]
         assert summary["reasoning"]["mean"] == pytest.approx(sum(r["reasoning"]["mean"] for r in runs) / 3)
         if summary["method"] == "original":
-            assert summary["str"] == {"mean": None, "ci95": None, "reason": None}
+            assert set(summary["str"].values()) == {None}
             continue
         drop = sum(originals[r["base"]]["reasoning"]["mean"] - r["reasoning"]["mean"] for r in runs)
         gain = sum(originals[r["base"]]["asr"]["mean"] - r["asr"]["mean"] for r in runs)
@@ -113,8 +124,9 @@ class _Page(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -128,7 +140,7 @@ def test_the_page_is_self_contained_and_well_formed(demo: Path) -> None:
     page = _Page()
     page.feed((demo / "index.html").read_text())
     assert page.open == []
-    assert len(page.sources) == 2
+    assert len(page.sources) == 3
     for source in page.sources:
         assert source.startswith("data:image/svg+xml;base64,")
         assert b"</svg>" in base64.b64decode(source.partition(",")[2])
@@ -141,7 +153,8 @@ def test_the_page_is_self_contained_and_well_formed(demo: Path) -> None:
 
 def test_figures_are_drawn_as_far_as_there_is_something_to_show(demo: Path, tmp_path: Path) -> None:
     assert {p.name for p in demo.iterdir()} == {
-        *("results.json", "table.md", "index.html"),
+        *("results.json", "table.md", "table.tex", "index.html"),
+        *("scatter_benchmarks.png", "scatter_benchmarks.svg"),
         *("scatter.png", "scatter.svg", "trajectories.png", "trajectories.svg"),
     }
     write_report([r for r in demo_results() if r.method in ("original", "fft")], tmp_path, PROVENANCE)
@@ -152,7 +165,8 @@ def test_figures_are_drawn_as_far_as_there_is_something_to_show(demo: Path, tmp_
 
 
 def test_equal_results_give_equal_files(demo: Path, tmp_path: Path) -> None:
-    write_report(demo_results(), tmp_path, PROVENANCE)
+    (samples := tmp_path / "samples").mkdir()
+    write_report(with_samples(demo_results(), samples), tmp_path, PROVENANCE)
     for path in demo.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
@@ -245,8 +259,238 @@ def test_audit_line_leaves_out_runs_that_mask_gradients_only() -> None:
 
 def test_console_fits_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    render_console(demo_results(), console)
+    render_console(summarise(demo_results()), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert re.search(r"fft\+constant +\d+\.\d", shown)
     assert "Audit: 0 frozen elements moved" in shown
+
+
+def test_each_benchmark_has_its_interval() -> None:
+    one = summarise(_one_base())
+    table = benchmark_table(one)
+    assert table.header == [
+        "Method",
+        *(f"{family} ↑" for family in FAMILIES),
+        *("ASR direct ↓", "ASR wrapped ↓", "Refused benign ↓", "Refused borderline ↓"),
+    ]
+    low, high = one[1].runs[0].sets["reasoning"]["sorting"]["interval"]
+    assert table.rows[1][2].text == f"{100 * one[1].reasoning['sorting']:.1f}"
+    assert table.rows[1][2].note == f"{100 * low:.1f} to {100 * high:.1f}"  # over problems
+    several = summarise(demo_results())
+    values = [run.reasoning["sorting"] for run in several[1].runs]
+    found = benchmark_table(several).rows[1][2]
+    mean = sum(values) / 3
+    half = 4.302653 * (sum((value - mean) ** 2 for value in values) / 6) ** 0.5  # over runs
+    assert found.text == f"{100 * mean:.1f}"
+    assert found.note == f"{100 * max(0, mean - half):.1f} to {100 * min(1, mean + half):.1f}"
+
+
+def test_the_rates_that_qualify_a_figure_are_shown() -> None:
+    def changed(run: RunResult) -> RunResult:
+        sets = json.loads(json.dumps(run.sets))
+        sets["reasoning"]["parity"]["unparsed"] = 0.5
+        sets["attack"]["wrapped"]["unjudged"] = 0.25
+        return replace(run, sets=sets) if run.method == "lora" else run
+
+    summaries = summarise([changed(run) for run in demo_results()])
+    table = rates_table(summaries)
+    rows = {(row[0].text, row[1].text): dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert len(rows) == 7 * 9
+    assert rows["lora", "parity"]["No answer found"].text == "50.0"
+    assert rows["fft", "parity"]["No answer found"].text == "0.0"
+    assert rows["lora", "wrapped"]["Not judged"].text == "25.0"
+    assert rows["lora", "parity"]["Not judged"].text == "–"
+    said = warnings(summaries)
+    assert any("lora (50% of parity)" in line and "in no form" in line for line in said)
+    assert any("lora (25% of wrapped)" in line and "no verdict" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"judge": "refusal-matching"}, "judged by matching refusals"),
+        ({"over_refusal": {}}, "Over-refusal was not measured"),
+        ({"sandbox": "unsandboxed 3.11"}, "without a sandbox"),
+    ],
+)
+def test_warnings_of_the_study(changes: dict[str, Any], sentence: str) -> None:
+    results = [replace(run, **changes) for run in demo_results()]
+    assert sum(sentence in line for line in warnings(summarise(results))) == 1
+    assert not any(sentence in line for line in warnings(summarise(demo_results())))
+
+
+def test_a_single_run_has_an_interval_over_problems(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path)
+    summaries = {s.method: s for s in with_problem_intervals(summarise(results))}
+    assert summaries["original"].tax_interval is None
+    original, fft = (_scores(run) for run in results[:2])
+    expected = safety_tax_interval(
+        reasoning_before=original["reasoning"],
+        reasoning_after=fft["reasoning"],
+        attack_before=original["attack"],
+        attack_after=fft["attack"],
+        replicates=2_000,
+    )
+    assert summaries["fft"].tax_interval == expected.interval
+    assert summaries["fft"].interval_over == "problems"
+    low, high = summaries["fft+rpsa"].difference or (0, 0)
+    assert low < high < 0  # it costs less, surely
+    assert summaries["fft"].difference is None
+    assert "over problems" in (_written(results, tmp_path) / "table.md").read_text()
+    assert any("seed may give" in line for line in warnings(list(summaries.values())))
+
+
+def test_problems_are_matched_by_item_not_by_position(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path)
+    before = [s.tax_interval for s in with_problem_intervals(summarise(results))]
+    for path in tmp_path.glob("[1-6].jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(reversed(lines)))
+    assert [s.tax_interval for s in with_problem_intervals(summarise(results))] == before
+
+
+def test_no_difference_is_within_noise_and_no_change_has_no_interval(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path)
+    stored = {run.method: run.samples for run in results}
+    stored["lora+rpsa"] = stored["lora"]
+    stored["fft+random"] = stored["original"]
+    results = [replace(run, samples=stored[run.method]) for run in results]
+    said = warnings(with_problem_intervals(summarise(results)))
+    assert any("lora+rpsa (difference +0.00 to +0.00)" in line and "within noise" in line for line in said)
+    assert any("fft+random (not one reasoning problem" in line and "no interval" in line for line in said)
+
+
+def test_latex_has_the_layout_of_table_1() -> None:
+    results = [replace(run, base=f"{run.base}_50%") for run in demo_results()]
+    text = latex_table(results)
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 2 + 3 * 7
+    assert len({_columns(row) for row in rows}) == 1
+    assert r"\begin{tabular}{llrrrrrrrrrr}" in text  # 5 families, 2 attacks, 2 of over-refusal, STR
+    assert _columns(rows[0]) == 12
+    assert text.count(r"\midrule") == 3
+    assert text.count(r"tiny:0\_50\% & Original") == 1
+    fft = [s for s in summarise([r for r in results if r.base == "tiny:0_50%"]) if s.paradigm == "fft"]
+    best = min(s.tax for s in fft if s.tax is not None)
+    block = text.split(r"\midrule")[1].splitlines()
+    assert [line for line in block if line.endswith(rf"\textbf{{{best:.2f}}} \\")]
+    assert not [line for line in block if "Original" in line and "textbf" in line]
+
+
+def _columns(row: str) -> int:
+    spans = [
+        int(found[1]) if (found := re.search(r"multicolumn\{(\d+)", cell)) else 1 for cell in row.split(" & ")
+    ]
+    return sum(spans)
+
+
+@pytest.mark.parametrize("character", "&%$#_{}~^\\<>")
+def test_latex_escapes(character: str) -> None:
+    text = escaped(f"a{character}b")
+    assert re.fullmatch(r"a\\([&%$#_{}]|text[a-z]+\{\})b", text)
+    assert escaped("plain 1.0: x+y") == "plain 1.0: x+y"
+
+
+def test_cells_of_a_sweep_are_in_results_json_alone(tmp_path: Path) -> None:
+    swept = replace(made_up("fft", "tiny:0", 0, 5e-4, "tiny:refusals"), sweep="rank", point={"lora.r": 2})
+    folder = _written([*_one_base(), swept], tmp_path)
+    content = json.loads((folder / "results.json").read_text())
+    assert [run["point"] for run in content["runs"] if run["sweep"] == "rank"] == [{"lora.r": 2}]
+    assert len(content["summary"]) == len(LEVELS)
+    assert "0.0005" not in (folder / "table.md").read_text() + (folder / "table.tex").read_text()
+
+
+def test_items_on_which_methods_disagree_come_first(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path, response="x" * 5_000)
+    chosen = json.loads(chosen_responses(summarise(results)) or "")
+    assert chosen["base"] == "tiny:0"
+    assert chosen["methods"] == list(LEVELS)
+    assert [one["name"] for one in chosen["sets"]] == [*FAMILIES, "direct", "wrapped", "benign", "borderline"]
+    stored = [_scores(run)["reasoning"]["sorting"] for run in results]
+    disagreed = sum(len({model[item][0] for model in stored}) > 1 for item in range(30))
+    assert 6 <= disagreed < 30
+    for one in chosen["sets"]:
+        assert len(one["items"]) == 6
+        varied = [len({response["outcome"] for response in item["responses"]}) for item in one["items"]]
+        assert varied == sorted(varied, reverse=True)
+        assert one["name"] != "sorting" or varied == [2] * 6
+    text = chosen["sets"][0]["items"][0]["responses"][0]["text"]
+    assert "3,500 characters left out" in text
+    assert len(text) < 1_560
+    assert chosen_responses(summarise(_one_base())) is None
+
+
+def test_cut_keeps_both_ends() -> None:
+    assert cut("abc", 3) == "abc"
+    assert cut("a" * 50 + "z" * 50, 10) == "aaaaa\n[… 90 characters left out …]\nzzzzz"
+
+
+def test_hostile_responses_stay_text(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path, response=HOSTILE)
+    text = (_written(results, tmp_path) / "index.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert text.count("</script>") == 2
+    assert "<!--" not in text
+    style = re.search(r"<style>.*?</style>", text, re.S)
+    assert style
+    assert not re.search(r"url\(|@import", style[0])
+    stored = re.search(r'id="chosen">(.*?)</script>', text, re.S)
+    assert stored
+    assert json.loads(stored[1])["sets"][0]["items"][0]["responses"][0]["text"] == HOSTILE
+
+
+@given(st.text())
+def test_json_in_a_script_element_cannot_end_it(text: str) -> None:
+    written = script_json({"text": text})
+    assert not set("<>&") & set(written)
+    assert json.loads(written) == {"text": text}
+
+
+def test_a_report_of_200_runs_stays_small(tmp_path: Path) -> None:
+    results = with_samples(study_results(seeds=(0, 1))[:200], tmp_path, items=6, response="<long>" * 1_000)
+    folder = _written(results, tmp_path)
+    assert (folder / "index.html").stat().st_size < 5_000_000
+    assert len((chosen_responses(summarise(results)) or "").encode()) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs {CHROMIUM}")
+def test_in_a_browser(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path, response=HOSTILE + "w" * 1_000)
+    index = _written(results, tmp_path) / "index.html"
+    with chromium(tmp_path / "profile") as page:
+        for width in (390, 1440):
+            page.open(index, width)
+            assert page.value("document.documentElement.scrollWidth") <= width
+            assert page.value("document.title").startswith("made-up <demo>")
+            assert page.value("document.getElementById('text-1').textContent").startswith(HOSTILE[:40])
+            assert page.value("document.getElementById('details-1').open")
+            page.value("(set => { set.value = 5; set.onchange(); })(document.getElementById('set'))")
+            assert page.value("document.getElementById('prompt').textContent").startswith("what is direct of")
+            assert not page.value("document.getElementById('details-1').open")  # a response to an attack
+        assert page.complaints == []
+        assert {request.split(":")[0] for request in page.requests} == {"file", "data"}
+        assert {r for r in page.requests if r.startswith("file")} == {index.as_uri()}
+
+
+def _one_base() -> list[RunResult]:
+    return [run for run in demo_results() if run.base == "tiny:0"]
+
+
+def _written(results: list[RunResult], folder: Path) -> Path:
+    write_report(results, folder / "report", PROVENANCE)
+    return folder / "report"
+
+
+def _scores(run: RunResult) -> dict[str, dict[str, list[list[float]]]]:
+    """By kind and set, in the order of the file."""
+    assert run.samples is not None
+    found: dict[str, dict[str, list[list[float]]]] = {"reasoning": {}, "attack": {}, "over_refusal": {}}
+    for line in run.samples.read_text().splitlines():
+        sample = json.loads(line)
+        found[sample["kind"]].setdefault(sample["set"], []).append([sample["score"]])
+    return found

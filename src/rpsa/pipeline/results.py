@@ -167,7 +167,8 @@ def _graded_by(recipe: Recipe) -> dict[str, Any]:
     for cell in recipe.cells():
         found = json.loads((evaluate_task(recipe, cell).folder / RESULTS).read_text())
         sandbox = found["sandbox"] or "no programs were run"
-        said = (_judge(found["judge"]), _judge(found["refusal_judge"]), sandbox)
+        refusal_judge = "exact" if found["judge"] == "exact" else found["refusal_judge"]
+        said = (_judge(found["judge"]), _judge(refusal_judge), sandbox)
         for name, value in zip(graded, said, strict=True):
             graded[name][value] = None
         data |= found["data_sha256"]

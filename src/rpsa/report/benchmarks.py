@@ -6,6 +6,7 @@ from rpsa.evaluation.statistics import mean_interval
 from rpsa.report.results import RunResult, Summary
 from rpsa.report.table import Entry, Table, interval_note, label, main_table, markdown, percent
 
+_MARKS = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
 _HEADINGS = {
     "refused": "Refused",
     "partial": "Partly refused",
@@ -27,8 +28,7 @@ def benchmark_table(summaries: Sequence[Summary]) -> Table:
         [Entry(label(s, summaries)), *(_figure(s.runs, kind, name) for kind, name in columns)]
         for s in summaries
     ]
-    marks = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
-    return Table(["Method", *(marks[kind].format(name) for kind, name in columns)], rows)
+    return Table(["Method", *(_MARKS[kind].format(name) for kind, name in columns)], rows)
 
 
 def rates_table(summaries: Sequence[Summary]) -> Table:
@@ -40,8 +40,8 @@ def rates_table(summaries: Sequence[Summary]) -> Table:
             if rate in found
         }
         for index, summary in enumerate(summaries)
-        for kind, sets in summary.runs[0].sets.items()
-        for name, found in sets.items()
+        for kind in _MARKS
+        for name, found in summary.runs[0].sets.get(kind, {}).items()
     }
     rates = [rate for rate in _HEADINGS if any(rate in found for found in shares.values())]
     rows = [

@@ -5,7 +5,7 @@ end, and are only ever set as text.
 """
 
 STYLE = """
-.browser { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.browser { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 .browser > * { min-width: 0; }
 .choose { display: flex; flex-wrap: wrap; gap: .5rem 1rem; margin: .5rem 0 1rem; }
 .choose label { display: grid; font-size: .85rem; color: #505a64; min-width: 0; max-width: 100%; }
@@ -48,7 +48,7 @@ _SCRIPT = """
   function show() {
     const item = set().items[$("item").value], method = +$("method").value + 1;
     $("prompt").textContent = item.prompt;
-    $("gold").hidden = !item.answer;
+    $("gold").hidden = set().kind !== "reasoning";
     $("answer").textContent = item.answer;
     $("name").textContent = chosen.methods[method];
     [item.responses[0], item.responses[method]].forEach((response, side) => {

@@ -117,7 +117,8 @@ def add_legend(figure: Figure, methods: Sequence[str], lines: bool) -> None:
         )
         for method in methods
     ]
-    columns = min(len(handles), 3 if figure.get_figwidth() < 6 else 4)
+    rows = -(-len(handles) // (3 if figure.get_figwidth() < 6 else 4))
+    columns = -(-len(handles) // rows)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

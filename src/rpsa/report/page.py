@@ -54,6 +54,7 @@ _NO_NETWORK = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; scr
 """Nothing is ever fetched, whatever a response holds."""
 
 _LONG = 20  # rows
+_MANY = 8  # lines of provenance
 _INTERVALS = "In percent, with the 95% interval: over problems for one run, over runs for three or more."
 _SHARES = (
     "Shares of the responses to each set in percent, means over runs. A response out of tokens ended at the limit; "
@@ -196,7 +197,8 @@ def _value(value: Any) -> str:
             return (
                 f"<details><summary>show</summary><pre>{escape(json.dumps(value, indent=2))}</pre></details>"
             )
-        return "<br>".join(escape(f"{key}: {item}") for key, item in value.items())
+        lines = "<br>".join(escape(f"{key}: {item}") for key, item in value.items())
+        return lines if len(value) <= _MANY else f"<details><summary>show</summary>{lines}</details>"
     if isinstance(value, list | tuple):
         return escape(", ".join(str(item) for item in value))
     return escape(value if isinstance(value, str) else json.dumps(value))

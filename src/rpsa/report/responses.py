@@ -11,9 +11,9 @@ from rpsa.report.results import RunResult, Summary
 from rpsa.report.table import label
 
 LIMIT = 1_500_000  # bytes
-_MOST_METHODS = 40
-_SIZES = ((6, 1_500), (4, 1_500), (2, 1_500), (1, 1_500), (1, 500), (1, 150))
-"""Items of a set and characters of a text: the first that keeps all within LIMIT."""
+_CHARACTERS = 1_500  # of a text
+_SIZES = ((6, 40), (4, 40), (2, 40), (1, 40), (1, 20), (1, 10), (1, 5), (1, 1))
+"""Items of a set and methods beside the untouched model: the first that keeps all within LIMIT."""
 
 Samples = dict[tuple[str, str], Sample]
 """By set and item, in the order of the evaluation."""
@@ -37,10 +37,10 @@ def chosen_responses(summaries: Sequence[Summary]) -> str | None:
     found = {name: _first_samples(path) for name, path in paths.items() if path}
     if len(found) == 1:
         return None
-    methods = list(found)[: 1 + _MOST_METHODS]
     chosen = ""
-    for items, characters in _SIZES:
-        sets = _sets([found[method] for method in methods], items, characters)
+    for items, most in _SIZES:
+        methods = list(found)[: 1 + most]
+        sets = _sets([found[method] for method in methods], items)
         chosen = script_json({"base": original.base, "methods": methods, "sets": sets})
         if len(chosen.encode()) <= LIMIT:
             break
@@ -55,7 +55,7 @@ def script_json(value: Any) -> str:
     return text
 
 
-def cut(text: str, characters: int) -> str:
+def cut(text: str, characters: int = _CHARACTERS) -> str:
     """The text's beginning and end, since answers come last, with a mark for what is missing."""
     if len(text) <= characters:
         return text
@@ -70,17 +70,21 @@ def _samples_on(base: str, runs: Sequence[RunResult]) -> Path | None:
 
 def _first_samples(path: Path) -> Samples:
     """Cut at once: a file may hold gigabytes of reasoning."""
-    most = _SIZES[0][1]
     return {
         (sample.set, sample.item): replace(
-            sample, prompt=cut(sample.prompt, most), response=cut(sample.response, most), details={}
+            sample,
+            prompt=cut(sample.prompt),
+            answer=cut(sample.answer),
+            response=cut(sample.response),
+            extracted=None if sample.extracted is None else cut(sample.extracted),
+            details={},
         )
         for sample in read_samples(path)
         if sample.index == 0
     }
 
 
-def _sets(models: Sequence[Samples], items: int, characters: int) -> list[dict[str, Any]]:
+def _sets(models: Sequence[Samples], items: int) -> list[dict[str, Any]]:
     original = models[0]
     sets: dict[str, list[Sample]] = {}
     for sample in original.values():
@@ -96,10 +100,10 @@ def _sets(models: Sequence[Samples], items: int, characters: int) -> list[dict[s
             "items": [
                 {
                     "id": sample.item,
-                    "prompt": cut(sample.prompt, characters),
-                    "answer": cut(sample.answer, characters),
+                    "prompt": sample.prompt,
+                    "answer": sample.answer,
                     "responses": [
-                        _response(model[sample.set, sample.item], characters) if _has(model, sample) else None
+                        _response(model[sample.set, sample.item]) if _has(model, sample) else None
                         for model in models
                     ],
                 }
@@ -114,10 +118,10 @@ def _has(model: Samples, sample: Sample) -> bool:
     return (sample.set, sample.item) in model
 
 
-def _response(sample: Sample, characters: int) -> Mapping[str, Any]:
+def _response(sample: Sample) -> Mapping[str, Any]:
     return {
-        "text": cut(sample.response, characters),
+        "text": sample.response,
         "outcome": sample.outcome,
-        "extracted": None if sample.extracted is None else cut(sample.extracted, characters),
+        "extracted": sample.extracted,
         "out_of_tokens": sample.finish_reason == "length",
     }

@@ -55,9 +55,10 @@ def scatter_benchmarks(summaries: Sequence[Summary]) -> Figure | None:
     for axes, (benchmark, safety) in zip(places, wanted, strict=False):
         _draw(axes, _on(safety, summaries), benchmark)
         set_title(axes, benchmark if len(sets) == 1 else f"{benchmark}, {safety}")
+    for axes in places[max(0, len(wanted) - columns) : len(wanted)]:  # the last of each column
+        axes.set_xlabel(_REASONING)
     for axes in places[len(wanted) :]:
         axes.set_visible(False)
-    figure.supxlabel(_REASONING, fontsize=9.5)
     figure.supylabel(_ATTACK, fontsize=9.5)
     add_legend(figure, methods_of(summaries), lines=False)
     return figure
