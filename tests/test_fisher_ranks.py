@@ -34,7 +34,7 @@ def build(kind: str) -> nn.Module:
 
 
 class Twice(nn.Module):
-    """A model with a module that is called twice, which hooks find out about in the midst of a forward pass."""
+    """A model with a module that is called twice, which hooks find out about in a forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -121,8 +121,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "engine", "settings", "ranks"), CASES)
-@pytest.mark.parametrize("sample_size", [1 << 24, 1000])
+def both_ways() -> list[Any]:
+    """Each case with the split halves on all elements and on a sample of them."""
+    return [
+        pytest.param(*case, size, marks=[pytest.mark.slow] if (number + place) % 2 or number > 6 else [])
+        for number, case in enumerate(CASES)
+        for place, size in enumerate((1 << 24, 1000))
+    ]
+
+
+@pytest.mark.parametrize(("kind", "engine", "settings", "ranks", "sample_size"), both_ways())
 def test_ranks_find_what_one_process_finds(
     kind: str, engine: str, settings: dict[str, Any], ranks: int, sample_size: int, tmp_path: Path
 ) -> None:

@@ -94,6 +94,37 @@ def test_a_run_is_complete_and_is_not_repeated(recipe_file: Path) -> None:
     }
 
 
+STUDY = """
+matrix: {methods: [original, fft, fft+constant, fft+per_sequence], bases: ["tiny:0"], seeds: [0], parallel: 1}
+sweeps:
+  rank: {methods: [lora+constant], over: {lora.r: [1, 2]}}
+analysis:
+  fisher_map: [0.6]
+  perturb: {fractions: [0.01], factors: [0.5], selections: [fisher, random], draws: 2}
+"""
+
+
+def test_a_study_has_sweeps_and_analyses_of_its_fishers(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().partition("matrix:")[0] + STUDY)
+    folder = run(small(recipe_file))
+    stages = set(written(folder))
+    assert {"analyse/fisher-map", "analyse/perturb/tiny-0"} <= stages
+    fishers = {name.rpartition("/")[2] for name in stages if name.startswith("fisher/")}
+    assert {"full", "full-per_sequence"} < fishers
+    assert len(fishers) == 4  # and one for each rank
+    for rank in (1, 2):
+        assert f"evaluate/sweep-rank/lora+constant/tiny-0/seed0/r={rank}" in stages
+    perturbed = json.loads((folder / "analyse" / "perturb" / "tiny-0" / "results.json").read_text())
+    assert {effect["selection"] for effect in perturbed["effects"]} >= {"fisher", "random"}
+    results = json.loads((folder / "report" / "results.json").read_text())
+    assert {run["method"] for run in results["runs"]} >= {
+        "original",
+        "fft",
+        "fft+constant",
+        "fft+per_sequence",
+    }
+
+
 def test_a_changed_file_is_found(recipe_file: Path) -> None:
     folder = run(small(recipe_file, "matrix.methods=[original, fft]"))
     samples = next(folder.glob("evaluate/fft/**/samples.jsonl"))

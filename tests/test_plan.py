@@ -1,11 +1,15 @@
 """`rpsa plan` against what is really there: live bytes of real runs, and the trainer's own count of steps."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from test_cli import invoke
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 from trl import SFTConfig, SFTTrainer
@@ -19,10 +23,12 @@ from rpsa.fisher.estimators import estimate_fisher
 from rpsa.fisher.samples import read_samples
 from rpsa.parameters import trainable_parameters
 from rpsa.plan import make_plan
-from rpsa.plan.dry_run import Precision, Shape
+from rpsa.plan.dry_run import Precision, Shape, reasoning_peak
 from rpsa.plan.live_bytes import LiveBytes
 from rpsa.plan.memory import (
+    AlignMemory,
     Freezing,
+    Passes,
     StageMemory,
     align_memory,
     dry_passes,
@@ -34,6 +40,7 @@ from rpsa.plan.steps import count_steps
 from rpsa.recipe import load_recipe
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.config import RPSAConfig
+from rpsa.training.reasoning_gradient import reasoning_backward
 from rpsa.training.trainer import RPSATrainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -65,7 +72,8 @@ SEQUENCES, LENGTH, THOUGHT = 2, 48, 96
 
 def real_model(config: PreTrainedConfig, dtype: str, lora: bool) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    # a trainer writes into its model's config
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -171,7 +179,28 @@ def test_training_memory_is_what_is_alive(name: str, lora: bool, rpsa: bool, tmp
     assert set(planned.kept) == set(parts)
     for part, size in parts.items():
         assert planned.kept[part] == pytest.approx(size, rel=0.02), part
-    assert planned.total == pytest.approx(peak, rel=0.15)
+    assert planned.total == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_memory_of_g_r_is_what_is_alive(lora: bool) -> None:
+    """In a step it hides behind TRL's tiles, which are larger on a CPU than on a GPU: so by itself."""
+    config = CONFIGS["tied"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(real_model(config, "bfloat16" if lora else "float32", lora))
+    known = [*model.parameters(), *model.buffers()]
+    batch = reference_dataset(config.vocab_size).rotating_batch(0, SEQUENCES, None)
+    with LiveBytes(known) as live:
+        reasoning_backward(model, batch, accelerator, SEQUENCES)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with fake_tensors():
+        skeleton = build_model(config, "bfloat16" if lora else "float32", LORA if lora else None)
+        planned = reasoning_peak(
+            skeleton, Shape(SEQUENCES, THOUGHT), Precision(bf16=True, checkpointing=False)
+        )
+    print(f"g_R: {planned} of {live.peak}")
+    assert planned == pytest.approx(live.peak, rel=0.07)  # which takes prompts for responses
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
@@ -193,7 +222,7 @@ def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
         )
     print(f"{name} Fisher: {planned.total} of {size_of(known) + live.peak}")
     assert planned.kept["weights"] == size_of(known)
-    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.06)
 
 
 def test_generation_memory_is_what_is_alive() -> None:
@@ -206,7 +235,33 @@ def test_generation_memory_is_what_is_alive() -> None:
     with fake_tensors():
         planned = generation_memory(build_model(config, "float32"), Shape(4, 20 + new), config.vocab_size)
     print(f"generation: {planned.total} of {size_of(known) + live.peak}")
-    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.15)
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.02)
+
+
+def test_what_is_kept_is_shared_out() -> None:
+    freezing = Freezing(
+        dynamic=True, control=True, raw_moments=False, gradient_only=False, audit=False, largest_k=1.0
+    )
+    n = 1 << 30
+    plain = AlignMemory(n, n, 4 * n, 4 * n, 1000, "adamw_torch_fused", Passes(5 * n, 7 * n), None)
+    assert dict(plain.on(1, "one GPU").kept) == {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    assert plain.on(1, "one GPU").work == n  # g_R is not measured
+    rpsa = dataclasses.replace(plain, freezing=freezing)
+    assert rpsa.on(1, "one GPU").kept["Fisher"] == 8 * n  # with the control's ranking
+    assert rpsa.on(1, "one GPU").work == 3 * n
+    assert rpsa.on(8, "DDP").total == rpsa.on(1, "one GPU").total + 4 * n
+    sharded = dataclasses.replace(rpsa, passes=Passes(n, n, gathered=n // 2)).on(4, "FSDP2")
+    assert dict(sharded.kept) == {
+        "weights": n, "gradients": n, "optimizer": 2 * n, "Fisher": 2 * n, "audit": 0
+    }  # fmt: skip
+    assert sharded.work == n + n // 4 + n // 2  # the pass, a quarter of the signs, what is gathered
+    assert dataclasses.replace(plain, optimizer="sgd").on(1, "one GPU").kept["optimizer"] == 0
+
+
+def test_a_stage_fits_with_room_to_spare() -> None:
+    memory = StageMemory({"weights": 20 << 30}, 2 << 30)
+    assert memory.fits(24.2)
+    assert not memory.fits(24)
 
 
 def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
@@ -223,7 +278,7 @@ def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
         assert (live.now, live.peak) == (200, 600)
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(2, 1, 3), (8, 3, 2), (7, 4, 1.5)])
+@pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(2, 1, 3), (2, 3, 2), (7, 4, 1.5)])
 def test_steps_are_the_trainers(batch: int, accumulation: int, epochs: float, tmp_path: Path) -> None:
     args = SFTConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=batch,
@@ -269,6 +324,7 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_8b_model_on_80_gib(eight_billion: Path) -> None:
     recipe = load_recipe(
         RECIPES / "deepseek-r1-distill-llama-8b" / "fft+rpsa.yaml", [f"model.name={eight_billion}"]

@@ -325,3 +325,41 @@ def test_the_schema_admits_the_shipped_recipes_keys() -> None:
         assert set(parse_yaml(path.read_text(), path.name)) <= set(schema["properties"])
     assert schema["$defs"]["Fisher"]["additionalProperties"] is False
     assert "fft+rpsa" in schema["$defs"]["Matrix"]["properties"]["methods"]["anyOf"][0]["items"]["enum"]
+
+
+SWEPT = """
+sweeps:
+  rank:
+    methods: [lora, lora+constant]
+    over: {lora.r: [1, 2], align.frozen_ratio: [0.3, 0.6]}
+matrix: {methods: [original, lora], bases: ["tiny:0"]}
+"""
+
+
+def test_sweeps_add_cells_of_their_own(tmp_path: Path) -> None:
+    cells = small(tmp_path, SWEPT).cells()
+    assert [cell.id for cell in cells if cell.sweep is None] == ["original/tiny-0", "lora/tiny-0/seed42"]
+    swept = [cell for cell in cells if cell.sweep == "rank"]
+    assert [dict(cell.grid) for cell in swept if cell.method == "lora"] == [{"lora.r": 1}, {"lora.r": 2}]
+    assert len([cell for cell in swept if cell.method == "lora+constant"]) == 4
+    assert {cell.lora["r"] for cell in swept} == {1, 2}
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert all(cell.id.startswith("sweep-rank/") for cell in swept)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("lora.rr: [1, 2]", r"sweeps\.rank\.over\.lora\.rr: unknown key of LoraConfig"),
+        ("lora.r: [0, 2]", r"sweeps\.rank\.over\.lora\.r: 0 is not greater than 0"),
+        (
+            "align.frozen_ratio: [2.0]",
+            r"sweeps\.rank\.over\.align\.frozen_ratio: 2\.0 is not between 0 and 1",
+        ),
+        ("rank: [1, 2]", r"sweeps\.rank\.over\.rank: a grid key is"),
+        ("lora.r: [1, 1]", r"1 appears twice"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line(tmp_path: Path, written: str, message: str) -> None:
+    with pytest.raises(RPSAError, match=message):
+        small(tmp_path, SWEPT.replace("lora.r: [1, 2], align.frozen_ratio: [0.3, 0.6]", written))

@@ -116,6 +116,41 @@ def run(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="A setting and its values: lora.r=1,2,4.", metavar="KEY=VALUES", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings of every point: section.key=value ...", show_default=False),
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Points at a time.")] = 1,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs a point: 'sbatch --wait --gpus=1 --output {log} --wrap {command}'; {args} are the words "
+            "after rpsa, {slot} a number below --parallel.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+) -> None:
+    """Run a recipe at every point of a grid of its settings (Fig. 5 and 7). Finished points are not run again."""
+    with readable_errors():
+        from rpsa.pipeline.sweep import SweepConfig
+        from rpsa.pipeline.sweep import sweep as run_sweep
+
+        config = SweepConfig(recipe, over, overrides or [], out, parallel, launcher)
+        failed = any(outcome.failure is not None for outcome in run_sweep(config))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
     overrides: Annotated[

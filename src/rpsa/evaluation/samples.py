@@ -4,9 +4,11 @@ A sample is one response to one item with everything that its score rests on. A 
 mean over an item's samples, so that items count alike whatever the number of their samples.
 """
 
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rpsa.evaluation.items import Kind
@@ -52,6 +54,13 @@ class Sample:
     outcome: Outcome
     score: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """The samples of a `samples.jsonl`, one after the other: long responses need not be held all at once."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Sample(**json.loads(line))
 
 
 def scores_by_item(samples: Iterable[Sample]) -> dict[str, list[float]]:

@@ -10,7 +10,6 @@ from rpsa.artifacts import (
     MANIFEST,
     altered_files,
     atomic_write,
-    package_versions,
     stable_json,
     write_manifest,
 )
@@ -150,12 +149,14 @@ class _Performer:
 
 
 def _report(recipe: Recipe) -> None:
-    from rpsa.pipeline.results import collect, provenance
+    from rpsa.pipeline.cards import write_cards
+    from rpsa.pipeline.results import collect, provenance, report_inputs
     from rpsa.report import render_console, write_report
 
     results: list[RunResult] = collect(recipe)
     folder = recipe.folder / "report"
-    write_report(results, folder, provenance(recipe))
-    write_manifest(folder, "report", {"versions": package_versions()})
-    render_console(results)
+    summaries = write_report(results, folder, provenance(recipe))
+    write_cards(recipe, results, folder / "cards")
+    write_manifest(folder, "report", report_inputs(recipe))
+    render_console(summaries)
     print(f"\nReport: {folder / 'index.html'}")

@@ -24,7 +24,7 @@ def fisher_map(folders: Sequence[Path], ks: Sequence[float], out: Path, model: s
     Raises:
         RPSAError: a folder holds no Fisher, a k is not in [0, 1], or `model` has not the Fishers' parameters.
     """
-    from rpsa.report.figures import to_png, to_svg
+    from rpsa.report.drawing import to_png, to_svg
     from rpsa.report.fisher_figures import layer_map, module_bars
     from rpsa.report.fisher_table import render_anatomy, render_overlaps
 

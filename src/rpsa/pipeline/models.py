@@ -63,6 +63,16 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
     return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded else loaded
 
 
+def vllm_engine(model: Model, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for a recipe's model, the recipe's own last.
+
+    bfloat16 unless they say otherwise: left to itself vLLM takes float16 for the float32 weights that a full
+    fine-tuning saves, and bfloat16 for the base, and the two would differ by that too.
+    """
+    known = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": "bfloat16"}
+    return {key: value for key, value in known.items() if value} | dict(own)
+
+
 def load_tokenizer(name: str, model: Model) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 

@@ -34,7 +34,12 @@ RESULTS = "results.json"
 
 
 def run_perturbation(
-    name: str, fisher_folder: Path, settings: EvaluateSettings, config: PerturbationConfig, out: Path
+    name: str,
+    fisher_folder: Path,
+    settings: EvaluateSettings,
+    config: PerturbationConfig,
+    out: Path,
+    data_dir: str | None = None,
 ) -> None:
     """Evaluate a model under each perturbation; writes `results.json` and the bar chart into `out`.
 
@@ -47,12 +52,12 @@ def run_perturbation(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from rpsa.pipeline.runner import quiet
-    from rpsa.report.figures import to_png, to_svg
+    from rpsa.report.drawing import to_png, to_svg
     from rpsa.report.perturbation_figure import perturbation_bars
     from rpsa.report.perturbation_table import render_effects
 
     quiet()
-    evaluate = reasoning_scores(settings)
+    evaluate = reasoning_scores(settings, data_dir)
     fisher = FisherDiagonal.load(fisher_folder)
     described = Model(name=name)
     model: Any = load_model(name, described)
@@ -108,13 +113,13 @@ def evaluation_settings(**settings: Any) -> EvaluateSettings:
     return checked
 
 
-def reasoning_scores(settings: EvaluateSettings) -> Evaluate:
+def reasoning_scores(settings: EvaluateSettings, data_dir: str | None = None) -> Evaluate:
     """What `perturb` calls: the mean score of each problem over its samples, by set of reasoning problems.
 
     Raises:
         RPSAError: a task cannot be read, or none has reasoning problems.
     """
-    options = TaskOptions(settings.n, settings.seed, prompt_style=settings.prompt_style)
+    options = TaskOptions(settings.n, settings.seed, data_dir, prompt_style=settings.prompt_style)
     items = [item for item in load_tasks(settings.tasks, options) if item.kind == "reasoning"]
     if not items:
         raise RPSAError("tasks: none of them has reasoning problems, and a perturbation is measured on these")

@@ -47,7 +47,7 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         refused=_mean(one["refused"] for one in sets["reasoning"].values()),
         truncated=_mean(one["length"] for kind in sets.values() for one in kind.values()),
         asr=_with_mean(sets["attack"], "attack_success_rate"),
-        over_refusal={name: one["over_refusal"] for name, one in sets["over_refusal"].items()},
+        over_refusal=_figures(sets["over_refusal"], "over_refusal"),
         safety=cell.safety.data if cell.safety else None,
         trajectory=_columns(audit["trajectory"]) if audit and audit["trajectory"] else None,
         audit=audit,
@@ -56,14 +56,22 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         judge=judge if isinstance(judge, str) else str(judge["id"]),
         sandbox=found["sandbox"],
         samples=evaluated.folder / SAMPLES,
+        sweep=cell.sweep,
         point=dict(cell.grid),
     )
 
 
 def _with_mean(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
     """The figure of each set, and the paper's average, in which every set counts alike."""
-    values = {name: float(found[metric]) for name, found in sets.items()}
+    values = _figures(sets, metric)
     return values | {"mean": _mean(values.values())}
+
+
+def _figures(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+    for name, found in sets.items():
+        if found[metric] is None:
+            raise RPSAError(f"{name}: the judge gave no verdict on any response; take another evaluate.judge")
+    return {name: float(found[metric]) for name, found in sets.items()}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -75,8 +83,20 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
+def report_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What a report is made of: the recipe, wherever it writes, and the results that it shows.
+
+    Raises:
+        RPSAError: a cell has not been evaluated.
+    """
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
+        "evaluated": {cell.id: upstream(evaluate_task(recipe, cell)) for cell in recipe.cells()},
+    }
+
+
 def provenance(recipe: Recipe) -> dict[str, Any]:
-    """Where the numbers come from: versions, the recipe, D_ref and the Fishers."""
+    """Where the numbers come from: versions, D_ref and the Fishers, judges, sandbox, data, and the recipe."""
     import json
 
     references: dict[str, Any] = {}
@@ -99,5 +119,28 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
         "versions": package_versions() | {"python": platform.python_version()},
         "D_ref": references,
         "Fisher (split-half overlap of the top k)": fishers,
+        **_graded_by(recipe),
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
     }
+
+
+def _graded_by(recipe: Recipe) -> dict[str, Any]:
+    """Who judged, where programs ran, and what tells the data from any other: of every evaluation, each once."""
+    import json
+
+    graded: dict[str, dict[str, None]] = {"Judge of attacks": {}, "Judge of over-refusal": {}, "Sandbox": {}}
+    data: dict[str, str] = {}
+    for cell in recipe.cells():
+        found = json.loads((evaluate_task(recipe, cell).folder / RESULTS).read_text())
+        sandbox = found["sandbox"] or "no programs were run"
+        said = (_judge(found["judge"]), _judge(found["refusal_judge"]), sandbox)
+        for name, value in zip(graded, said, strict=True):
+            graded[name][value] = None
+        data |= found["data_sha256"]
+    return {name: list(values) for name, values in graded.items()} | {"Data (SHA-256)": data}
+
+
+def _judge(identity: str | Mapping[str, Any]) -> str:
+    if isinstance(identity, str):
+        return "exact comparison"
+    return ", ".join(f"{key} {value}" for key, value in identity.items() if value is not None)

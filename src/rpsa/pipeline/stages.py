@@ -19,9 +19,25 @@ from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate
-from rpsa.pipeline.models import add_adapter, load_model, load_tokenizer, sharded, training_dtype
+from rpsa.pipeline.models import (
+    add_adapter,
+    load_model,
+    load_tokenizer,
+    location,
+    sharded,
+    training_dtype,
+    vllm_engine,
+)
 from rpsa.pipeline.subjects import cell_subject
-from rpsa.pipeline.tasks import Stage, Task, fisher_task, reference_of, reference_task
+from rpsa.pipeline.tasks import (
+    FISHER_MAP,
+    Stage,
+    Task,
+    fisher_task,
+    full_fishers,
+    reference_of,
+    reference_task,
+)
 from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.sharding import rank, world_size
@@ -58,7 +74,7 @@ def no_progress(done: int, total: int) -> None:
 
 def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """D_ref: the model's own responses to reasoning problems."""
-    from rpsa.generation.transformers import TransformersGenerator
+    from rpsa.generation.backends import BackendConfig, make_generator
 
     settings = recipe.reference
     if settings.problems is None:
@@ -67,7 +83,10 @@ def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress)
         )
     problems = reference_problems(settings.problems, settings.n, settings.seed)
     tokenizer = load_tokenizer(task.base, recipe.model)
-    generator = TransformersGenerator(load_model(task.base, recipe.model), tokenizer, settings.batch_size)
+    config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(recipe.model, settings.engine))
+    generator = make_generator(
+        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model)
+    )
     done = 0
 
     def on_trace(trace: Any) -> None:
@@ -106,7 +125,7 @@ def reference_problems(source: str, n: int, seed: int) -> list[Problem]:
 def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """The Fisher diagonal of a base, or of a LoRA adapter on it, which is saved too: alignment starts from it."""
     reference = ReferenceDataset.load(recipe.folder / "reference" / task.folder.parent.name)
-    settings = recipe.fisher
+    settings = task.fisher
     train = task.cell.train if task.cell else {}
     model: Any = load_model(
         task.base, recipe.model, training_dtype(train, "lora" if task.cell else "fft", recipe.model)
@@ -132,6 +151,27 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
     overlap = fisher.manifest["estimation"]["split_half"]
     log.info("%s: split-half overlap %s", task.name, overlap)
     fisher.save(folder)
+
+
+# analyse
+
+
+def make_analysis(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
+    """Fig. 1 and 2 (the Fisher maps of all bases), or Fig. 3 (the perturbation of one)."""
+    from rpsa.pipeline.fisher_map import fisher_map
+    from rpsa.pipeline.perturb import PerturbationConfig, run_perturbation
+
+    if task.name == FISHER_MAP:
+        folders = [fisher.folder for fisher in full_fishers(recipe)]
+        fisher_map(folders, recipe.analysis.fisher_map, folder)
+        return
+    settings = recipe.analysis.perturb
+    assert settings is not None
+    [fisher] = [found for found in full_fishers(recipe) if found.base == task.base]
+    config = PerturbationConfig(
+        tuple(settings.fractions), tuple(settings.factors), tuple(settings.selections), settings.draws
+    )
+    run_perturbation(task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir)
 
 
 # align
@@ -357,6 +397,7 @@ def task_options(recipe: Recipe, reference: Task | None = None) -> TaskOptions:
 WORK: dict[Stage, Callable[[Recipe, Task, Path, Progress], None]] = {
     "reference": make_reference,
     "fisher": make_fisher,
+    "analyse": make_analysis,
     "align": make_aligned,
     "evaluate": make_evaluated,
 }

@@ -10,7 +10,7 @@ from rpsa.errors import RPSAError
 from rpsa.generation import Generator
 from rpsa.generation.backends import BackendConfig, choose_backend, make_generator
 from rpsa.pipeline.evaluation import Subject
-from rpsa.pipeline.models import identity, load_model, load_tokenizer, location
+from rpsa.pipeline.models import identity, load_model, load_tokenizer, location, vllm_engine
 from rpsa.pipeline.tasks import align_task, upstream
 from rpsa.recipe.schema import Cell, Evaluate, Model, Recipe
 
@@ -39,7 +39,7 @@ def _subject(key: str, base: str, adapter: str | None, model: Model, settings: E
     tokenizer = load_tokenizer(adapter or base, model)
 
     def generator() -> Generator:
-        config = BackendConfig(settings.backend, settings.batch_size, settings.engine)
+        config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(model, settings.engine))
         if adapter and choose_backend(config) == "vllm":
             return _merged_for_vllm(config, base, adapter, model, tokenizer)
         return make_generator(config, location(base), tokenizer, lambda _: _merged(base, adapter, model))

@@ -1,33 +1,40 @@
 """What a recipe asks for, as tasks: each fills one folder of the run, and is done again only if its inputs change."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rpsa.artifacts import is_current, read_manifest, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.pipeline.models import identity
-from rpsa.recipe.schema import Cell, Recipe, slug
+from rpsa.recipe.schema import Cell, Fisher, Recipe, slug
 from rpsa.recipe.sources import SHIPPED
 
-Stage = Literal["reference", "fisher", "align", "evaluate", "report"]
+Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
+FISHER_MAP = "fisher-map"
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of work. `cell` is None where a task serves several cells, as D_ref and a full model's Fisher do."""
+    """One unit of work. `cell` is None where a task serves several cells, as D_ref and a full model's Fisher do.
+
+    `fisher` says how a Fisher is estimated.
+    """
 
     stage: Stage
     name: str
     folder: Path
     base: str
     cell: Cell | None = None
+    fisher: Fisher = field(default_factory=Fisher)
 
 
 def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
     """The tasks of a stage, without repetition. Nothing is measured that no method of the matrix uses."""
+    if stage == "analyse":
+        return analysis_tasks(recipe)
     makers: dict[Stage, Callable[[Recipe, Cell], Task | None]] = {
         "reference": reference_task,
         "fisher": fisher_task,
@@ -48,11 +55,32 @@ def fisher_task(recipe: Recipe, cell: Cell) -> Task | None:
     if cell.align is None:
         return None
     folder = recipe.folder / "fisher" / slug(cell.base)
+    own = "" if cell.fisher == recipe.fisher else f"-{cell.fisher.estimator}"
     if cell.paradigm == "fft":
-        return Task("fisher", cell.base, folder / "full", cell.base)
+        return Task("fisher", f"{cell.base}{own}", folder / f"full{own}", cell.base, fisher=cell.fisher)
     # F depends on the adapter's random start
     start = sha256_of({"lora": dict(cell.lora), "seed": cell.seed})[:8]
-    return Task("fisher", f"{cell.base} lora seed{cell.seed}", folder / f"lora-{start}", cell.base, cell)
+    name = f"{cell.base} lora seed{cell.seed}{own}"
+    return Task("fisher", name, folder / f"lora-{start}{own}", cell.base, cell, cell.fisher)
+
+
+def analysis_tasks(recipe: Recipe) -> list[Task]:
+    """Fig. 1 and 2 of all bases whose full Fisher is measured, and Fig. 3 of each."""
+    bases = [task.base for task in full_fishers(recipe)]
+    tasks = []
+    if recipe.analysis.fisher_map and bases:
+        tasks.append(Task("analyse", FISHER_MAP, recipe.folder / "analyse" / FISHER_MAP, bases[0]))
+    if recipe.analysis.perturb:
+        folder = recipe.folder / "analyse" / "perturb"
+        tasks += [Task("analyse", f"perturb {base}", folder / slug(base), base) for base in bases]
+    return tasks
+
+
+def full_fishers(recipe: Recipe) -> list[Task]:
+    """The Fishers of whole models, by the recipe's own estimator."""
+    found = (fisher_task(recipe, cell) for cell in recipe.cells() if cell.paradigm == "fft")
+    tasks = {task.folder: task for task in found if task is not None and task.folder.name == "full"}
+    return list(tasks.values())
 
 
 def align_task(recipe: Recipe, cell: Cell) -> Task | None:
@@ -77,7 +105,9 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
         problems = recipe.reference.problems or ""
         return {
             "model": model,
-            "reference": recipe.reference.model_dump(exclude={"reference_max_length", "batch_size"}),
+            "reference": recipe.reference.model_dump(
+                exclude={"reference_max_length", "batch_size", "engine"}
+            ),
             "problems": source_identity(problems, "problems"),
         }
     cell = task.cell
@@ -87,8 +117,19 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
                 Task("reference", "", recipe.folder / "reference" / slug(task.base), task.base)
             ),
             "reference_max_length": recipe.reference.reference_max_length,
-            "fisher": recipe.fisher.model_dump(exclude={"batch_size", "activation_checkpointing"}),
+            "fisher": task.fisher.model_dump(exclude={"batch_size", "activation_checkpointing"}),
             "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
+        }
+    if task.stage == "analyse":
+        if task.name == FISHER_MAP:
+            fishers = [upstream(fisher) for fisher in full_fishers(recipe)]
+            return {"fishers": fishers, "k": recipe.analysis.fisher_map}
+        assert recipe.analysis.perturb is not None
+        return {
+            "fisher": [upstream(fisher) for fisher in full_fishers(recipe) if fisher.base == task.base],
+            "perturb": recipe.analysis.perturb.model_dump(),
+            "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
+            "data": [source_identity(source, "task") for source in recipe.evaluate.tasks],
         }
     assert cell is not None
     if task.stage == "align":

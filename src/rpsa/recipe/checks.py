@@ -35,13 +35,23 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], dict[str, A
     yield "matrix.paradigms.lora.", recipe.matrix.paradigms.lora.train, recipe.matrix.paradigms.lora.lora
     for name, method in recipe.matrix.methods.items():
         yield f"matrix.methods.{name}.", method.train, method.lora
-    for key, values in recipe.matrix.grid.items():
-        section, _, name = key.partition(".")
-        for value in values:
-            if section == "train":
-                yield "matrix.grid.", {name: value}, {}
-            if section == "lora":
-                yield "matrix.grid.", {}, {name: value}
+    for sweep, swept in recipe.sweeps.items():
+        for name, method in swept.methods.items():
+            yield f"sweeps.{sweep}.methods.{name}.", method.train, method.lora
+    for where, grid in _grids(recipe):
+        for key, values in grid.items():
+            section, _, name = key.partition(".")
+            for value in values:
+                if section == "train":
+                    yield f"{where}.", {name: value}, {}
+                if section == "lora":
+                    yield f"{where}.", {}, {name: value}
+
+
+def _grids(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, list[Any]]]]:
+    yield "matrix.grid", recipe.matrix.grid
+    for name, sweep in recipe.sweeps.items():
+        yield f"sweeps.{name}.over", sweep.over
 
 
 def _dataclass_problems(recipe: Recipe) -> Iterator[str]:
@@ -73,19 +83,20 @@ def _range_problems(path: str, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _grid_problems(recipe: Recipe) -> Iterator[str]:
-    for key, values in recipe.matrix.grid.items():
-        section, _, name = key.partition(".")
-        if section in ("train", "lora") and name:
-            continue
-        if section not in ("align", "safety") or not name:
-            yield f"matrix.grid.{key}: a grid key is train.*, lora.*, align.* or safety.*"
-            continue
-        model = Align if section == "align" else Safety
-        for value in values:
-            try:
-                model.model_validate({name: value})
-            except ValidationError as error:
-                yield f"matrix.grid.{section}.{validation_problems(error, model)[0]}"
+    for where, grid in _grids(recipe):
+        for key, values in grid.items():
+            section, _, name = key.partition(".")
+            if section in ("train", "lora") and name:
+                continue
+            if section not in ("align", "safety") or not name:
+                yield f"{where}.{key}: a grid key is train.*, lora.*, align.* or safety.*"
+                continue
+            model = Align if section == "align" else Safety
+            for value in values:
+                try:
+                    model.model_validate({name: value})
+                except ValidationError as error:
+                    yield f"{where}.{section}.{validation_problems(error, model)[0]}"
 
 
 def _launch_problems(recipe: Recipe) -> Iterator[str]:
@@ -111,7 +122,10 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
     yield from check("reference.problems", "problems", recipe.reference.problems)
     for name in recipe.evaluate.tasks:
         yield from check("evaluate.tasks", "task", name)
-    methods = recipe.matrix.methods.values()
+    methods = [
+        *recipe.matrix.methods.values(),
+        *(method for sweep in recipe.sweeps.values() for method in sweep.methods.values()),
+    ]
     if recipe.reference.problems is None and any(method.align is not None for method in methods):
         yield "reference.problems: missing; freezing needs reasoning problems to measure on"
     places: list[tuple[str, Safety | None]] = [

@@ -9,7 +9,7 @@ section's value, and takes the same key out of `matrix.paradigms` and `matrix.gr
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,12 +60,14 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"frozen_ratio": 0.6, "mask": "magnitude"},
     "inverse": {"frozen_ratio": 0.6, "mask": "inverse"},
     "zero_frozen": {"frozen_ratio": 0.6, "zero_fisher": "frozen"},
+    "per_sequence": {"frozen_ratio": 0.6},
 }
+_ESTIMATORS: dict[str, dict[str, Any]] = {"per_sequence": {"fisher": {"estimator": "per_sequence"}}}
 WELL_KNOWN: dict[str, dict[str, Any]] = {
     "original": {"paradigm": "none"},
     **{paradigm: {"paradigm": paradigm} for paradigm in ("fft", "lora")},
     **{
-        f"{paradigm}+{name}": {"paradigm": paradigm, "align": align}
+        f"{paradigm}+{name}": {"paradigm": paradigm, "align": align} | _ESTIMATORS.get(name, {})
         for paradigm in ("fft", "lora")
         for name, align in _VARIANTS.items()
     },
@@ -86,7 +88,10 @@ class Model(Section):
 
 
 class Reference(Section):
-    """D_ref (section 3.1): the model's own responses to reasoning problems."""
+    """D_ref (section 3.1): the model's own responses to reasoning problems.
+
+    `backend` "auto" is vLLM where it is installed with a GPU, else transformers; `engine` is passed to vLLM.
+    """
 
     problems: str | None = None
     n: PositiveInt = 100
@@ -97,6 +102,8 @@ class Reference(Section):
     reference_max_length: PositiveInt = 4096
     only_correct: bool = False
     batch_size: PositiveInt = 16
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: dict[str, Any] = {}
 
 
 def _regex(value: str) -> str:
@@ -196,6 +203,22 @@ class Evaluate(Section):
     accept_unsandboxed: bool = False
 
 
+class Perturb(Section):
+    """Fig. 3: the elements with the largest Fisher, scaled, against other choices of as many."""
+
+    fractions: list[Share] = [0.01]
+    factors: list[float] = [0.9]
+    selections: list[str] = ["fisher", "random", "random_per_tensor", "magnitude"]
+    draws: PositiveInt = 5
+
+
+class Analysis(Section):
+    """What is made of the bases' Fishers: `fisher_map` at these k (Fig. 1 and 2), `perturb` (Fig. 3)."""
+
+    fisher_map: list[Share] = []
+    perturb: Perturb | None = None
+
+
 class Report(Section):
     """The report has no settings yet."""
 
@@ -213,6 +236,7 @@ class Method(Settings):
     """One way to align. Without `align` it is plain fine-tuning; `align: {}` is RPSA as section `align` says."""
 
     paradigm: Paradigm
+    fisher: Fisher | None = None
 
 
 class Paradigms(Section):
@@ -268,6 +292,15 @@ class Matrix(Section):
     parallel: PositiveInt = 1
 
 
+class Sweep(Section):
+    """A figure over settings (Fig. 5 and 7): `methods` at every point of `over`, on every base with every seed."""
+
+    methods: Annotated[dict[str, Method], BeforeValidator(_methods)]
+    over: Annotated[
+        dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]], Field(min_length=1)
+    ]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of the matrix with every setting resolved.
@@ -275,7 +308,7 @@ class Cell:
     `id` is unique and fit for a folder's path. `align` is None for plain fine-tuning; `safety` is None and `train`
     and `lora` are empty for the untouched model (`paradigm == "none"`). `train` holds SFTConfig fields, `seed` and
     `max_length` among them; `lora` LoraConfig fields, empty unless the paradigm is "lora". `grid` is the point of
-    the grid that this cell stands for.
+    the grid, or of the sweep named `sweep`, that this cell stands for.
     """
 
     id: str
@@ -284,10 +317,12 @@ class Cell:
     seed: int
     paradigm: Paradigm
     align: Align | None = None
+    fisher: Fisher = field(default_factory=Fisher)
     safety: Safety | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
+    sweep: str | None = None
 
     @property
     def learning_rate(self) -> float | None:
@@ -313,7 +348,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: Model = Model()
     reference: Reference = Reference()
-    fisher: Fisher = Fisher()
+    fisher: Fisher = field(default_factory=Fisher)
     align: Align = Align()
     safety: Safety = Safety()
     train: dict[str, Any] = Field(default={}, description="Any field of trl.SFTConfig.")
@@ -321,6 +356,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
     matrix: Matrix = Field(default_factory=Matrix)
+    sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sweep] = {}
+    analysis: Analysis = Analysis()
     launch: Launch | None = None
     output_dir: str | None = None
     data_dir: str | None = None
@@ -336,20 +373,29 @@ class Recipe(Section):
         return self.matrix.bases or [name for name in (self.model.name,) if name]
 
     def cells(self) -> list[Cell]:
-        """Every run of the matrix, base by base. The untouched model comes once for each base."""
-        cells = []
-        for base, (name, method) in itertools.product(self.bases, self.matrix.methods.items()):
-            if method.paradigm == "none":
-                cells.append(Cell(_cell_id(name, base), name, base, self.matrix.seeds[0], "none"))
-                continue
-            for seed, point in itertools.product(self.matrix.seeds, self._grid_points(method)):
-                cells.append(self._cell(name, method, base, seed, point))
-        return cells
+        """Every run of the matrix, base by base, then the sweeps'. The untouched model comes once for each base."""
+        matrix = (
+            cell
+            for base, (name, method) in itertools.product(self.bases, self.matrix.methods.items())
+            for cell in self._cells_of(name, method, base, self.matrix.grid)
+        )
+        swept = (
+            replace(cell, id=f"sweep-{sweep}/{cell.id}", sweep=sweep)
+            for sweep, settings in self.sweeps.items()
+            for base, (name, method) in itertools.product(self.bases, settings.methods.items())
+            for cell in self._cells_of(name, method, base, settings.over)
+        )
+        return [*matrix, *swept]
 
-    def _grid_points(self, method: Method) -> Iterator[dict[str, Any]]:
-        axes = {key: values for key, values in self.matrix.grid.items() if _concerns(key, method)}
-        for point in itertools.product(*axes.values()):
-            yield dict(zip(axes, point, strict=True))
+    def _cells_of(
+        self, name: str, method: Method, base: str, grid: Mapping[str, list[Any]]
+    ) -> Iterator[Cell]:
+        if method.paradigm == "none":
+            yield Cell(_cell_id(name, base), name, base, self.matrix.seeds[0], "none")
+            return
+        axes = {key: values for key, values in grid.items() if _concerns(key, method)}
+        for seed, values in itertools.product(self.matrix.seeds, itertools.product(*axes.values())):
+            yield self._cell(name, method, base, seed, dict(zip(axes, values, strict=True)))
 
     def _cell(self, name: str, method: Method, base: str, seed: int, point: Mapping[str, Any]) -> Cell:
         own = self.matrix.paradigms.lora if method.paradigm == "lora" else self.matrix.paradigms.fft
@@ -365,6 +411,7 @@ class Recipe(Section):
             seed=seed,
             paradigm=method.paradigm,
             align=align if method.align is not None else None,
+            fisher=Fisher(**_set(self.fisher) | _set(method.fisher)),
             safety=safety,
             train=train | {"seed": seed, "max_length": safety.max_length},
             lora=lora if method.paradigm == "lora" else {},

@@ -1,4 +1,4 @@
-"""The report of a run: results.json, table.md, figures, and one page that shows them all."""
+"""The report of a run: results.json, tables, figures, and one page that shows them all."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,37 +6,53 @@ from pathlib import Path
 from typing import Any
 
 from rpsa.artifacts import atomic_write
+from rpsa.report.problems import with_problem_intervals
 from rpsa.report.results import RunResult, Summary, summarise, with_safety_tax
-from rpsa.report.table import render_console, table_markdown
+from rpsa.report.table import render_console
 
 __all__ = ["RunResult", "Summary", "render_console", "summarise", "with_safety_tax", "write_report"]
 
 
-def write_report(results: Sequence[RunResult], out_dir: Path | str, provenance: Mapping[str, Any]) -> None:
+def write_report(
+    results: Sequence[RunResult], out_dir: Path | str, provenance: Mapping[str, Any]
+) -> list[Summary]:
     """Write the report of all evaluated cells into `out_dir`, which is created if it is missing.
 
-    `results.json`, `table.md`, `scatter.png`, and as far as there is something to show `trajectories.png` and
-    `learning_rate.png`, each figure as SVG too, and `index.html` with all of it. STR is computed here, against the
-    untouched model of the same base. `provenance` is JSON-able and shown as it is; its "name" is the title.
+    `results.json`, `table.md`, `table.tex`, `scatter.png`, and as far as there is something to show
+    `scatter_benchmarks.png`, `trajectories.png` and `learning_rate.png`, each figure as SVG too, and `index.html` with
+    all of it. STR is computed here, against the untouched model of the same base. Cells of a sweep are in
+    `results.json` alone. `provenance` is JSON-able and shown as it is; its "name" is the title.
+
+    Returns:
+        The summaries that the tables show.
     """
-    from rpsa.report import figures
+    from rpsa.report import drawing, figures
+    from rpsa.report.benchmarks import table_markdown
+    from rpsa.report.latex import latex_table
     from rpsa.report.page import render_page
+    from rpsa.report.responses import chosen_responses
+    from rpsa.report.scatter import scatter, scatter_benchmarks
 
     out = Path(out_dir)
     results = with_safety_tax(results)
-    summaries = summarise(results)
+    matrix = [result for result in results if result.sweep is None]
+    summaries = with_problem_intervals(summarise(matrix))
     content = {"runs": [r.to_json() for r in results], "summary": [s.to_json() for s in summaries]}
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     atomic_write(out / "table.md", table_markdown(summaries))
+    atomic_write(out / "table.tex", latex_table(matrix))
     drawn = {
-        "scatter": figures.scatter(summaries),
-        "trajectories": figures.trajectories(results),
+        "scatter": scatter(summaries),
+        "scatter_benchmarks": scatter_benchmarks(summaries),
+        "trajectories": figures.trajectories(matrix),
         "learning_rate": figures.learning_rates(summaries),
     }
     svgs = {}
     for name, figure in drawn.items():
         if figure is not None:
-            svgs[name] = figures.to_svg(figure)
-            atomic_write(out / f"{name}.png", figures.to_png(figure))
+            svgs[name] = drawing.to_svg(figure)
+            atomic_write(out / f"{name}.png", drawing.to_png(figure))
             atomic_write(out / f"{name}.svg", svgs[name])
-    atomic_write(out / "index.html", render_page(summaries, results, svgs, provenance))
+    page = render_page(summaries, matrix, svgs, provenance, chosen_responses(summaries))
+    atomic_write(out / "index.html", page)
+    return summaries

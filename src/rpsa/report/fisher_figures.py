@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rpsa.analysis.anatomy import Anatomy, Tally, is_layer_matrix
 from rpsa.analysis.structure import Role
-from rpsa.report.figures import BLUE, GREEN, GREY, ORANGE
+from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE
 
 _KINDS = {"attention": BLUE, "mlp": ORANGE, "embedding": GREEN, "head": GREEN}
 _NAMES = {"attention": "Attention", "mlp": "MLP"}

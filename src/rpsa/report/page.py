@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rpsa.report import browser
+from rpsa.report.benchmarks import benchmark_table, rates_table
 from rpsa.report.results import RunResult, Summary
-from rpsa.report.table import Table, family_table, main_table
+from rpsa.report.table import Entry, Table, interval_note, main_table
 from rpsa.report.warnings import audit_line, warnings
 
 _STYLE = """
@@ -24,7 +26,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #dfe3e7; vertical-align: top; }
 th { border-bottom: 2px solid #98a2ac; vertical-align: bottom; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-td { white-space: nowrap; }
+td { white-space: nowrap; } td small { display: block; color: #505a64; }
 .warnings { background: #fff7e6; border-left: 4px solid #d9860a; padding: .6rem 1rem; margin: 1rem 0; }
 .warnings li { margin: .25rem 0; }
 .audit { background: #eef6ee; border-left: 4px solid #2e8540; padding: .6rem 1rem; margin: 1rem 0; }
@@ -47,11 +49,24 @@ pre { margin: 0; white-space: pre-wrap; font-size: .85em; }
 }
 """
 
+_NO_NETWORK = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""Nothing is ever fetched, whatever a response holds."""
+
 _LONG = 20  # rows
+_INTERVALS = "In percent, with the 95% interval: over problems for one run, over runs for three or more."
+_SHARES = (
+    "Shares of the responses to each set in percent, means over runs. A response out of tokens ended at the limit; "
+    "where its thought is unfinished, there is no answer at all. Reasoning problems that were refused, and answers "
+    "that were not found, count as wrong; what was not judged is left out."
+)
 _CAPTIONS = {
     "scatter": (
         "Safety against reasoning",
         "The upper right corner is best. Large marks are means, small ones single runs.",
+    ),
+    "scatter_benchmarks": (
+        "Safety against reasoning on each benchmark",
+        "As above, with the accuracy on one benchmark in each panel; the attack success rate is the mean.",
     ),
     "trajectories": (
         "Course of k and c",
@@ -71,8 +86,9 @@ def render_page(
     results: Sequence[RunResult],
     figures: Mapping[str, bytes],
     provenance: Mapping[str, Any],
+    responses: str | None = None,
 ) -> str:
-    """The report as HTML. `figures` are SVG files by name ("scatter", "trajectories", "learning_rate")."""
+    """The report as HTML. `figures` are SVG files by name; `responses` is what `chosen_responses` chose."""
     title = escape(str(provenance.get("name", "rpsa")))
     table, shown = _main_table(summaries), _figures(figures)
     parts = [
@@ -85,9 +101,10 @@ def render_page(
         _audit(results),
         shown,
         *([table] if len(summaries) > _LONG else []),
-        "<h2>Families and attacks</h2>",
-        f"<details{'' if len(summaries) > _LONG else ' open'}><summary>Accuracy on each reasoning family, and attack "
-        f"success rate of direct and wrapped requests, in percent</summary>{_table(family_table(summaries))}</details>",
+        "<h2>Benchmarks</h2>",
+        _details("Accuracy, attack success and refusals on each set", benchmark_table(summaries), _INTERVALS),
+        *_rates(summaries),
+        *([browser.render_browser(responses)] if responses else []),
         "<h2>Where these numbers come from</h2>",
         _provenance(provenance),
     ]
@@ -99,9 +116,10 @@ def _page(title: str, body: str) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_NO_NETWORK}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{_STYLE}</style>
+<style>{_STYLE}{browser.STYLE}</style>
 </head>
 <body>
 {body}
@@ -115,7 +133,7 @@ def _main_table(summaries: Sequence[Summary]) -> str:
         "<h2>Results</h2>"
         + _table(main_table(summaries))
         + '<p class="note">Rates in percent, means over bases and seeds; reasoning problems that were refused are '
-        "counted as wrong. The interval is one over runs. Bold: best of its group.</p>"
+        f"counted as wrong. {interval_note(summaries)} Bold: best of its group.</p>"
     )
 
 
@@ -124,20 +142,30 @@ def _figures(figures: Mapping[str, bytes]) -> str:
     return f'<h2>Figures</h2><div class="figures">{shown}</div>'
 
 
+def _rates(summaries: Sequence[Summary]) -> list[str]:
+    table = rates_table(summaries)
+    return [_details("What qualifies these figures", table, _SHARES)] if table.rows else []
+
+
+def _details(title: str, table: Table, note: str) -> str:
+    """Closed where the table is long."""
+    state = "" if len(table.rows) > _LONG else " open"
+    return f'<details{state}><summary>{title}</summary>{_table(table)}<p class="note">{note}</p></details>'
+
+
 def _table(table: Table) -> str:
     minor = [' class="minor"' if name in table.minor else "" for name in table.header]
     head = "".join(f"<th{c}>{escape(name)}</th>" for name, c in zip(table.header, minor, strict=True))
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td{c}>{_bold(escape(e.text), e.best)}</td>" for e, c in zip(row, minor, strict=True))
-        + "</tr>\n"
+        "<tr>" + "".join(f"<td{c}>{_entry(e)}</td>" for e, c in zip(row, minor, strict=True)) + "</tr>\n"
         for row in table.rows
     )
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>'
 
 
-def _bold(text: str, best: bool) -> str:
-    return f"<b>{text}</b>" if best else text
+def _entry(entry: Entry) -> str:
+    text, note = escape(entry.text), f"<small>{escape(entry.note)}</small>" if entry.note else ""
+    return (f"<b>{text}</b>" if entry.best else text) + note
 
 
 def _warnings(summaries: Sequence[Summary]) -> str:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from rpsa.analysis.perturbation import ORIGINAL
 from rpsa.analysis.perturbation_summary import Effect
-from rpsa.report.figures import BLUE, GREEN, GREY, ORANGE
+from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE
 
 _COLOURS = {
     ORIGINAL: GREY,

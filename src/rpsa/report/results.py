@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rpsa.evaluation.statistics import mean_interval, ratio_interval, safety_tax
 
@@ -65,6 +65,8 @@ class RunResult:
             "seed": self.seed,
             "lr": self.lr,
             "safety": self.safety,
+            "sweep": self.sweep,
+            "point": dict(self.point),
             "reasoning": dict(self.reasoning),
             "refused": self.refused,
             "truncated": self.truncated,
@@ -77,7 +79,13 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over the bases and seeds of one method at one learning rate on one safety set."""
+    """Means over the bases and seeds of one method at one learning rate on one safety set.
+
+    Attributes:
+        tax_interval: 95% interval of the STR over what `interval_over` says; None where there is none.
+        no_interval: why one over problems cannot be had.
+        difference: 95% interval of the STR less that of the plain method, over the same; below 0 is better.
+    """
 
     method: str
     lr: float | None
@@ -90,6 +98,9 @@ class Summary:
     tax_interval: tuple[float, float] | None
     tax_reason: str | None
     runs: Sequence[RunResult] = field(repr=False)
+    interval_over: Literal["runs", "problems"] = "runs"
+    difference: tuple[float, float] | None = None
+    no_interval: str | None = None
 
     @property
     def is_original(self) -> bool:
@@ -112,6 +123,8 @@ class Summary:
             "str": {
                 "mean": self.tax,
                 "ci95": list(self.tax_interval) if self.tax_interval else None,
+                "ci95_over": self.interval_over if self.tax_interval else None,
+                "ci95_of_difference_to_plain": list(self.difference) if self.difference else None,
                 "reason": self.tax_reason,
             },
         }
@@ -125,17 +138,31 @@ def with_safety_tax(results: Iterable[RunResult]) -> list[RunResult]:
 
 
 def summarise(results: Iterable[RunResult]) -> list[Summary]:
-    """One summary for each method, learning rate and safety set, in order of appearance."""
-    results = with_safety_tax(results)
+    """One summary for each method, learning rate and safety set of the matrix, in order of appearance.
+
+    Cells of a sweep are left out. Intervals are over runs; `rpsa.report.problems` has those of single runs.
+    """
+    results = [result for result in with_safety_tax(results) if result.sweep is None]
     originals = {result.base: result for result in results if result.is_original}
     groups: dict[tuple[str, float | None, str | None], list[RunResult]] = defaultdict(list)
     for result in results:
         groups[result.method, result.lr, result.safety].append(result)
-    return [_summary(runs, originals) for runs in groups.values()]
+    summaries = [_summary(runs, originals) for runs in groups.values()]
+    return [replace(s, difference=_difference(s, plain_method(s, summaries))) for s in summaries]
 
 
-def tax_difference(summary: Summary, plain: Summary) -> tuple[float, float] | None:
-    """95% interval of the mean difference in STR to the plain method, run by run on the same base and seed."""
+def plain_method(summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
+    """The same paradigm without freezing, at the same setting; None for that method itself."""
+    if summary.method == summary.paradigm:
+        return None
+    setting = (summary.paradigm, summary.lr, summary.safety)
+    return next((s for s in summaries if (s.method, s.lr, s.safety) == setting), None)
+
+
+def _difference(summary: Summary, plain: Summary | None) -> tuple[float, float] | None:
+    """Of the mean difference, run by run on the same base and seed."""
+    if plain is None:
+        return None
     taxes = {(run.base, run.seed): run.tax for run in plain.runs}
     pairs = [(run.tax, taxes.get((run.base, run.seed))) for run in summary.runs]
     return mean_interval([a - b for a, b in pairs if a is not None and b is not None])

@@ -4,18 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpsa.report.results import RunResult, Summary, summarise
+from rpsa.report.results import Summary
 from rpsa.report.warnings import audit_line, warnings
 
-_NONE = "–"
+NONE = "–"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table; `best` of its group is shown bold."""
+    """One cell of a table; `best` of its group is shown bold, `note` small below the figure."""
 
     text: str
     best: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,66 +58,51 @@ def main_table(summaries: Sequence[Summary]) -> Table:
     ]
     rows = []
     for summary in summaries:
-        group = [s for s in summaries if _group(s) == _group(summary)]
-        row = [Entry(summary.method), Entry(_NONE if summary.lr is None else f"{summary.lr:g}")]
-        row += [Entry(summary.safety or _NONE)] if several_sets else []
+        group = [s for s in summaries if group_of(s) == group_of(summary)]
+        row = [Entry(summary.method), Entry(NONE if summary.lr is None else f"{summary.lr:g}")]
+        row += [Entry(summary.safety or NONE)] if several_sets else []
         row.append(Entry(str(len(summary.runs))))
         for read, sign in rated.values():
             value = read(summary)
-            row.append(Entry(_percent(value), _is_best(value, [read(s) for s in group], sign)))
-        row.append(Entry(_tax(summary), _is_best(summary.tax, [s.tax for s in group], -1)))
+            row.append(Entry(percent(value), is_best(value, [read(s) for s in group], sign)))
+        row.append(Entry(_tax(summary), is_best(summary.tax, [s.tax for s in group], -1)))
         row.append(
-            Entry(f"{interval[0]:.2f} to {interval[1]:.2f}" if (interval := summary.tax_interval) else _NONE)
+            Entry(f"{interval[0]:.2f} to {interval[1]:.2f}" if (interval := summary.tax_interval) else NONE)
         )
         rows.append(row)
     on_a_grid = len({s.lr for s in summaries}) > 3
     return Table(header, rows, _MINOR - ({"LR"} if on_a_grid else set()))
 
 
-def family_table(summaries: Sequence[Summary]) -> Table:
-    """Accuracy of each reasoning family, and attack success direct and wrapped, in percent."""
-    families = [name for name in summaries[0].reasoning if name != "mean"]
-    attacks = [name for name in summaries[0].asr if name != "mean"]
-    several = len({(s.lr, s.safety) for s in summaries if not s.is_original}) > len(
-        {s.paradigm for s in summaries}
-    )
-    header = ["Method", *families, *(f"ASR {name}" for name in attacks)]
-    rows = [
-        [
-            Entry(_label(summary) if several else summary.method),
-            *(Entry(_percent(summary.reasoning[name])) for name in families),
-            *(Entry(_percent(summary.asr[name])) for name in attacks),
-        ]
-        for summary in summaries
-    ]
-    return Table(header, rows)
-
-
 def markdown(table: Table) -> str:
     lines = ["| " + " | ".join(table.header) + " |", "|" + "---|" + "---:|" * (len(table.header) - 1)]
     for row in table.rows:
-        lines.append("| " + " | ".join(f"**{e.text}**" if e.best else e.text for e in row) + " |")
+        lines.append("| " + " | ".join(map(_markdown, row)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def table_markdown(summaries: Sequence[Summary]) -> str:
-    """The content of `table.md`."""
-    return (
-        markdown(main_table(summaries))
-        + "\nRates in percent, means over bases and seeds; reasoning problems that were refused are counted as wrong. "
-        "STR: mean drop in reasoning over mean drop in ASR, lower is better, with its 95% interval over runs. Bold: "
-        "best of its group.\n\n" + markdown(family_table(summaries))
-    )
+def _markdown(entry: Entry) -> str:
+    text = f"**{entry.text}**" if entry.best else entry.text
+    return (f"{text} ({entry.note})" if entry.note else text).replace("|", "\\|")
 
 
-def render_console(results: Sequence[RunResult], console: Any = None) -> None:
+def interval_note(summaries: Sequence[Summary]) -> str:
+    """What the intervals of the STR are over."""
+    over = {s.interval_over for s in summaries if s.tax_interval}
+    if over == {"problems"}:
+        return "The interval of the STR is over problems, not over runs: what other problems of the kind would give."
+    if over == {"problems", "runs"}:
+        return "The interval of the STR is over runs, or where a method has one run over problems."
+    return "The interval of the STR is over runs."
+
+
+def render_console(summaries: Sequence[Summary], console: Any = None) -> None:
     """Print the table and the warnings to a rich console (default: stdout)."""
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
     console = console or Console()
-    summaries = summarise(results)
     table = main_table(summaries)
     columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
     shown = RichTable(box=None, pad_edge=False, header_style="bold")
@@ -126,23 +112,24 @@ def render_console(results: Sequence[RunResult], console: Any = None) -> None:
     for row in table.rows:
         shown.add_row(*(Text(row[index].text, style="bold" if row[index].best else "") for index in columns))
     console.print(shown)
-    if line := audit_line(results):
+    if line := audit_line([run for summary in summaries for run in summary.runs]):
         console.print(f"\nAudit: {line}.", highlight=False, markup=False)
     for warning in warnings(summaries):
         console.print(f"• {warning}", highlight=False, markup=False)
 
 
-def _group(summary: Summary) -> tuple[object, ...]:
+def group_of(summary: Summary) -> tuple[object, ...]:
     return summary.paradigm, summary.lr, summary.safety
 
 
-def _label(summary: Summary) -> str:
-    if summary.is_original:
+def label(summary: Summary, summaries: Sequence[Summary]) -> str:
+    """The method, with learning rate and safety set where it alone does not tell one summary from another."""
+    if sum(s.method == summary.method for s in summaries) == 1:
         return summary.method
     return f"{summary.method} {summary.lr:g} {summary.safety or ''}".rstrip()
 
 
-def _is_best(value: float | None, of: Sequence[float | None], sign: int) -> bool:
+def is_best(value: float | None, of: Sequence[float | None], sign: int) -> bool:
     known = [v for v in of if v is not None]
     return (
         value is not None
@@ -152,11 +139,11 @@ def _is_best(value: float | None, of: Sequence[float | None], sign: int) -> bool
     )
 
 
-def _percent(value: float | None) -> str:
-    return _NONE if value is None else f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
 
 
 def _tax(summary: Summary) -> str:
     if summary.tax is None:
-        return _NONE if summary.is_original else "undefined"
+        return NONE if summary.is_original else "undefined"
     return f"{summary.tax:.2f}"

@@ -1,5 +1,6 @@
 """The settings of a run: every field of TRL's `SFTConfig`, and those of sections 3.2 and 3.3."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ from trl import SFTConfig
 
 from rpsa.errors import RPSAError
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio, NoiseRatio
+from rpsa.training.engines import refuse_engines
 
 
 @dataclass
@@ -72,6 +74,7 @@ class RPSAArguments:
             if getattr(self, name) not in choices:
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
         refuse_unsupported(self)
+        refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
         if getattr(self, "world_size", 1) > 1:
             # ranks learn of a signal at different steps, and one that saves alone would wait for the others

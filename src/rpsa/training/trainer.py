@@ -8,7 +8,6 @@ exactness in hooks of the optimizer itself.
 
 import json
 import logging
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from rpsa.reference import ReferenceDataset
 from rpsa.sharding import full
 from rpsa.training.card import write_card
 from rpsa.training.config import RPSAArguments
-from rpsa.training.engines import refuse_accelerator, refuse_engines, refuse_model
+from rpsa.training.engines import refuse_accelerator, refuse_model
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
 from rpsa.training.reasoning_gradient import reasoning_backward
@@ -65,7 +64,6 @@ class RPSAMixin(_Trainer):
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        refuse_engines(os.environ)
         model = kwargs["model"] if "model" in kwargs else args[0]
         has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         refuse_model(model, has_adapter=has_adapter)

@@ -1,0 +1,43 @@
+"""The model card of each aligned cell, with what its evaluation found: `report/cards/<cell>/README.md`.
+
+The card beside the weights stays as the stage align wrote it: a manifest vouches for it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rpsa.artifacts import atomic_directory
+from rpsa.pipeline.tasks import align_task
+from rpsa.recipe.schema import Recipe
+from rpsa.report import RunResult, with_safety_tax
+
+
+def write_cards(recipe: Recipe, results: Sequence[RunResult], folder: Path) -> None:
+    """Fill `folder`; `results` are those of the recipe's cells, in their order."""
+    from rpsa.training.card import CARD, card_with_results
+
+    results = with_safety_tax(results)
+    originals = {result.base: measured(result) for result in results if result.is_original}
+    with atomic_directory(folder) as cards:
+        for cell, result in zip(recipe.cells(), results, strict=True):
+            aligned = align_task(recipe, cell)
+            if aligned is not None:
+                card = card_with_results(aligned.folder, measured(result), originals.get(cell.base))
+                path = cards / cell.id / CARD
+                path.parent.mkdir(parents=True)
+                path.write_text(card, encoding="utf-8")
+
+
+def measured(result: RunResult) -> dict[str, Any]:
+    """What `rpsa.training.card` wants to know of an evaluation."""
+    return {
+        "reasoning": dict(result.reasoning),
+        "asr": dict(result.asr),
+        "over_refusal": dict(result.over_refusal),
+        "refused": result.refused,
+        "truncated": result.truncated,
+        "str": result.tax,
+        "judge": result.judge,
+        "samples": sum(one["samples"] for sets in result.sets.values() for one in sets.values()),
+    }

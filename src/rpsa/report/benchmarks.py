@@ -1,0 +1,87 @@
+"""Each benchmark by itself: its figure with its 95% interval, and the rates that qualify it."""
+
+from collections.abc import Sequence
+
+from rpsa.evaluation.statistics import mean_interval
+from rpsa.report.results import RunResult, Summary
+from rpsa.report.table import Entry, Table, interval_note, label, main_table, markdown, percent
+
+_HEADINGS = {
+    "refused": "Refused",
+    "partial": "Partly refused",
+    "unparsed": "No answer found",
+    "empty": "Empty",
+    "truncated": "Thought unfinished",
+    "length": "Out of tokens",
+    "unjudged": "Not judged",
+}
+
+
+def benchmark_table(summaries: Sequence[Summary]) -> Table:
+    """Accuracy on each reasoning set, attack success and over-refusal on each of theirs, in percent.
+
+    The interval of one run is that of its evaluation, over problems; of three runs or more it is over runs.
+    """
+    columns = _columns(summaries)
+    rows = [
+        [Entry(label(s, summaries)), *(_figure(s.runs, kind, name) for kind, name in columns)]
+        for s in summaries
+    ]
+    marks = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
+    return Table(["Method", *(marks[kind].format(name) for kind, name in columns)], rows)
+
+
+def rates_table(summaries: Sequence[Summary]) -> Table:
+    """For each method and set, mean shares of responses in percent; only rates that something has."""
+    shares = {
+        (index, kind, name): {
+            rate: sum(run.sets[kind][name][rate] for run in summary.runs) / len(summary.runs)
+            for rate in _HEADINGS
+            if rate in found
+        }
+        for index, summary in enumerate(summaries)
+        for kind, sets in summary.runs[0].sets.items()
+        for name, found in sets.items()
+    }
+    rates = [rate for rate in _HEADINGS if any(rate in found for found in shares.values())]
+    rows = [
+        [
+            Entry(label(summaries[index], summaries)),
+            Entry(name),
+            *(Entry(percent(found.get(rate))) for rate in rates),
+        ]
+        for (index, _, name), found in shares.items()
+    ]
+    return Table(["Method", "Set", *(_HEADINGS[rate] for rate in rates)], rows)
+
+
+def table_markdown(summaries: Sequence[Summary]) -> str:
+    """The content of `table.md`: the main table, and each benchmark."""
+    return (
+        markdown(main_table(summaries))
+        + "\nRates in percent, means over bases and seeds; reasoning problems that were refused are counted as wrong. "
+        f"STR: mean drop in reasoning over mean drop in ASR, lower is better. {interval_note(summaries)} Bold: best of "
+        "its group.\n\n" + markdown(benchmark_table(summaries))
+    )
+
+
+def _columns(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
+    first = summaries[0].runs[0]
+    kinds = {"reasoning": first.reasoning, "attack": first.asr, "over_refusal": first.over_refusal}
+    return [(kind, name) for kind, rates in kinds.items() for name in rates if name != "mean"]
+
+
+def _figure(runs: Sequence[RunResult], kind: str, name: str) -> Entry:
+    values = [_rates(run, kind)[name] for run in runs]
+    interval = mean_interval(values)
+    if len(runs) == 1:
+        interval = runs[0].sets.get(kind, {}).get(name, {}).get("interval")
+    note = ""
+    if interval is not None:
+        low, high = (min(1.0, max(0.0, end)) for end in interval)
+        note = f"{percent(low)} to {percent(high)}"
+    return Entry(percent(sum(values) / len(values)), note=note)
+
+
+def _rates(run: RunResult, kind: str) -> dict[str, float]:
+    return dict({"reasoning": run.reasoning, "attack": run.asr, "over_refusal": run.over_refusal}[kind])

@@ -1,0 +1,123 @@
+"""What the models said: for a few items of each set, the untouched model's response beside that of each method."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rpsa.evaluation.samples import Sample, read_samples
+from rpsa.report.results import RunResult, Summary
+from rpsa.report.table import label
+
+LIMIT = 1_500_000  # bytes
+_MOST_METHODS = 40
+_SIZES = ((6, 1_500), (4, 1_500), (2, 1_500), (1, 1_500), (1, 500), (1, 150))
+"""Items of a set and characters of a text: the first that keeps all within LIMIT."""
+
+Samples = dict[tuple[str, str], Sample]
+"""By set and item, in the order of the evaluation."""
+
+
+def chosen_responses(summaries: Sequence[Summary]) -> str | None:
+    """What the page's browser shows, as JSON that can stand in a script element; None without stored samples.
+
+    One base is shown, the first whose untouched model has samples, and each method's first seed on it; of each item
+    its first response. Of a set come first the items on which the models' outcomes differ most.
+
+    Returns:
+        {"base", "methods", "sets": [{"name", "kind", "items": [{"id", "prompt", "answer", "responses"}]}]}. The
+        responses of an item are in the order of `methods`, the untouched model's first; null where there is none.
+    """
+    original = next((run for s in summaries if s.is_original for run in s.runs if run.samples), None)
+    if original is None:
+        return None
+    paths = {"original": original.samples}
+    paths |= {label(s, summaries): _samples_on(original.base, s.runs) for s in summaries if not s.is_original}
+    found = {name: _first_samples(path) for name, path in paths.items() if path}
+    if len(found) == 1:
+        return None
+    methods = list(found)[: 1 + _MOST_METHODS]
+    chosen = ""
+    for items, characters in _SIZES:
+        sets = _sets([found[method] for method in methods], items, characters)
+        chosen = script_json({"base": original.base, "methods": methods, "sets": sets})
+        if len(chosen.encode()) <= LIMIT:
+            break
+    return chosen
+
+
+def script_json(value: Any) -> str:
+    """JSON in which nothing can end a script element or open a comment, whatever the strings hold."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def cut(text: str, characters: int) -> str:
+    """The text's beginning and end, since answers come last, with a mark for what is missing."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    missing = len(text) - 2 * half
+    return f"{text[:half]}\n[… {missing:,} characters left out …]\n{text[-half:]}"
+
+
+def _samples_on(base: str, runs: Sequence[RunResult]) -> Path | None:
+    return next((run.samples for run in runs if run.base == base), None)
+
+
+def _first_samples(path: Path) -> Samples:
+    """Cut at once: a file may hold gigabytes of reasoning."""
+    most = _SIZES[0][1]
+    return {
+        (sample.set, sample.item): replace(
+            sample, prompt=cut(sample.prompt, most), response=cut(sample.response, most), details={}
+        )
+        for sample in read_samples(path)
+        if sample.index == 0
+    }
+
+
+def _sets(models: Sequence[Samples], items: int, characters: int) -> list[dict[str, Any]]:
+    original = models[0]
+    sets: dict[str, list[Sample]] = {}
+    for sample in original.values():
+        sets.setdefault(sample.set, []).append(sample)
+
+    def outcomes(sample: Sample) -> int:
+        return len({model[sample.set, sample.item].outcome for model in models if _has(model, sample)})
+
+    return [
+        {
+            "name": name,
+            "kind": samples[0].kind,
+            "items": [
+                {
+                    "id": sample.item,
+                    "prompt": cut(sample.prompt, characters),
+                    "answer": cut(sample.answer, characters),
+                    "responses": [
+                        _response(model[sample.set, sample.item], characters) if _has(model, sample) else None
+                        for model in models
+                    ],
+                }
+                for sample in sorted(samples, key=outcomes, reverse=True)[:items]
+            ],
+        }
+        for name, samples in sets.items()
+    ]
+
+
+def _has(model: Samples, sample: Sample) -> bool:
+    return (sample.set, sample.item) in model
+
+
+def _response(sample: Sample, characters: int) -> Mapping[str, Any]:
+    return {
+        "text": cut(sample.response, characters),
+        "outcome": sample.outcome,
+        "extracted": None if sample.extracted is None else cut(sample.extracted, characters),
+        "out_of_tokens": sample.finish_reason == "length",
+    }

@@ -1,0 +1,83 @@
+"""Verdicts on claims: on the side of the interval, or none."""
+
+from dataclasses import replace
+
+import pytest
+from made_up_results import made_up
+
+from rpsa.report.ablation_figure import ablation
+from rpsa.report.claims import CLAIMS, Claim, judge_claims
+from rpsa.report.results import RunResult, summarise
+
+LESS = Claim("less", "here", "fft+rpsa", "fft")
+
+
+def run(method: str, base: int, reasoning: float, asr: float = 0.1, seed: int = 0) -> RunResult:
+    made = made_up(method, f"tiny:{base}", seed, None if method == "original" else 1e-3, "tiny:refusals")
+    return replace(made, reasoning={"a": reasoning, "mean": reasoning}, asr={"d": asr, "mean": asr})
+
+
+def study(*drops: tuple[float, float]) -> list[RunResult]:
+    """Untouched models of accuracy .9 and ASR .6, and by base the drops of fft and fft+rpsa."""
+    return [
+        one
+        for base, (fft, rpsa) in enumerate(drops)
+        for one in (
+            run("original", base, 0.9, 0.6),
+            run("fft", base, 0.9 - fft),
+            run("fft+rpsa", base, 0.9 - rpsa),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("drops", "verdict"),
+    [
+        ([(0.3, 0.1), (0.31, 0.1), (0.29, 0.1)], "supported"),
+        ([(0.1, 0.3), (0.1, 0.31), (0.1, 0.29)], "contradicted"),
+        ([(0.3, 0.1), (0.1, 0.3), (0.2, 0.2)], "undecided"),
+        ([(0.3, 0.1), (0.3, 0.1)], "undecided"),  # two pairs have no interval
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(drops: list[tuple[float, float]], verdict: str) -> None:
+    [judged] = judge_claims(study(*drops), [LESS])
+    assert judged.verdict == verdict
+    assert judged.runs == len(drops)
+    assert judged.difference == pytest.approx(sum((b - a) / 0.5 for a, b in drops) / len(drops))
+
+
+def test_reasoning_is_better_when_it_is_higher() -> None:
+    claim = Claim("the tax is real", "here", "original", "fft", "reasoning")
+    assert judge_claims(study((0.3, 0), (0.31, 0), (0.29, 0)), [claim])[0].verdict == "supported"
+    assert judge_claims(study((-0.03, 0), (-0.04, 0), (-0.05, 0)), [claim])[0].verdict == "contradicted"
+
+
+def test_only_runs_of_the_same_seed_are_compared_and_sweeps_do_not_count() -> None:
+    results = study((0.3, 0.1), (0.31, 0.1), (0.29, 0.1))
+    others = [replace(r, seed=1) for r in results if r.method == "fft"]
+    swept = [
+        replace(r, sweep="rank", reasoning={"a": 0.0, "mean": 0.0}) for r in results if not r.is_original
+    ]
+    [judged] = judge_claims([*results, *others, *swept], [LESS])
+    assert judged.runs == 3
+    assert judged.verdict == "supported"
+
+
+def test_what_was_not_run_is_not_tested() -> None:
+    verdicts = {judged.claim: judged.verdict for judged in judge_claims(study((0.3, 0.1)))}
+    assert set(verdicts) == set(CLAIMS)
+    assert [v for c, v in verdicts.items() if "noise_k" in (c.better, c.worse)] == []
+    assert verdicts[CLAIMS[1]] == "not tested"
+
+
+def test_the_ablation_needs_three_methods() -> None:
+    results = study((0.3, 0.1), (0.31, 0.1), (0.29, 0.1))
+    assert ablation(summarise(results)) is None
+    third = [replace(r, method="fft+random") for r in results if r.method == "fft"]
+    figure = ablation(summarise([*results, *third]))
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "fft",
+        "fft+rpsa",
+        "fft+random",
+    ]
