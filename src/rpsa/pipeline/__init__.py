@@ -150,12 +150,12 @@ class _Performer:
 
 def _report(recipe: Recipe) -> None:
     from rpsa.pipeline.cards import write_cards
-    from rpsa.pipeline.results import collect, provenance, report_inputs
+    from rpsa.pipeline.results import analysis_figures, collect, provenance, report_inputs
     from rpsa.report import render_console, write_report
 
     results: list[RunResult] = collect(recipe)
     folder = recipe.folder / "report"
-    summaries = write_report(results, folder, provenance(recipe))
+    summaries = write_report(results, folder, provenance(recipe), analysis_figures(recipe))
     write_cards(recipe, results, folder / "cards")
     write_manifest(folder, "report", report_inputs(recipe))
     render_console(summaries)

@@ -7,9 +7,28 @@ from typing import Any
 from rpsa.artifacts import package_versions, read_manifest
 from rpsa.errors import RPSAError
 from rpsa.pipeline.evaluation import RESULTS, SAMPLES
-from rpsa.pipeline.tasks import align_task, evaluate_task, fisher_task, reference_task, upstream
+from rpsa.pipeline.tasks import (
+    align_task,
+    analysis_tasks,
+    evaluate_task,
+    fisher_task,
+    reference_task,
+    upstream,
+)
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.report import RunResult
+from rpsa.report import RunResult, Shown
+
+_ANALYSES = {
+    "layers": (
+        "Fisher by layer and module",
+        "Mean Fisher of each module in each layer, and of each layer (Fig. 1).",
+    ),
+    "modules": ("Fisher by matrix", "Mean Fisher of each matrix, and of attention against MLP (Fig. 2)."),
+    "perturbation": (
+        "Perturbation",
+        "Accuracy after scaling the elements with the largest Fisher, and as many others (Fig. 3).",
+    ),
+}
 
 
 def collect(recipe: Recipe) -> list[RunResult]:
@@ -93,6 +112,21 @@ def report_inputs(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
         "evaluated": {cell.id: upstream(evaluate_task(recipe, cell)) for cell in recipe.cells()},
     }
+
+
+def analysis_figures(recipe: Recipe) -> list[Shown]:
+    """Fig. 1 to 3 of the bases, as far as the recipe asks for them."""
+    figures = []
+    for task in analysis_tasks(recipe):
+        upstream(task)
+        for path in sorted(task.folder.glob("*.svg")):
+            label, _, kind = path.stem.rpartition("-")
+            title, caption = _ANALYSES[kind]
+            base = label or task.base
+            figures.append(
+                Shown(f"{task.folder.name}-{path.stem}", path.read_bytes(), f"{title}: {base}", caption)
+            )
+    return figures
 
 
 def provenance(recipe: Recipe) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def _outcome(point: Point, failure: str | None) -> Outcome:
 
 def _draw(folder: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     """One swept setting along the axis, a second as columns. More, or a grid of the recipe's own, have no figure."""
-    from rpsa.report.figures import to_png, to_svg
+    from rpsa.report.drawing import to_png, to_svg
     from rpsa.report.sweep_figure import SweepPoint, sweep_figure
 
     points = [

@@ -3,56 +3,85 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import atomic_write
 from rpsa.report.problems import with_problem_intervals
 from rpsa.report.results import RunResult, Summary, summarise, with_safety_tax
+from rpsa.report.shown import Shown
 from rpsa.report.table import render_console
 
-__all__ = ["RunResult", "Summary", "render_console", "summarise", "with_safety_tax", "write_report"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RunResult", "Shown", "Summary", "render_console", "summarise", "with_safety_tax", "write_report"]
 
 
 def write_report(
-    results: Sequence[RunResult], out_dir: Path | str, provenance: Mapping[str, Any]
+    results: Sequence[RunResult],
+    out_dir: Path | str,
+    provenance: Mapping[str, Any],
+    analyses: Sequence[Shown] = (),
 ) -> list[Summary]:
     """Write the report of all evaluated cells into `out_dir`, which is created if it is missing.
 
     `results.json`, `table.md`, `table.tex`, `scatter.png`, and as far as there is something to show
-    `scatter_benchmarks.png`, `trajectories.png` and `learning_rate.png`, each figure as SVG too, and `index.html` with
-    all of it. STR is computed here, against the untouched model of the same base. Cells of a sweep are in
-    `results.json` alone. `provenance` is JSON-able and shown as it is; its "name" is the title.
+    `scatter_benchmarks.png`, `ablation.png`, `trajectories.png`, `learning_rate.png` and a `sweep-NAME.png` for each
+    sweep, each figure as SVG too, and `index.html` with all of it. STR is computed here, against the untouched model
+    of the same base. Cells of a sweep are in `results.json` and in its figure alone. `provenance` is JSON-able and
+    shown as it is; its "name" is the title. `analyses` are figures that are there already (Fig. 1 to 3).
 
     Returns:
         The summaries that the tables show.
     """
     from rpsa.report import drawing, figures
+    from rpsa.report.ablation_figure import ablation
     from rpsa.report.benchmarks import table_markdown
+    from rpsa.report.claims import claims_table, judge_claims
     from rpsa.report.latex import latex_table
     from rpsa.report.page import render_page
     from rpsa.report.responses import chosen_responses
     from rpsa.report.scatter import scatter, scatter_benchmarks
+    from rpsa.report.shown import CAPTIONS
+    from rpsa.report.sweeps import sweep_figures
 
     out = Path(out_dir)
     results = with_safety_tax(results)
     matrix = [result for result in results if result.sweep is None]
     summaries = with_problem_intervals(summarise(matrix))
-    content = {"runs": [r.to_json() for r in results], "summary": [s.to_json() for s in summaries]}
+    judged = judge_claims(matrix)
+    content = {
+        "runs": [r.to_json() for r in results],
+        "summary": [s.to_json() for s in summaries],
+        "claims": [claim.to_json() for claim in judged],
+    }
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     atomic_write(out / "table.md", table_markdown(summaries))
     atomic_write(out / "table.tex", latex_table(matrix))
-    drawn = {
+    drawn: dict[str, Figure | None] = {
         "scatter": scatter(summaries),
         "scatter_benchmarks": scatter_benchmarks(summaries),
+        "ablation": ablation(summaries),
         "trajectories": figures.trajectories(matrix),
         "learning_rate": figures.learning_rates(summaries),
     }
-    svgs = {}
+    captions = dict(CAPTIONS)
+    for name, figure in sweep_figures(results).items():
+        drawn[f"sweep-{name}"] = figure
+        captions[f"sweep-{name}"] = (
+            f"Sweep {name}",
+            "Means over bases and seeds, with the 95% interval of the STR.",
+        )
+    shown = []
     for name, figure in drawn.items():
         if figure is not None:
-            svgs[name] = drawing.to_svg(figure)
+            svg = drawing.to_svg(figure)
+            shown.append(Shown(name, svg, *captions[name]))
             atomic_write(out / f"{name}.png", drawing.to_png(figure))
-            atomic_write(out / f"{name}.svg", svgs[name])
-    page = render_page(summaries, matrix, svgs, provenance, chosen_responses(summaries))
+            atomic_write(out / f"{name}.svg", svg)
+    claims = claims_table(judged)
+    page = render_page(
+        summaries, matrix, [*shown, *analyses], provenance, chosen_responses(summaries), claims
+    )
     atomic_write(out / "index.html", page)
     return summaries

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rpsa.evaluation.statistics import mean_interval
-from rpsa.report.figures import style_of
+from rpsa.report.drawing import style_of
 from rpsa.report.results import RunResult, Summary
 
 _PANELS = ("STR ↓", "Reasoning (%) ↑", "ASR (%) ↓")

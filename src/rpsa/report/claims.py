@@ -6,11 +6,12 @@ be chance is no support.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from rpsa.evaluation.statistics import Interval, mean_interval
 from rpsa.report.results import RunResult, with_safety_tax
+from rpsa.report.table import Entry, Table
 
 Verdict = Literal["supported", "contradicted", "undecided", "not tested"]
 Figure = Literal["STR", "reasoning", "ASR"]
@@ -36,6 +37,13 @@ class Judged:
     difference: float | None = None
     interval: Interval | None = None
     runs: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        interval = list(self.interval) if self.interval else None
+        return {**asdict(self.claim), "verdict": self.verdict, "difference": self.difference} | {
+            "ci95": interval,
+            "pairs": self.runs,
+        }
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -63,6 +71,26 @@ def judge_claims(results: Iterable[RunResult], claims: Sequence[Claim] = CLAIMS)
     """
     matrix = with_safety_tax([result for result in results if result.sweep is None])
     return [_judge(claim, matrix) for claim in claims]
+
+
+def claims_table(judged: Sequence[Judged]) -> Table | None:
+    """The claims that were tested; None where none was."""
+    rows = [
+        [
+            Entry(one.claim.sentence),
+            Entry(one.verdict, best=one.verdict != "undecided"),
+            Entry(f"{one.claim.better} / {one.claim.worse}"),
+            Entry(one.claim.figure),
+            Entry(f"{one.difference:+.2f}"),
+            Entry(f"{one.interval.low:+.2f} to {one.interval.high:+.2f}" if one.interval else "–"),
+            Entry(str(one.runs)),
+            Entry(one.claim.source),
+        ]
+        for one in judged
+        if one.difference is not None
+    ]
+    header = ["Claim", "Verdict", "better / worse", "Figure", "Difference", "95% interval", "Pairs", "Source"]
+    return Table(header, rows, frozenset({"better / worse", "Pairs", "Source", "Figure"})) if rows else None
 
 
 def _judge(claim: Claim, results: Sequence[RunResult]) -> Judged:

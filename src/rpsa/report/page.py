@@ -10,6 +10,7 @@ from typing import Any
 from rpsa.report import browser
 from rpsa.report.benchmarks import benchmark_table, rates_table
 from rpsa.report.results import RunResult, Summary
+from rpsa.report.shown import Shown
 from rpsa.report.table import Entry, Table, interval_note, main_table
 from rpsa.report.warnings import audit_line, warnings
 
@@ -59,36 +60,17 @@ _SHARES = (
     "where its thought is unfinished, there is no answer at all. Reasoning problems that were refused, and answers "
     "that were not found, count as wrong; what was not judged is left out."
 )
-_CAPTIONS = {
-    "scatter": (
-        "Safety against reasoning",
-        "The upper right corner is best. Large marks are means, small ones single runs.",
-    ),
-    "scatter_benchmarks": (
-        "Safety against reasoning on each benchmark",
-        "As above, with the accuracy on one benchmark in each panel; the attack success rate is the mean.",
-    ),
-    "trajectories": (
-        "Course of k and c",
-        "The frozen ratio k follows the conflict c between the reasoning and the safety gradient. Until the window "
-        "is full, k is 0.5.",
-    ),
-    "learning_rate": (
-        "Against the learning rate",
-        "The learning rate is itself a strong lever. Lines are means, bands the range over bases and seeds; the "
-        "dashed line is the untouched model.",
-    ),
-}
 
 
 def render_page(
     summaries: Sequence[Summary],
     results: Sequence[RunResult],
-    figures: Mapping[str, bytes],
+    figures: Sequence[Shown],
     provenance: Mapping[str, Any],
     responses: str | None = None,
+    claims: Table | None = None,
 ) -> str:
-    """The report as HTML. `figures` are SVG files by name; `responses` is what `chosen_responses` chose."""
+    """The report as HTML. `responses` is what `chosen_responses` chose; `claims` the verdicts."""
     title = escape(str(provenance.get("name", "rpsa")))
     table, shown = _main_table(summaries), _figures(figures)
     parts = [
@@ -99,6 +81,7 @@ def render_page(
         # A study's table is long: its figures say more at a glance.
         *([table, _warnings(summaries)] if len(summaries) <= _LONG else [_warnings(summaries)]),
         _audit(results),
+        *([_claims(claims)] if claims else []),
         shown,
         *([table] if len(summaries) > _LONG else []),
         "<h2>Benchmarks</h2>",
@@ -137,8 +120,16 @@ def _main_table(summaries: Sequence[Summary]) -> str:
     )
 
 
-def _figures(figures: Mapping[str, bytes]) -> str:
-    shown = "".join(_figure(figures[name], *_CAPTIONS[name]) for name in _CAPTIONS if name in figures)
+def _claims(table: Table) -> str:
+    note = (
+        "The difference of STR, or of rates as fractions, over runs paired by base and seed, with its 95% interval. "
+        "Undecided: the interval holds 0, or there are fewer than three pairs."
+    )
+    return f'<h2>What these runs say of the claims</h2>{_table(table)}<p class="note">{note}</p>'
+
+
+def _figures(figures: Sequence[Shown]) -> str:
+    shown = "".join(_figure(one.svg, one.title, one.caption) for one in figures)
     return f'<h2>Figures</h2><div class="figures">{shown}</div>'
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from rpsa.report.figures import GREY, style_of
+from rpsa.report.drawing import GREY, style_of
 
 _ORIGINAL = "original"
 
