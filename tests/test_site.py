@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import typer
+from pydantic_core import PydanticUndefined
 from real_format import DATA_DIR, missing_real_data, real_texts
 from test_imports import LAYERS
 
@@ -103,6 +104,11 @@ def test_links_between_files_of_the_repository_lead_somewhere(name: str) -> None
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_page_knows_the_machine_that_it_was_written_on(name: str) -> None:
     assert not re.findall(r"(?<![\w.])/(?:work|home|root|Users|tmp|mnt|workspace)/\S*", TEXTS[name])
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_page_has_a_gap_that_was_to_be_filled(name: str) -> None:
+    assert not re.findall(r"^(?:OUTPUT|TODO|TBD|FIXME)\b.*", TEXTS[name], re.MULTILINE)
 
 
 @pytest.mark.skipif(bool(missing_real_data()), reason=str(missing_real_data()))
@@ -222,6 +228,8 @@ def tables(text: str) -> dict[str, dict[str, str]]:
 
 def written(value: Any) -> str:
     """A default as the tables write it."""
+    if value is PydanticUndefined:
+        return "required"
     if isinstance(value, str):
         return f"`{value}`"
     if isinstance(value, list) and value and isinstance(value[0], str):
