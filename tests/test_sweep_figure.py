@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rpsa.report.figures import to_png, to_svg
+from rpsa.report.drawing import to_png, to_svg
 from rpsa.report.results import RunResult, summarise
 from rpsa.report.sweep_figure import SweepPoint, sweep_figure
 from rpsa.report.sweep_table import render_sweep

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from rpsa.artifacts import is_current, read_manifest, sha256_of
 from rpsa.errors import RPSAError
-from rpsa.pipeline.models import identity
+from rpsa.pipeline.models import identity, training_dtype
 from rpsa.recipe.schema import Cell, Fisher, Recipe, slug
 from rpsa.recipe.sources import SHIPPED
 
@@ -119,6 +119,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
             "reference_max_length": recipe.reference.reference_max_length,
             "fisher": task.fisher.model_dump(exclude={"batch_size", "activation_checkpointing"}),
             "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
+            "dtype": training_dtype(cell.train if cell else {}, "lora" if cell else "fft", recipe.model),
         }
     if task.stage == "analyse":
         if task.name == FISHER_MAP:
