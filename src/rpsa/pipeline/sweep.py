@@ -223,19 +223,11 @@ def _outcome(point: Point, failure: str | None) -> Outcome:
 def _draw(folder: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     """One swept setting along the axis, a second as columns. More, or a grid of the recipe's own, have no figure."""
     from rpsa.report.drawing import to_png, to_svg
-    from rpsa.report.sweep_figure import SweepPoint, sweep_figure
+    from rpsa.report.sweep_figure import sweep_figure
+    from rpsa.report.sweeps import point_of
 
     points = [
-        SweepPoint(
-            value=outcome.point.settings[keys[0]],
-            method=summary.method,
-            reasoning=summary.reasoning["mean"],
-            asr=summary.asr["mean"],
-            tax=summary.tax,
-            tax_interval=summary.tax_interval,
-            over_refusal=max(summary.over_refusal.values(), default=None),
-            column=_column(keys[1:], outcome.point.settings),
-        )
+        point_of(summary, outcome.point.settings[keys[0]], _column(keys[1:], outcome.point.settings))
         for outcome in outcomes
         for summary in outcome.summaries
     ]

@@ -26,7 +26,7 @@ def _figure(swept: Sequence[RunResult], results: Sequence[RunResult]) -> Figure:
     keys = max((list(result.point) for result in swept), key=len)
     points = list(dict.fromkeys(tuple(shown(r.point.get(key)) for key in keys) for r in swept))
     marks = [
-        _mark(summary, values)
+        point_of(summary, values[0], ", ".join(values[1:]))
         for values in points
         for summary in _summaries(swept, results, dict(zip(keys, values, strict=True)))
     ]
@@ -42,16 +42,17 @@ def _summaries(
     return [summary for summary in summarise([*originals, *there]) if not summary.is_original]
 
 
-def _mark(summary: Summary, values: Sequence[str]) -> SweepPoint:
+def point_of(summary: Summary, value: str, column: str = "") -> SweepPoint:
+    """A method's means at one value; of over-refusal the set that is refused most."""
     return SweepPoint(
-        value=values[0],
+        value=value,
         method=summary.method,
         reasoning=summary.reasoning["mean"],
         asr=summary.asr["mean"],
         tax=summary.tax,
         tax_interval=summary.tax_interval,
         over_refusal=max(summary.over_refusal.values(), default=None),
-        column=", ".join(values[1:]),
+        column=column,
     )
 
 
