@@ -8,6 +8,7 @@ from made_up_results import made_up
 from rpsa.report.ablation_figure import ablation
 from rpsa.report.claims import CLAIMS, Claim, judge_claims
 from rpsa.report.results import RunResult, summarise
+from rpsa.report.sweeps import sweep_figures
 
 LESS = Claim("less", "here", "fft+rpsa", "fft")
 
@@ -81,3 +82,22 @@ def test_the_ablation_needs_three_methods() -> None:
         "fft+rpsa",
         "fft+random",
     ]
+
+
+def test_a_sweep_has_a_mark_for_each_method_at_each_point() -> None:
+    results = study((0.3, 0.1), (0.31, 0.1), (0.29, 0.1))
+    swept = [
+        replace(one, sweep="rank", point={"lora.r": rank, "lora.target_modules": ["q_proj", "up_proj"]})
+        for rank in (1, 8)
+        for one in results
+        if not one.is_original
+    ]
+    [figure] = sweep_figures([*results, *swept]).values()
+    axes = figure.axes[0]
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["1", "8"]
+    assert axes.get_title() == "q_proj+up_proj"
+    marks = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
+    assert len(marks) == 2
+    heights = {round(float(y), 6) for line in marks for y in line.get_ydata()}
+    taxes = {round(s.tax, 6) for s in summarise(results) if s.tax is not None}
+    assert heights == taxes

@@ -70,6 +70,11 @@ def test_every_named_variant_is_one_change_and_trainable(tmp_path: Path) -> None
             for mask in ("random", "random_nonzero", "random_per_tensor", "magnitude", "inverse")
         },
         "zero_frozen": constant.model_copy(update={"zero_fisher": "frozen"}),
+        "per_sequence": constant,
+    }
+    assert {c.method for c in cells.values() if c.fisher.estimator == "per_sequence"} == {
+        "fft+per_sequence",
+        "lora+per_sequence",
     }
     assert set(cells) == {f"{paradigm}+{name}" for paradigm in ("fft", "lora") for name in expected}
     for method, cell in cells.items():

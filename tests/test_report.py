@@ -140,7 +140,7 @@ def test_the_page_is_self_contained_and_well_formed(demo: Path) -> None:
     page = _Page()
     page.feed((demo / "index.html").read_text())
     assert page.open == []
-    assert len(page.sources) == 3
+    assert len(page.sources) == 4
     for source in page.sources:
         assert source.startswith("data:image/svg+xml;base64,")
         assert b"</svg>" in base64.b64decode(source.partition(",")[2])
@@ -156,6 +156,7 @@ def test_figures_are_drawn_as_far_as_there_is_something_to_show(demo: Path, tmp_
         *("results.json", "table.md", "table.tex", "index.html"),
         *("scatter_benchmarks.png", "scatter_benchmarks.svg"),
         *("scatter.png", "scatter.svg", "trajectories.png", "trajectories.svg"),
+        *("ablation.png", "ablation.svg"),
     }
     write_report([r for r in demo_results() if r.method in ("original", "fft")], tmp_path, PROVENANCE)
     assert not (tmp_path / "trajectories.png").exists()
@@ -392,12 +393,14 @@ def test_latex_escapes(character: str) -> None:
     assert escaped("plain 1.0: x+y") == "plain 1.0: x+y"
 
 
-def test_cells_of_a_sweep_are_in_results_json_alone(tmp_path: Path) -> None:
+def test_cells_of_a_sweep_are_in_results_json_and_its_figure_alone(tmp_path: Path) -> None:
     swept = replace(made_up("fft", "tiny:0", 0, 5e-4, "tiny:refusals"), sweep="rank", point={"lora.r": 2})
     folder = _written([*_one_base(), swept], tmp_path)
     content = json.loads((folder / "results.json").read_text())
     assert [run["point"] for run in content["runs"] if run["sweep"] == "rank"] == [{"lora.r": 2}]
     assert len(content["summary"]) == len(LEVELS)
+    assert (folder / "sweep-rank.png").stat().st_size > 10_000
+    assert "Sweep rank" in (folder / "index.html").read_text()
     assert "0.0005" not in (folder / "table.md").read_text() + (folder / "table.tex").read_text()
 
 

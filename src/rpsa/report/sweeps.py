@@ -1,6 +1,7 @@
 """The sweeps of a recipe as figures (Fig. 5 and 7)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -37,7 +38,11 @@ def _summaries(
     swept: Sequence[RunResult], results: Sequence[RunResult], point: Mapping[str, str]
 ) -> list[Summary]:
     """Of the methods at one point, against the untouched models."""
-    there = [r for r in swept if all(shown(r.point.get(key)) == value for key, value in point.items())]
+    there = [
+        replace(result, sweep=None)  # a summary is of a matrix
+        for result in swept
+        if all(shown(result.point.get(key)) == value for key, value in point.items())
+    ]
     originals = [r for r in results if r.is_original and r.sweep is None]
     return [summary for summary in summarise([*originals, *there]) if not summary.is_original]
 
