@@ -303,13 +303,13 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
 def check_settings(recipe: Recipe) -> None:
     """What TRL or RPSA refuses, a task that is not to be had, a judge or sandbox that is not there: known before
     anything runs."""
-    check_evaluation(recipe.evaluate, task_options(recipe))
     checked = set()
     for cell in recipe.cells():
         key = sha256_of([dict(cell.train), cell.align.model_dump() if cell.align else None])
         if cell.paradigm != "none" and key not in checked:
             training_arguments(recipe, cell, recipe.folder, quiet=True)
             checked.add(key)
+    check_evaluation(recipe.evaluate, task_options(recipe))
 
 
 @contextmanager

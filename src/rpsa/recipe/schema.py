@@ -411,7 +411,9 @@ class Recipe(Section):
             seed=seed,
             paradigm=method.paradigm,
             align=align if method.align is not None else None,
-            fisher=Fisher(**_set(self.fisher) | _set(method.fisher)),
+            fisher=Fisher(**_set(self.fisher) | _set(method.fisher))
+            if method.align is not None
+            else Fisher(),
             safety=safety,
             train=train | {"seed": seed, "max_length": safety.max_length},
             lora=lora if method.paradigm == "lora" else {},

@@ -125,6 +125,8 @@ class RPSAMixin(_Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.rpsa.end_interval()
+        if self.rpsa.audit is not None:
+            self.rpsa.report()  # all ranks' work; the model card, which TRL has one rank write, reads it
         super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(
