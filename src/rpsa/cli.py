@@ -166,7 +166,7 @@ def plan(
 
         checked = load_recipe(recipe, overrides or [])
         numbers = _whole_numbers(gpus)
-        from rpsa.pipeline.runner import quiet
+        from rpsa.pipeline.quiet import quiet
         from rpsa.plan import make_plan
         from rpsa.plan.render import render, to_json
 

@@ -42,7 +42,7 @@ def evaluate_command(command: EvaluateCommand) -> dict[str, Any]:
     Raises:
         RPSAError: a setting, a task or the model is wrong, before anything is generated.
     """
-    from rpsa.pipeline.runner import quiet
+    from rpsa.pipeline.quiet import quiet
     from rpsa.report.evaluation import render_evaluation
 
     settings = evaluate_settings(command)

@@ -51,7 +51,7 @@ def run_perturbation(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from rpsa.pipeline.runner import quiet
+    from rpsa.pipeline.quiet import quiet
     from rpsa.report.drawing import to_png, to_svg
     from rpsa.report.perturbation_figure import perturbation_bars
     from rpsa.report.perturbation_table import render_effects

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -15,6 +14,7 @@ from typing import Any
 
 from rpsa.artifacts import sha256_of, write_manifest
 from rpsa.pipeline.evaluation import Progress
+from rpsa.pipeline.quiet import quiet
 from rpsa.pipeline.stages import WORK, check_settings, no_progress
 from rpsa.pipeline.tasks import Task, inputs_of
 from rpsa.recipe.schema import Recipe
@@ -77,18 +77,6 @@ def perform_all(executor: ProcessPoolExecutor, recipe: Recipe, tasks: list[Task]
     finally:
         for future in futures:
             future.cancel()
-
-
-def quiet() -> None:
-    """Silence what libraries print about themselves; warnings of ours still come."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 def _start_worker(threads: int) -> None:
