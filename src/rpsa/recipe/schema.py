@@ -293,12 +293,16 @@ class Matrix(Section):
 
 
 class Sweep(Section):
-    """A figure over settings (Fig. 5 and 7): `methods` at every point of `over`, on every base with every seed."""
+    """A figure over settings (Fig. 5 and 7): `methods` at every point of `over`, on every base.
+
+    With every seed of `seeds`; without them, of the matrix.
+    """
 
     methods: Annotated[dict[str, Method], BeforeValidator(_methods)]
     over: Annotated[
         dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]], Field(min_length=1)
     ]
+    seeds: Annotated[list[NonNegativeInt], AfterValidator(_distinct)] = []
 
 
 @dataclass(frozen=True)
@@ -377,24 +381,24 @@ class Recipe(Section):
         matrix = (
             cell
             for base, (name, method) in itertools.product(self.bases, self.matrix.methods.items())
-            for cell in self._cells_of(name, method, base, self.matrix.grid)
+            for cell in self._cells_of(name, method, base, self.matrix.grid, self.matrix.seeds)
         )
         swept = (
             replace(cell, id=f"sweep-{sweep}/{cell.id}", sweep=sweep)
             for sweep, settings in self.sweeps.items()
             for base, (name, method) in itertools.product(self.bases, settings.methods.items())
-            for cell in self._cells_of(name, method, base, settings.over)
+            for cell in self._cells_of(name, method, base, settings.over, settings.seeds or self.matrix.seeds)
         )
         return [*matrix, *swept]
 
     def _cells_of(
-        self, name: str, method: Method, base: str, grid: Mapping[str, list[Any]]
+        self, name: str, method: Method, base: str, grid: Mapping[str, list[Any]], seeds: list[int]
     ) -> Iterator[Cell]:
         if method.paradigm == "none":
             yield Cell(_cell_id(name, base), name, base, self.matrix.seeds[0], "none")
             return
         axes = {key: values for key, values in grid.items() if _concerns(key, method)}
-        for seed, values in itertools.product(self.matrix.seeds, itertools.product(*axes.values())):
+        for seed, values in itertools.product(seeds, itertools.product(*axes.values())):
             yield self._cell(name, method, base, seed, dict(zip(axes, values, strict=True)))
 
     def _cell(self, name: str, method: Method, base: str, seed: int, point: Mapping[str, Any]) -> Cell:
