@@ -64,6 +64,16 @@ def test_only_runs_of_the_same_seed_are_compared_and_sweeps_do_not_count() -> No
     assert judged.verdict == "supported"
 
 
+def test_lora_is_paired_by_seed_whatever_its_learning_rate() -> None:
+    claim = Claim("less", "here", "lora", "fft")
+    originals = [run("original", 0, 0.9, 0.6)]
+    plain = [run("fft", 0, 0.6, seed=seed) for seed in (0, 1, 2)]
+    lora = [replace(run("lora", 0, 0.7 + 0.05 * seed, seed=seed), lr=1e-2) for seed in (0, 1, 2)]
+    [judged] = judge_claims([*originals, *plain, *lora], [claim])
+    assert judged.runs == 3
+    assert judged.difference == pytest.approx(-(0.1 + 0.15 + 0.2) / 3 / 0.5)
+
+
 def test_what_was_not_run_is_not_tested() -> None:
     verdicts = {judged.claim: judged.verdict for judged in judge_claims(study((0.3, 0.1)))}
     assert set(verdicts) == set(CLAIMS)

@@ -234,3 +234,27 @@ def test_lm_evaluation_harness_agrees_exactly(
         ours = results["sets"][benchmark.kind][name]
         for metric in METRICS[benchmark.kind]:
             assert theirs["results"][name][f"{metric},all"] == ours[metric], (name, metric)
+
+
+def test_a_corrected_test_is_run_again(data_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "own.jsonl"
+    row = {"prompt": "Add one.", "entry_point": "solve", "test": "assert solve(1) == 3"}
+    settings = Evaluate(tasks=[str(source)], samples=14)
+
+    def passed() -> float:
+        source.write_text(json.dumps(row) + "\n")
+        results = evaluate(subject(Scripted()), settings, TaskOptions(), tmp_path / "out")
+        return float(results["sets"]["reasoning"]["own"]["pass_at_1"])
+
+    assert passed() == 0
+    row["test"] = "assert solve(1) == 2 and solve(5) == 6"
+    assert passed() > 0
+
+
+def test_a_second_judge_that_says_nothing_ends_nothing(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    settings = Evaluate(tasks=["rpsa_strongreject"], second_judge="refusal")
+    results = evaluate(subject(Scripted()), settings, TaskOptions(data_dir=str(data_dir)), folder)
+    answered = [s for s in samples_of(folder) if not s.truncated and not s.empty]
+    assert results["agreement"]["n"] == len(answered)
+    assert results["agreement"]["observed"] == 1

@@ -106,8 +106,7 @@ def test_nothing_is_mixed_in(undisturbed, tmp_path):
         ({"sampling": replace(SAMPLING, seed=4)}, "made with sampling .*'seed': 3.* not .*'seed': 4"),
         ({"sampling": replace(SAMPLING, top_p=0.9)}, "sampling"),
         ({"identity": "another model"}, "made with identity '', not 'another model'"),
-        ({"prompts": others}, "is an answer to another prompt \\('tiny/0/0'\\)"),
-        ({"prompts": PROMPTS[1:], "ids": IDS[1:]}, "is a sample that is not asked for \\('tiny/0/0'\\)"),
+        ({"prompts": others}, "answers another prompt \\('tiny/0/0'\\)"),
         ({"ids": [IDS[1], *IDS[1:]]}, "two samples have the id 'tiny/1/0'"),
         ({"ids": IDS[1:]}, "40 prompts with 39 sample ids"),
     ]:
@@ -124,6 +123,15 @@ def test_nothing_is_mixed_in(undisturbed, tmp_path):
     with pytest.raises(RPSAError, match="does not hold completions"):
         resume(path)
     assert path.read_text() == '{"prompt": "something else"}\n'
+
+
+def test_samples_that_are_not_asked_for_stay_in_the_file(undisturbed, tmp_path):
+    path, generator = tmp_path / "completions.jsonl", Counting()
+    path.write_bytes(undisturbed[1])
+    found = resume(path, generator, prompts=PROMPTS[1:], ids=IDS[1:])
+    assert len(found) == len(IDS) - 1
+    assert not generator.asked
+    assert path.read_bytes() == undisturbed[1]
 
 
 def test_samples_can_be_added(undisturbed, tmp_path):

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from rpsa.errors import RPSAError
 from rpsa.pipeline.stages import training_arguments
+from rpsa.pipeline.tasks import fisher_task
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
 from rpsa.recipe.schema import WELL_KNOWN
 from rpsa.recipe.strict_yaml import parse_yaml
@@ -368,3 +369,26 @@ def test_sweeps_add_cells_of_their_own(tmp_path: Path) -> None:
 def test_a_mistake_in_a_sweep_is_one_line(tmp_path: Path, written: str, message: str) -> None:
     with pytest.raises(RPSAError, match=message):
         small(tmp_path, SWEPT.replace("lora.r: [1, 2], align.frozen_ratio: [0.3, 0.6]", written))
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    for part, message in (
+        ('matrix: {bases: ["tiny:0", "tiny-0"]}', "matrix.bases: two of them would have the same folder"),
+        ("matrix: {grid: {train.run_name: ['a|b', 'a-b']}}", "matrix: 2 runs would have the same folder"),
+    ):
+        (tmp_path / "tiny-0").mkdir(exist_ok=True)
+        with pytest.raises(RPSAError, match=message):
+            small(tmp_path, part)
+
+
+def test_methods_with_fishers_of_their_own_have_folders_of_their_own(tmp_path: Path) -> None:
+    methods = {
+        "a": "{paradigm: fft, align: {}, fisher: {probes: 8}}",
+        "b": "{paradigm: fft, align: {}, fisher: {probes: 16}}",
+        "c": "{paradigm: fft, align: {}, fisher: {batch_size: 1}}",
+    }
+    written = ", ".join(f"{name}: {settings}" for name, settings in methods.items())
+    recipe = small(tmp_path, f"matrix: {{methods: {{{written}}}}}")
+    folders = [fisher_task(recipe, cell).folder.name for cell in recipe.cells()]  # type: ignore[union-attr]
+    assert len(set(folders)) == 3
+    assert folders[2] == "full"  # how it is batched does not change a Fisher

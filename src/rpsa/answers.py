@@ -119,7 +119,7 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 def _plain(text: str) -> str:
     """An extracted answer without LaTeX wrappers, delimiters and Markdown emphasis."""
-    text = re.sub(r"\\[()\[\]]|\$|\*\*|\\%|\^\s*\{?\\circ\}?", "", text)
+    text = re.sub(r"\\[()\[\]]|\\?\$|\*\*|\\%|\^\s*\{?\\circ\}?", "", text)
     previous = None
     while text != previous:
         previous, text = text, _WRAPPER.sub(r" \1 ", text)

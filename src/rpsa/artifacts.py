@@ -60,7 +60,8 @@ def atomic_write(path: Path | str, content: str | bytes) -> None:
     temporary = _sibling(target)
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # half a surrogate pair, which JSON may hold, stays what it is in JSON: an escape
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -77,7 +78,7 @@ def stable_json(value: Any) -> str:
 def sha256_of(value: Any) -> str:
     """Hex SHA-256 of a file's bytes, of a folder's relative names and bytes, or of a JSON-able value."""
     if not isinstance(value, Path):
-        return hashlib.sha256(stable_json(value).encode()).hexdigest()
+        return hashlib.sha256(stable_json(value).encode(errors="backslashreplace")).hexdigest()
     if value.is_dir():
         return sha256_of({name: sha256_of(value / name) for name in _files_below(value)})
     digest = hashlib.sha256()

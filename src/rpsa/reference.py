@@ -192,7 +192,7 @@ def build_reference(
     completions = generator.generate(
         [prompts[i] for i in missing], config.sampling, [problems[i].id for i in missing]
     )
-    with partial.open("a", encoding="utf-8") as file:
+    with partial.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for index, completion in completions:
             problem, prompt_ids = problems[missing[index]], prompts[missing[index]]
             trace = _new_trace(problem, prompt_ids, completion, grade)

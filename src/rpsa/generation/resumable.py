@@ -30,7 +30,7 @@ def generate_resumable(
     crash cut off is removed and its sample made again; samples may be added later. `label` shows progress.
 
     Raises RPSAError if two samples share an id, or if the file was made with another sampling or identity,
-    holds a sample that is not asked for or has another prompt, or is damaged.
+    holds a sample whose prompt is another one, or is damaged. Samples that are not asked for stay in the file.
     """
     check_lengths(prompts, sample_ids)
     index_of = {sample_id: index for index, sample_id in enumerate(sample_ids)}
@@ -53,7 +53,7 @@ def generate_resumable(
     )
     if label is not None:
         completions = track(completions, len(prompts), label, done=len(stored))
-    with target.open("a", encoding="utf-8") as file:
+    with target.open("a", encoding="utf-8", errors="backslashreplace") as file:
         if not lines:
             append_line(file, header)
         for position, completion in completions:
@@ -83,10 +83,11 @@ def _stored(
     found: dict[int, Completion] = {}
     for number, record in enumerate(records, start=2):
         index = index_of.get(record["id"])
-        if index is None or record["prompt_sha256"] != _prompt_hash(prompts[index]):
-            what = "a sample that is not asked for" if index is None else "an answer to another prompt"
+        if index is None:
+            continue  # of another call, with other tasks or more samples
+        if record["prompt_sha256"] != _prompt_hash(prompts[index]):
             raise RPSAError(
-                f"{path} line {number} is {what} ({record['id']!r}): give another path or delete the file"
+                f"{path} line {number} answers another prompt ({record['id']!r}): give another path"
             )
         if index in found:
             raise RPSAError(f"{path} line {number} repeats {record['id']!r}: did two processes write to it?")

@@ -52,7 +52,7 @@ def evaluate_command(command: EvaluateCommand) -> dict[str, Any]:
     quiet()
     reference = str(command.reference) if command.reference else None
     options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
-    out = command.out or Path("evaluations") / slug(command.model)
+    out = command.out or Path("evaluations") / f"{slug(command.model)}{'-quick' if command.quick else ''}"
     results = evaluate(_subject(command, settings), settings, options, out)
     render_evaluation(results)
     print(f"\nEvery sample: {out / 'samples.jsonl'}")

@@ -21,6 +21,7 @@ from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.grading import Graders, Response, graded
 from rpsa.evaluation.items import Item
 from rpsa.evaluation.judges import (
+    NO_ANSWER,
     CachedJudge,
     Judge,
     Judgement,
@@ -34,6 +35,7 @@ from rpsa.evaluation.results import results_by_set
 from rpsa.evaluation.samples import Sample
 from rpsa.generation import Completion, Generator, Sampling, sample_id
 from rpsa.generation.resumable import carry_over, generate_resumable
+from rpsa.pipeline.models import free_memory
 from rpsa.recipe.schema import Evaluate
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def evaluate(
     items = check_evaluation(settings, options)
     wanted = questions(items, settings, subject.tokenizer)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
+    free_memory()  # the judge's model needs the GPU
     graders = _graders(settings, items, folder)
     samples = _grade(responses, graders, folder)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
@@ -161,14 +164,20 @@ def _judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
 
 def _agreement(samples: Sequence[Sample], settings: Evaluate, folder: Path) -> dict[str, Any] | None:
     """How far a second judge agrees with the first on what was judged of the answers to attacks."""
-    judged = [sample for sample in samples if sample.kind == "attack" and "answer" in sample.details]
+    judged = [
+        sample
+        for sample in samples
+        if sample.kind == "attack" and sample.details.get("answer", {}).get("label", NO_ANSWER) != NO_ANSWER
+    ]
     if settings.second_judge is None or not judged:
         return None
     second = _judge(settings.second_judge, settings.second_judge_settings, folder)
     found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer"))
     first = [Judgement(**sample.details["answer"]) for sample in judged]
-    agreement = judges_agree(first, [found[i] for i in range(len(judged))])
-    return {"judge": dict(second.identity), **asdict(agreement)}
+    other = [found[i] for i in range(len(judged))]
+    if all(None in (a.score, b.score) for a, b in zip(first, other, strict=True)):
+        return {"judge": dict(second.identity), "kappa": None, "n": 0, "left_out": len(judged)}
+    return {"judge": dict(second.identity), **asdict(judges_agree(first, other))}
 
 
 @dataclass(frozen=True)
@@ -230,12 +239,14 @@ class _WhenNeeded:
 
 def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> list[Sample]:
     """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
-    stored = folder / f"programs.{sha256_of(folder / RESPONSES)[:12]}.jsonl"
+    items = [response.item for response in responses if response.index == 0]
+    key = sha256_of([sha256_of(folder / RESPONSES), _data_hashes(items), str(graders.sandbox)])
+    stored = folder / f"programs.{key[:12]}.jsonl"
     found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
     waiting = [response for response in responses if response.id not in found]
     for sample in graded(waiting, graders):
         if "program" in sample.details:
-            with stored.open("a", encoding="utf-8") as file:
+            with stored.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 append_line(file, asdict(sample))
         found[sample.id] = sample
     return [found[response.id] for response in responses]

@@ -1,6 +1,5 @@
 """Stages in several processes: `rpsa run` starts them through `accelerate launch`, or finds itself in one of them."""
 
-import gc
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
+from rpsa.pipeline.models import free_memory
 from rpsa.recipe.schema import Launch, Recipe
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def launch(recipe: Recipe, stage: "Stage") -> None:
     copy = recipe.folder / RECIPE
     atomic_write(copy, stable_json(recipe.model_dump(mode="json", exclude_unset=True)))
     arguments = [*options(recipe.launch), "--module", "rpsa", "run", str(copy), "--only", stage]
-    _free_memory()
+    free_memory()
     with _marked():
         try:
             launch_command(launch_command_parser().parse_args(arguments))
@@ -152,15 +152,6 @@ def _marked() -> Iterator[None]:
         del os.environ[MARK]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _free_memory() -> None:
-    """Earlier stages ran in this process: the launched ones need its GPU."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextmanager

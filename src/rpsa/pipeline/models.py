@@ -63,6 +63,17 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
     return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded else loaded
 
 
+def free_memory() -> None:
+    """Hand a model's memory back before another is loaded, here or in another process of the same GPU."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def vllm_engine(model: Model, own: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for a recipe's model, the recipe's own last.
 

@@ -58,7 +58,7 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         audit = json.loads((aligned.folder / "rpsa_audit.json").read_text())
     log = json.loads((aligned.folder / "log.json").read_text()) if aligned is not None else {}
     return RunResult(
-        method=cell.method,
+        method=_label(cell),
         base=cell.base,
         seed=cell.seed,
         lr=cell.learning_rate,
@@ -80,6 +80,17 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
     )
 
 
+def _label(cell: Cell) -> str:
+    """The method; on a grid over more than the learning rate and the safety data, with the rest of its point.
+
+    What stands under one label is averaged. A sweep's point has a place of its own.
+    """
+    rest = {k: v for k, v in cell.grid.items() if k not in ("train.learning_rate", "safety.data")}
+    if cell.sweep is not None or not rest:
+        return cell.method
+    return " ".join([cell.method, *(f"{key.rpartition('.')[2]}={value}" for key, value in rest.items())])
+
+
 def _with_mean(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
     """The figure of each set, and the paper's average, in which every set counts alike."""
     values = _figures(sets, metric)
@@ -89,7 +100,7 @@ def _with_mean(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, 
 def _figures(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
     for name, found in sets.items():
         if found[metric] is None:
-            raise RPSAError(f"{name}: the judge gave no verdict on any response; take another evaluate.judge")
+            raise RPSAError(f"{name}: the judge gave no verdict on any response; take another judge")
     return {name: float(found[metric]) for name, found in sets.items()}
 
 

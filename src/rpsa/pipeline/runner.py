@@ -14,6 +14,7 @@ from typing import Any
 
 from rpsa.artifacts import sha256_of, write_manifest
 from rpsa.pipeline.evaluation import Progress
+from rpsa.pipeline.models import free_memory
 from rpsa.pipeline.quiet import quiet
 from rpsa.pipeline.stages import WORK, check_settings, no_progress
 from rpsa.pipeline.tasks import Task, inputs_of
@@ -32,6 +33,7 @@ def perform(recipe: Recipe, task: Task, progress: Progress = no_progress) -> Non
     unfinished = task.folder.with_name(f".{task.folder.name}.{sha256_of(inputs)[:8]}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     WORK[task.stage](recipe, task, unfinished, progress)
+    free_memory()
     barrier()
     if rank() == 0:
         _finish(task, unfinished, inputs)

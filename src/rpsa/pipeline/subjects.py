@@ -5,12 +5,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import sha256_of
+from rpsa.artifacts import package_versions, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.generation import Generator
 from rpsa.generation.backends import BackendConfig, choose_backend, make_generator
 from rpsa.pipeline.evaluation import Subject
-from rpsa.pipeline.models import identity, load_model, load_tokenizer, location, vllm_engine
+from rpsa.pipeline.models import free_memory, identity, load_model, load_tokenizer, location, vllm_engine
 from rpsa.pipeline.tasks import align_task, upstream
 from rpsa.recipe.schema import Cell, Evaluate, Model, Recipe
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def model_subject(name: str, model: Model, settings: Evaluate) -> Subject:
     """A model or an adapter by its folder, hub id or shipped name."""
     base = adapter_base(name)
-    return _subject(sha256_of(identity(name, model)), base or name, name if base else None, model, settings)
+    key = sha256_of([identity(one, model) for one in (name, base) if one])
+    return _subject(key, base or name, name if base else None, model, settings)
 
 
 def cell_subject(recipe: Recipe, cell: Cell) -> Subject:
@@ -36,15 +37,25 @@ def cell_subject(recipe: Recipe, cell: Cell) -> Subject:
 
 
 def _subject(key: str, base: str, adapter: str | None, model: Model, settings: Evaluate) -> Subject:
-    tokenizer = load_tokenizer(adapter or base, model)
+    tokenizer = load_tokenizer(_tokenizer_home(base, adapter), model)
+    engine = vllm_engine(model, settings.engine)
+    config = BackendConfig(settings.backend, settings.batch_size, engine)
+    backend = choose_backend(config)
+    made_by = [key, backend, engine if backend == "vllm" else model.dtype, package_versions()]
 
     def generator() -> Generator:
-        config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(model, settings.engine))
-        if adapter and choose_backend(config) == "vllm":
+        if adapter and backend == "vllm":
             return _merged_for_vllm(config, base, adapter, model, tokenizer)
         return make_generator(config, location(base), tokenizer, lambda _: _merged(base, adapter, model))
 
-    return Subject(key, tokenizer, generator)
+    return Subject(sha256_of(made_by), tokenizer, generator)
+
+
+def _tokenizer_home(base: str, adapter: str | None) -> str:
+    """PEFT saves an adapter without its tokenizer."""
+    if adapter and (Path(location(adapter)) / "tokenizer_config.json").is_file():
+        return adapter
+    return base
 
 
 def _merged(base: str, adapter: str | None, model: Model) -> "PreTrainedModel":
@@ -63,6 +74,7 @@ def _merged_for_vllm(
     """vLLM reads folders: the merged weights are on disk while the engine loads them."""
     with TemporaryDirectory() as folder:
         _merged(base, adapter, model).save_pretrained(folder)
+        free_memory()
         tokenizer.save_pretrained(folder)
         return make_generator(config, folder, tokenizer, _no_model)
 

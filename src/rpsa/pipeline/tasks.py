@@ -13,6 +13,8 @@ from rpsa.recipe.sources import SHIPPED
 
 Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
 FISHER_MAP = "fisher-map"
+_FISHER_COSTS = {"batch_size", "activation_checkpointing"}
+"""Settings of the section fisher that do not change it."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -55,13 +57,19 @@ def fisher_task(recipe: Recipe, cell: Cell) -> Task | None:
     if cell.align is None:
         return None
     folder = recipe.folder / "fisher" / slug(cell.base)
-    own = "" if cell.fisher == recipe.fisher else f"-{cell.fisher.estimator}"
+    own = _own_fisher(recipe, cell.fisher)
     if cell.paradigm == "fft":
         return Task("fisher", f"{cell.base}{own}", folder / f"full{own}", cell.base, fisher=cell.fisher)
     # F depends on the adapter's random start
     start = sha256_of({"lora": dict(cell.lora), "seed": cell.seed})[:8]
     name = f"{cell.base} lora seed{cell.seed}{own}"
     return Task("fisher", name, folder / f"lora-{start}{own}", cell.base, cell, cell.fisher)
+
+
+def _own_fisher(recipe: Recipe, fisher: Fisher) -> str:
+    """What tells a method's own Fisher from the recipe's in a folder's name."""
+    settings = [one.model_dump(exclude=_FISHER_COSTS) for one in (fisher, recipe.fisher)]
+    return "" if settings[0] == settings[1] else f"-{fisher.estimator}-{sha256_of(settings[0])[:8]}"
 
 
 def analysis_tasks(recipe: Recipe) -> list[Task]:
@@ -117,7 +125,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
                 Task("reference", "", recipe.folder / "reference" / slug(task.base), task.base)
             ),
             "reference_max_length": recipe.reference.reference_max_length,
-            "fisher": task.fisher.model_dump(exclude={"batch_size", "activation_checkpointing"}),
+            "fisher": task.fisher.model_dump(exclude=_FISHER_COSTS),
             "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
             "dtype": training_dtype(cell.train if cell else {}, "lora" if cell else "fft", recipe.model),
         }
@@ -131,6 +139,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
             "perturb": recipe.analysis.perturb.model_dump(),
             "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
             "data": [source_identity(source, "task") for source in recipe.evaluate.tasks],
+            "data_dir": recipe.data_dir,
         }
     assert cell is not None
     if task.stage == "align":

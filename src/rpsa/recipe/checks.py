@@ -1,5 +1,6 @@
 """What the types of a recipe do not see: TRL's and PEFT's fields, files that are not there, missing parts."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rpsa.recipe.problems import dataclass_problems, validation_problems
-from rpsa.recipe.schema import Align, Recipe, Safety
+from rpsa.recipe.schema import Align, Recipe, Safety, slug
 from rpsa.recipe.sources import source_problem
 
 # Where a setting that belongs to another section is looked for by mistake.
@@ -23,7 +24,10 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     """One `path: problem` line for each mistake, the cheap checks first."""
     if not recipe.bases:
         yield "model.name: missing; name a model here or in matrix.bases"
-    yield from _grid_problems(recipe)
+    grid = list(_grid_problems(recipe))
+    yield from grid
+    if recipe.bases and not grid:
+        yield from _name_problems(recipe)
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
@@ -82,6 +86,15 @@ def _range_problems(path: str, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path}.{key}: {value!r} is not at least 0"
 
 
+def _name_problems(recipe: Recipe) -> Iterator[str]:
+    """Folders are named after bases and settings, without the characters that a path cannot hold."""
+    if len({slug(base) for base in recipe.bases}) < len(recipe.bases):
+        yield "matrix.bases: two of them would have the same folder; give one of them another name"
+    name, count = Counter(cell.id for cell in recipe.cells()).most_common(1)[0]
+    if count > 1:
+        yield f"matrix: {count} runs would have the same folder, {name}; give one of the values another name"
+
+
 def _grid_problems(recipe: Recipe) -> Iterator[str]:
     for where, grid in _grids(recipe):
         for key, values in grid.items():
@@ -134,8 +147,14 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
         ("matrix.paradigms.lora.safety", recipe.matrix.paradigms.lora.safety),
         *((f"matrix.methods.{name}.safety", method.safety) for name, method in recipe.matrix.methods.items()),
         *(
-            ("matrix.grid.safety", Safety(data=s))
-            for s in recipe.matrix.grid.get("safety.data", [])
+            (f"sweeps.{sweep}.methods.{name}.safety", method.safety)
+            for sweep, swept in recipe.sweeps.items()
+            for name, method in swept.methods.items()
+        ),
+        *(
+            (f"{where}.safety", Safety(data=s))
+            for where, grid in _grids(recipe)
+            for s in grid.get("safety.data", [])
             if isinstance(s, str)
         ),
     ]

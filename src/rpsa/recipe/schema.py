@@ -175,7 +175,7 @@ class Evaluate(Section):
     """What the models are asked afterwards, and who judges.
 
     A task is a benchmark (`rpsa_aime24`, ...), a group, `tiny`, or a file whose columns say what it holds:
-    `entry_point` and `tests` make its rows programs to write, `answer` reasoning problems, a `label` "safe" requests
+    `entry_point` and `test` make its rows programs to write, `answer` reasoning problems, a `label` "safe" requests
     to comply with; other rows are harmful requests. Benchmarks are read from files in the recipe's `data_dir` where
     it has them, else from the Hugging Face hub. `n` draws items of each set, `samples` responses to each (by default
     as many as the benchmark asks for). `judge` judges answers to attacks (`second_judge` too, for their agreement),

@@ -35,7 +35,8 @@ def ablation(summaries: Sequence[Summary]) -> Figure | None:
         for place, summary in enumerate(shown):
             _row(axes, place, summary, title)
         if original is not None and not title.startswith("STR"):
-            axes.axvline(_value(original.runs[0], title) or 0, color="#2563ab", linewidth=1, linestyle="--")
+            rates = original.reasoning if title.startswith("Reasoning") else original.asr
+            axes.axvline(100 * rates["mean"], color="#2563ab", linewidth=1, linestyle="--")
     panels[0].axvline(0, color="#5f6368", linewidth=0.8)
     panels[0].set_yticks(range(len(shown)), methods)
     panels[0].invert_yaxis()

@@ -51,7 +51,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("LoRA pays less than full fine-tuning", "Table 1", "lora", "fft"),
     Claim("RPSA pays less than full fine-tuning", "Table 1", "fft+rpsa", "fft"),
     Claim("RPSA pays less than LoRA", "Table 1", "lora+rpsa", "lora"),
-    Claim("RPSA is as safe as full fine-tuning, or safer", "Table 1", "fft+rpsa", "fft", "ASR"),
+    Claim("RPSA is safer than full fine-tuning", "Table 1", "fft+rpsa", "fft", "ASR"),
     Claim("A random mask pays less than none", "Fig. 6", "fft+random", "fft"),
     Claim("The Fisher mask pays less than a random one", "Fig. 6", "fft+constant", "fft+random"),
     Claim("and than one with as many elements of each tensor", "beyond", "fft+constant", "fft+random_per_tensor"),
@@ -116,8 +116,11 @@ def _judge(claim: Claim, results: Sequence[RunResult]) -> Judged:
 def _partner(run: RunResult, method: str, results: Sequence[RunResult]) -> RunResult | None:
     """The run of `method` with which `run` is compared; the untouched model has no seed."""
     for other in results:
-        same = other.is_original or (other.seed, other.lr, other.safety) == (run.seed, run.lr, run.safety)
-        if other.method == method and other.base == run.base and (same or method == "lora"):
+        if other.method != method or other.base != run.base:
+            continue
+        # LoRA has a learning rate of its own
+        same_rate = other.lr == run.lr or method == "lora"
+        if other.is_original or (same_rate and (other.seed, other.safety) == (run.seed, run.safety)):
             return other
     return None
 

@@ -69,6 +69,8 @@ def check_judge(name: str, settings: Mapping[str, Any]) -> None:
         inspect.signature(maker).bind(**settings)
     except TypeError as error:
         raise RPSAError(f"judge {name}: {error}; it takes {_settings_of(maker)}") from None
+    if name in _ENDPOINTS:  # these load no model: their settings can be tried
+        maker(**settings)
 
 
 def _classifier(name: str) -> Callable[..., Judge]:
@@ -122,6 +124,7 @@ def _chat(rubric: str) -> Callable[..., Judge]:
     ) -> Judge:
         from rpsa.evaluation.judges import rubrics
         from rpsa.evaluation.judges.chat import ChatJudge
+        from rpsa.evaluation.judges.http import Retry
 
         return ChatJudge(
             getattr(rubrics, rubric),
@@ -129,12 +132,13 @@ def _chat(rubric: str) -> Callable[..., Judge]:
             model=model,
             concurrency=concurrency,
             request=request,
-            retry=retry,
+            retry=Retry(**retry) if isinstance(retry, Mapping) else retry,
         )
 
     return make
 
 
+_ENDPOINTS = ("rubric", "xstest")
 _MAKERS: dict[str, Callable[..., Judge]] = {
     "refusal": RefusalJudge,
     "llama-guard-3": _classifier("llama-guard-3"),
