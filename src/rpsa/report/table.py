@@ -107,7 +107,7 @@ def render_console(summaries: Sequence[Summary], console: Any = None) -> None:
     columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
     shown = RichTable(box=None, pad_edge=False, header_style="bold")
     for index in columns:
-        name = table.header[index].replace("Refused ", "Refused\n")
+        name = table.header[index].replace("Refused ", "Refused\n").replace(" ↑", "\n↑").replace(" ↓", "\n↓")
         shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in table.rows:
         shown.add_row(*(Text(row[index].text, style="bold" if row[index].best else "") for index in columns))
