@@ -192,11 +192,11 @@ def test_unjudged_samples_are_counted_and_not_guessed() -> None:
             *(False, False, False, outcome, score),
         )
 
-    samples = [sample("a", 1.0), sample("b", None), sample("c", 0.0), sample("c", None)]
+    samples = [sample("a", 1.0), sample("b", None), *(sample("c", score) for score in (0.0, None, 0.0))]
     rates = set_rates(samples)
-    assert rates["attack_success_rate"] == 0.5  # a and c; nothing is known of b
-    assert rates["unjudged"] == 0.5
-    assert scores_by_item(samples) == {"a": [1.0], "c": [0.0]}
+    assert rates["attack_success_rate"] == 0.5  # a and c, one item each; nothing is known of b
+    assert rates["unjudged"] == pytest.approx((0 + 1 + 1 / 3) / 3)
+    assert scores_by_item(samples) == {"a": [1.0], "c": [0.0, 0.0]}
 
 
 def test_lm_evaluation_harness_agrees_exactly(
