@@ -24,7 +24,7 @@ def fisher_map(folders: Sequence[Path], ks: Sequence[float], out: Path, model: s
     Raises:
         RPSAError: a folder holds no Fisher, a k is not in [0, 1], or `model` has not the Fishers' parameters.
     """
-    from rpsa.report.drawing import to_png, to_svg
+    from rpsa.report.drawing import write_figure
     from rpsa.report.fisher_figures import layer_map, module_bars
     from rpsa.report.fisher_table import render_anatomy, render_overlaps
 
@@ -41,8 +41,7 @@ def fisher_map(folders: Sequence[Path], ks: Sequence[float], out: Path, model: s
         if at[0].layers():
             figures["layers"] = layer_map(at[0], label)
         for name, figure in figures.items():
-            atomic_write(out / f"{label}-{name}.png", to_png(figure))
-            atomic_write(out / f"{label}-{name}.svg", to_svg(figure))
+            write_figure(figure, out, f"{label}-{name}")
     overlaps = _overlaps(fishers, [*ks, *([] if _SMALL in ks else [_SMALL])])
     content["overlap"] = [
         {"fishers": list(pair)} | vars(one) for pair, found in overlaps.items() for one in found

@@ -52,7 +52,7 @@ def run_perturbation(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from rpsa.pipeline.quiet import quiet
-    from rpsa.report.drawing import to_png, to_svg
+    from rpsa.report.drawing import write_figure
     from rpsa.report.perturbation_figure import perturbation_bars
     from rpsa.report.perturbation_table import render_effects
 
@@ -91,8 +91,7 @@ def run_perturbation(
     found = effects(outcomes)
     atomic_write(out / RESULTS, stable_json({"inputs": inputs, "effects": [e.to_json() for e in found]}))
     figure = perturbation_bars(found)
-    atomic_write(out / "perturbation.png", to_png(figure))
-    atomic_write(out / "perturbation.svg", to_svg(figure))
+    write_figure(figure, out, "perturbation")
     render_effects(found)
     print(f"\nNumbers and figure: {out}")
 

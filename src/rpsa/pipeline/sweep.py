@@ -222,7 +222,7 @@ def _outcome(point: Point, failure: str | None) -> Outcome:
 
 def _draw(folder: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     """One swept setting along the axis, a second as columns. More, or a grid of the recipe's own, have no figure."""
-    from rpsa.report.drawing import to_png, to_svg
+    from rpsa.report.drawing import write_figure
     from rpsa.report.sweep_figure import sweep_figure
     from rpsa.report.sweeps import point_of
 
@@ -235,8 +235,7 @@ def _draw(folder: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> Non
     if len(keys) > 2 or not points or len(distinct) < len(points):
         return
     figure = sweep_figure(keys[0], points)
-    atomic_write(folder / "sweep.png", to_png(figure))
-    atomic_write(folder / "sweep.svg", to_svg(figure))
+    write_figure(figure, folder, "sweep")
 
 
 def _column(keys: Sequence[str], settings: Mapping[str, str]) -> str:

@@ -75,10 +75,8 @@ def write_report(
     shown = []
     for name, figure in drawn.items():
         if figure is not None:
-            svg = drawing.to_svg(figure)
+            svg = drawing.write_figure(figure, out, name)
             shown.append(Shown(name, svg, *captions[name]))
-            atomic_write(out / f"{name}.png", drawing.to_png(figure))
-            atomic_write(out / f"{name}.svg", svg)
     claims = claims_table(judged)
     page = render_page(
         summaries, matrix, [*shown, *analyses], provenance, chosen_responses(summaries), claims

@@ -6,6 +6,7 @@ Drawn with matplotlib's Agg canvas, narrow enough to be read on a phone.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from rpsa.artifacts import atomic_write
 from rpsa.report.results import Summary
 
 BLUE, GREEN, ORANGE, GREY = "#2563ab", "#2e8540", "#d9660a", "#5f6368"
@@ -120,6 +122,14 @@ def add_legend(figure: Figure, methods: Sequence[str], lines: bool) -> None:
     rows = -(-len(handles) // (3 if figure.get_figwidth() < 6 else 4))
     columns = -(-len(handles) // rows)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> bytes:
+    """Write `name.png` and `name.svg` into `folder`; returns the SVG."""
+    svg = to_svg(figure)
+    atomic_write(folder / f"{name}.png", to_png(figure))
+    atomic_write(folder / f"{name}.svg", svg)
+    return svg
 
 
 def to_png(figure: Figure) -> bytes:

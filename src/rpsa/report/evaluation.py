@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rpsa.evaluation.items import Kind
+from rpsa.evaluation.samples import MAIN_METRIC
+
 _TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
-_METRICS = {"reasoning": "pass_at_1", "attack": "attack_success_rate", "over_refusal": "over_refusal"}
 _SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
 
 
@@ -37,8 +39,8 @@ def _count(found: Mapping[str, Any]) -> str:
     return str(found["items"]) if each == 1 else f"{found['items']} x {each}"
 
 
-def _figure(found: Mapping[str, Any], kind: str) -> tuple[str, str]:
-    value = found[_METRICS[kind]]
+def _figure(found: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
+    value = found[MAIN_METRIC[kind]]
     if value is None:
         return "–", "nothing was judged"
     low, high = found["interval"]
