@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.parameters import trainable_parameters
+from rpsa.recipe.names import installed_names
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.config import RPSAConfig
 from rpsa.training.trainer import RPSATrainer
@@ -73,7 +74,7 @@ def make_trainer(kind: str, dtype: str, folder: Path, fisher: Path, **settings: 
     }
     return RPSATrainer(
         model=make_model(kind, getattr(torch, dtype)),
-        args=RPSAConfig(**arguments | settings, output_dir=str(folder)),
+        args=RPSAConfig(**installed_names(arguments | settings, RPSAConfig), output_dir=str(folder)),
         train_dataset=data,
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
@@ -163,3 +164,18 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_as_one_process_in_every_way(tmp_path: Path) -> None:
     compare([case for case in ALL_CASES if case not in CASES], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("qwen2", "float64"), ("llama+lora", "float64"), ("llama", "float32")]
+)
+def test_a_checkpoint_of_four_ranks_goes_on_with_two(kind: str, dtype: str, tmp_path: Path) -> None:
+    fisher = save_fisher(kind, dtype, tmp_path)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = run_ranks(4, train, tmp_path / "four", kind, dtype, tmp_path / "run", fisher, saving)[0]
+    resume = {"resume": str(tmp_path / "run" / "checkpoint-3")}
+    first, second = run_ranks(2, train, tmp_path / "two", kind, dtype, tmp_path / "rest", fisher, resume)
+    assert first["trajectory"] == second["trajectory"]
+    assert len(first["report"]["trajectory"]) == 6
+    assert first["logged"] == 6
+    assert_same(first, whole, dtype)

@@ -38,6 +38,7 @@ from rpsa.plan.memory import (
 from rpsa.plan.skeleton import build_model, fake_tensors
 from rpsa.plan.steps import count_steps
 from rpsa.recipe import load_recipe
+from rpsa.recipe.names import installed_names
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.config import RPSAConfig
 from rpsa.training.reasoning_gradient import reasoning_backward
@@ -116,6 +117,7 @@ def live_run(
         "per_device_train_batch_size": SEQUENCES, "max_steps": 3, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "weight_decay": 0.1,
     }  # fmt: skip
+    settings = installed_names(settings, SFTConfig)
     model = real_model(config, "bfloat16" if lora and bf16 else "float32", lora)
     common = {"train_dataset": safety_dataset(config.vocab_size), "processing_class": tokenizer()}
     reference = reference_dataset(config.vocab_size)

@@ -10,6 +10,7 @@ from rpsa.errors import RPSAError
 from rpsa.pipeline.stages import training_arguments
 from rpsa.pipeline.tasks import fisher_task
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
+from rpsa.recipe.names import installed_names
 from rpsa.recipe.schema import WELL_KNOWN
 from rpsa.recipe.strict_yaml import parse_yaml
 
@@ -100,7 +101,7 @@ def test_every_cell_fits_trl_and_peft(tmp_path: Path) -> None:
 
     for cell in load_recipe(DEMO).cells()[:7]:
         if cell.paradigm != "none":
-            config = SFTConfig(output_dir=str(tmp_path), **cell.train)
+            config = SFTConfig(output_dir=str(tmp_path), **installed_names(cell.train, SFTConfig))
             assert config.learning_rate == {"fft": 2e-3, "lora": 1e-2}[cell.paradigm]
             assert config.save_strategy == "no"
         if cell.paradigm == "lora":

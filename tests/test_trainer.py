@@ -26,6 +26,7 @@ from rpsa.freezing.audit import Audit, checksum
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
 from rpsa.parameters import trainable_parameters
+from rpsa.recipe.names import installed_names
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.config import RPSAArguments, RPSAConfig
 from rpsa.training.trainer import AUDIT_FILE, RPSAMixin, RPSATrainer
@@ -93,7 +94,7 @@ def reference() -> ReferenceDataset:
     return ReferenceDataset([Trace(str(i), r[:2], r[2:], "", "stop", True) for i, r in enumerate(rows)])
 
 
-SFT_SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "max_steps": 8,
@@ -109,11 +110,13 @@ SFT_SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
     "activation_checkpointing": False,
 }
+SFT_SETTINGS = installed_names(SETTINGS, SFTConfig)
 
 
 def config(folder: Path, **settings: Any) -> RPSAConfig:
     rpsa = {"frozen_ratio": "dynamic", "window": 2, "every": 1}
-    return RPSAConfig(**(SFT_SETTINGS | rpsa | settings), output_dir=str(folder))
+    chosen = installed_names(SFT_SETTINGS | rpsa | settings, RPSAConfig)
+    return RPSAConfig(**chosen, output_dir=str(folder))
 
 
 def fisher_of(model: Any, reference: ReferenceDataset) -> FisherDiagonal:

@@ -38,6 +38,7 @@ from rpsa.pipeline.tasks import (
     reference_of,
     reference_task,
 )
+from rpsa.recipe.names import installed_names
 from rpsa.recipe.schema import Cell, Recipe, Safety, slug
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.sharding import rank, world_size
@@ -289,7 +290,8 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
 
     from rpsa.training.config import RPSAConfig
 
-    arguments = {"disable_tqdm": quiet} | dict(cell.train) | {"output_dir": str(folder / CHECKPOINTS)}
+    settings = installed_names(cell.train, SFTConfig)
+    arguments = {"disable_tqdm": quiet} | settings | {"output_dir": str(folder / CHECKPOINTS)}
     with refusals_of_trl(cell):
         if cell.align is None:
             return SFTConfig(**{"enable_jit_checkpoint": world_size() == 1} | arguments)

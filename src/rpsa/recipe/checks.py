@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rpsa.recipe.names import installed_names
 from rpsa.recipe.problems import dataclass_problems, validation_problems
 from rpsa.recipe.schema import Align, Recipe, Safety, slug
 from rpsa.recipe.sources import source_problem
@@ -66,7 +67,7 @@ def _dataclass_problems(recipe: Recipe) -> Iterator[str]:
         for where, train, _ in settings:
             ours = [key for key in train if key in _SET_ELSEWHERE]
             yield from (f"{where}train.{key}: set {_SET_ELSEWHERE[key]} instead" for key in ours)
-            yield from dataclass_problems(f"{where}train", train, SFTConfig)
+            yield from dataclass_problems(f"{where}train", installed_names(train, SFTConfig), SFTConfig)
             yield from _range_problems(f"{where}train", train)
     if any(lora for _, _, lora in settings):
         from peft import LoraConfig
