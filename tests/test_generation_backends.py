@@ -1,7 +1,7 @@
 """The choice of a backend, and the vLLM adapter on a stand-in.
 
-vLLM needs a GPU, so what runs here is not vLLM: `StandIn` has the public names and signatures that the adapter
-uses, on the tiny model. It shows that prompts, seeds and results go where they belong, not that vLLM works.
+vLLM is not here, so what runs is a stand-in with the public names and signatures that the adapter uses, on the tiny
+model. It shows that prompts, seeds and results go where they belong; tests/test_vllm.py has vLLM itself.
 """
 
 import logging
@@ -112,7 +112,7 @@ def test_what_vllm_refuses_is_one_line(vllm):
         VLLMGenerator(FOLDER, TOKENIZER, {"tensor_parallel_size": 2})
     with pytest.raises(RPSAError, match="unexpected keyword argument 'tensor_parallel'"):
         VLLMGenerator(FOLDER, TOKENIZER, {"tensor_parallel": 2})
-    with pytest.raises(RPSAError, match=r"data_parallel_size 4.*use the server backend"):
+    with pytest.raises(RPSAError, match=r"data_parallel_size 4.*use VLLMServerGenerator"):
         VLLMGenerator(FOLDER, TOKENIZER, {"data_parallel_size": 4})
     generator = VLLMGenerator(FOLDER, TOKENIZER, {"max_model_len": 5})
     with pytest.raises(RPSAError, match=r"vLLM refused a request: The prompt \(length"):

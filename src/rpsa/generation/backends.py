@@ -68,6 +68,10 @@ def make_generator(
         assert config.server is not None
         return ServerGenerator(config.server, tokenizer)
     if backend == "vllm":
+        if config.engine.get("data_parallel_size", 1) > 1:
+            from rpsa.generation.vllm_server import VLLMServerGenerator
+
+            return VLLMServerGenerator(model, tokenizer, config.engine)
         from rpsa.generation.vllm import VLLMGenerator
 
         return VLLMGenerator(model, tokenizer, config.engine)

@@ -120,7 +120,10 @@ class _Work:
     async def do(self, samples: list[tuple[list[int], str]]) -> None:
         limits = httpx2.Limits(max_connections=self.config.max_in_flight)
         timeout = httpx2.Timeout(self.config.timeout, connect=min(_CONNECT_TIMEOUT, self.config.timeout))
-        async with httpx2.AsyncClient(headers=_authorization(), limits=limits, timeout=timeout) as client:
+        is_here = httpx2.URL(self.config.url).host in ("127.0.0.1", "::1", "localhost")
+        async with httpx2.AsyncClient(
+            headers=_authorization(), limits=limits, timeout=timeout, trust_env=not is_here
+        ) as client:
             self.form = await self._choose_form(client, *samples[0])
             waiting = enumerate(samples)
             number = min(self.config.max_in_flight, len(samples))

@@ -1,8 +1,7 @@
 """Generation with vLLM in this process: token ids in and out, a seed for each sample.
 
 `LLM.generate` answers when all of its prompts are done, so prompts go in waves: what one wave gave is yielded
-before the next. The server backend on `vllm serve` yields each response as it ends, and is the way to use
-data parallelism, which vLLM's `LLM` does not have.
+before the next. Data parallelism, which vLLM's `LLM` does not have, is `vllm_server`'s.
 """
 
 import importlib
@@ -43,8 +42,8 @@ class VLLMGenerator:
         arguments = dict(engine or {})
         if arguments.get("data_parallel_size", 1) > 1:
             raise RPSAError(
-                f"data_parallel_size {arguments['data_parallel_size']}: vLLM has it in its server only; run "
-                "`vllm serve` with --data-parallel-size and use the server backend"
+                f"data_parallel_size {arguments['data_parallel_size']}: vLLM has it in its server only; use "
+                "VLLMServerGenerator"
             )
         try:
             self._vllm: Any = importlib.import_module("vllm")
@@ -75,7 +74,10 @@ class VLLMGenerator:
                     [self._sampling_params(sampling, sample_ids[i]) for i in indices],
                     use_tqdm=False,
                 )
-            except ValueError as error:
+            except Exception as error:
+                # its own errors are no ValueErrors in newer versions
+                if not isinstance(error, ValueError) and type(error).__module__ != "vllm.exceptions":
+                    raise
                 raise RPSAError(f"vLLM refused a request: {_one_line(error)}") from error
             for i, output in zip(indices, outputs, strict=True):
                 yield i, self._completion(output.outputs[0], sample_ids[i])
