@@ -23,6 +23,7 @@ from rpsa.training.config import RPSAConfig
 from rpsa.training.trainer import RPSATrainer
 
 GLOBAL_BATCH = 4
+RANKS = 2
 Case = tuple[str, str, int, bool]
 """Kind of model, dtype, gradient accumulation, activation checkpointing."""
 
@@ -103,7 +104,12 @@ def train(kind: str, dtype: str, folder: Path, fisher: Path, settings: dict[str,
 def train_all(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     results = []
     for number, (kind, dtype, accumulation, checkpointing) in enumerate(cases):
-        settings = {"gradient_accumulation_steps": accumulation, "activation_checkpointing": checkpointing}
+        # one process takes the ranks' micro-batches in turn
+        settings = {
+            "per_device_train_batch_size": GLOBAL_BATCH // RANKS,
+            "gradient_accumulation_steps": accumulation * (1 if "RANK" in os.environ else RANKS),
+            "activation_checkpointing": checkpointing,
+        }
         own = folder / f"{number}-{os.environ.get('WORLD_SIZE', '1')}"
         results.append(train(kind, dtype, own, folder / f"fisher-{kind}-{dtype}", settings))
     return results
@@ -116,7 +122,13 @@ def save_fisher(kind: str, dtype: str, folder: Path) -> Path:
     return folder / f"fisher-{kind}-{dtype}"
 
 
-def assert_same(ours: dict[str, Any], expected: dict[str, Any], dtype: str) -> None:
+def weights_tolerance(kind: str, dtype: str, accumulation: int) -> float:
+    """Sums over micro-batches are taken in another order on two ranks. In fp32 that is seen in LoRA's B, which starts
+    at 0: one process that only cuts its batch differently ends up 5e-6 away."""
+    return 1e-5 if "lora" in kind and dtype == "float32" and accumulation > 1 else 1e-6
+
+
+def assert_same(ours: dict[str, Any], expected: dict[str, Any], dtype: str, tolerance: float = 1e-6) -> None:
     """The tolerances of every comparison between runs on different numbers of ranks."""
     pairs = list(zip(ours["trajectory"], expected["trajectory"], strict=True))
     furthest = {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ("tau", "c", "k")}
@@ -126,9 +138,7 @@ def assert_same(ours: dict[str, Any], expected: dict[str, Any], dtype: str) -> N
     assert furthest["k"] <= (0 if dtype == "float64" else 1e-3)
     if furthest["k"] == 0:
         assert furthest["tau"] == 0
-    # LoRA's B starts at 0 and is small: what fp32 rounds off is a larger part of it
-    is_small = dtype == "float32" and any("lora_B" in name for name in expected["weights"])
-    assert max(norms) < (1e-5 if is_small else 1e-6)
+    assert max(norms) < tolerance
     for run in (ours, expected):
         assert run["report"]["frozen_elements_moved"] == 0
         assert run["report"]["frozen_element_steps_checked"] > 500
@@ -147,13 +157,13 @@ def compare(cases: list[Case], folder: Path) -> None:
     for kind, dtype in {(kind, dtype) for kind, dtype, *_ in cases}:
         save_fisher(kind, dtype, folder)
     [alone] = run_ranks(1, train_all, folder / "one", cases, folder)
-    first, second = run_ranks(2, train_all, folder / "two", cases, folder)
+    first, second = run_ranks(RANKS, train_all, folder / "two", cases, folder)
     for case, expected, ours, theirs in zip(cases, alone, first, second, strict=True):
         print("CASE", case)
         assert ours["engine"] == "DistributedDataParallel"
         assert ours["trajectory"] == theirs["trajectory"]  # c is not that of a rank's own data
         assert all(torch.equal(w, theirs["weights"][n]) for n, w in ours["weights"].items())
-        assert_same(ours, expected, case[1])
+        assert_same(ours, expected, case[1], weights_tolerance(*case[:3]))
         assert ours["report"]["drift"]["groups"].keys() == expected["report"]["drift"]["groups"].keys()
 
 

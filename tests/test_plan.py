@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from test_cli import invoke
@@ -237,7 +238,9 @@ def test_generation_memory_is_what_is_alive() -> None:
     with fake_tensors():
         planned = generation_memory(build_model(config, "float32"), Shape(4, 20 + new), config.vocab_size)
     print(f"generation: {planned.total} of {size_of(known) + live.peak}")
-    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.02)
+    # before transformers 5.20 it needs less than planned
+    within = 0.02 if hasattr(transformers.TrainingArguments, "activation_checkpointing") else 0.08
+    assert planned.total == pytest.approx(size_of(known) + live.peak, rel=within)
 
 
 def test_what_is_kept_is_shared_out() -> None:

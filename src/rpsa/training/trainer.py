@@ -263,11 +263,7 @@ class RPSACallback(TrainerCallback, ExportableState):
         )
         first = accelerator.process_index * ours
         part = {key: batch[key][first : first + ours] for key in ("input_ids", "attention_mask", "labels")}
-        gradient_state = accelerator.gradient_state
-        synchronising = gradient_state.sync_gradients
-        gradient_state._set_sync_gradients(True)
         reasoning_backward(trainer.model_wrapped, part, accelerator, micro)
-        gradient_state._set_sync_gradients(synchronising)
         self.freezer.capture_reference()
 
     def on_gradients_complete(self) -> None:
