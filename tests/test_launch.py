@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -174,6 +175,40 @@ def test_accelerate_launch_by_hand(recipe_file: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert len(trajectory(recipe_file.parent / "run", "fft+rpsa")) > 0
     run(load_recipe(recipe_file, settings))
+
+
+@pytest.mark.slow
+def test_two_machines_fill_one_folder(recipe_file: Path) -> None:
+    """Each is a launcher with one process, on the loopback; what they share is the folder."""
+    settings = [f"output_dir={recipe_file.parent / 'run'}", METHODS]
+    run(load_recipe(recipe_file, settings), only="reference")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    there = ["main_process_ip=127.0.0.1", f"main_process_port={port}", "num_machines=2", "num_processes=2"]
+    command = [sys.executable, "-m", "rpsa", "run", str(recipe_file), *settings]
+    for stage in ("fisher", "align"):
+        machines = [
+            subprocess.Popen(
+                [
+                    *command,
+                    "--only",
+                    stage,
+                    *(f"launch.{setting}" for setting in [*there, f"machine_rank={number}"]),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=ENVIRONMENT,
+            )
+            for number in range(2)
+        ]
+        errors = [machine.communicate(timeout=180)[1] for machine in machines]
+        assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert len(trajectory(recipe_file.parent / "run", "fft+rpsa")) == 2
+    log = recipe_file.parent / "run" / "align" / "lora+rpsa" / "tiny-0" / "seed0" / "log.json"
+    assert json.loads(log.read_text())["processes"] == 2
+    verify(run(load_recipe(recipe_file, settings)))
 
 
 # The recipe's section, the shipped configs
