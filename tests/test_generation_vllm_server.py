@@ -63,7 +63,7 @@ def pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "vllm" / "entrypoints" / "cli"
     place.mkdir(parents=True)
     (place / "main.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path]))
     monkeypatch.setenv("STAND_IN_PID", str(tmp_path / "pid"))
     monkeypatch.setenv("VLLM_API_KEY", "another server's")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
