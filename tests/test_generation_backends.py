@@ -135,12 +135,12 @@ def test_without_vllm(no_vllm, caplog):
 
 def test_the_choice(vllm, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("rpsa.generation.backends._has_gpu", lambda: True)
+    monkeypatch.setattr("rpsa.generation.backends.has_gpu", lambda: True)
     assert choose_backend(BackendConfig()) == "vllm"
     assert choose_backend(BackendConfig(server=SERVER)) == "server"
     for backend in ("transformers", "vllm", "server"):
         assert choose_backend(BackendConfig(backend, server=SERVER)) == backend
-    monkeypatch.setattr("rpsa.generation.backends._has_gpu", lambda: False)
+    monkeypatch.setattr("rpsa.generation.backends.has_gpu", lambda: False)
     assert choose_backend(BackendConfig()) == "transformers"
     assert choose_backend(BackendConfig("vllm")) == "vllm"
     with pytest.raises(RPSAError, match="backend 'server' without a server"):

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from rpsa.errors import RPSAError
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
-from rpsa.pipeline.models import add_adapter, load_model
+from rpsa.pipeline.models import add_adapter, generation_dtype, load_model, vllm_engine
 from rpsa.pipeline.stages import starting_model
+from rpsa.pipeline.subjects import loaded_to_generate
 from rpsa.recipe import Recipe, load_recipe
+from rpsa.recipe.schema import Model
 from rpsa.tiny import tiny_model_dir
 
 RPSA = [sys.executable, "-c", "from rpsa.cli import main; main()"]
@@ -311,3 +313,36 @@ def test_a_model_that_is_not_there_is_one_line(recipe_file: Path, tmp_path: Path
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert "cannot be loaded" in errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "expected"),
+    [
+        ({}, True, "bfloat16"),
+        ({}, False, "float32"),
+        ({"dtype": "auto"}, False, "auto"),
+        ({"dtype": "float32"}, True, "bfloat16"),
+        ({"generation_dtype": "float16"}, True, "float16"),
+        ({"generation_dtype": "bfloat16"}, False, "bfloat16"),
+    ],
+)
+def test_the_weights_that_generate(settings: dict[str, Any], on_gpu: bool, expected: str) -> None:
+    model = Model(**settings)
+    assert generation_dtype(model, on_gpu=on_gpu) == expected
+    if on_gpu:
+        assert vllm_engine(model, {})["dtype"] == expected
+        assert vllm_engine(model, {"dtype": "float32"})["dtype"] == "float32"
+
+
+def test_an_adapter_is_added_in_the_recipes_dtype_before_it_is_rounded(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(RECIPE)
+    model = add_adapter(load_model("tiny:0", Model()), small(recipe, "matrix.methods=[lora+rpsa]").cells()[0])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    whole = model.merge_and_unload().state_dict()
+    loaded = loaded_to_generate("tiny:0", str(tmp_path / "adapter"), Model(), "bfloat16").state_dict()
+    assert {weight.dtype for weight in loaded.values()} == {torch.bfloat16}
+    assert all(torch.equal(weight.bfloat16(), loaded[name]) for name, weight in whole.items())

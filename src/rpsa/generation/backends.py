@@ -40,7 +40,7 @@ def choose_backend(config: BackendConfig) -> Backend:
     if config.backend == "auto":
         if config.server is not None:
             return "server"
-        return "vllm" if _is_installed("vllm") and _has_gpu() else "transformers"
+        return "vllm" if _is_installed("vllm") and has_gpu() else "transformers"
     if config.backend == "server" and config.server is None:
         raise RPSAError("backend 'server' without a server: give its url and the model's name there")
     if config.backend == "vllm" and not _is_installed("vllm"):
@@ -84,7 +84,7 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()

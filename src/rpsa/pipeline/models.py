@@ -77,10 +77,11 @@ def free_memory() -> None:
 def vllm_engine(model: Model, own: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for a recipe's model, the recipe's own last.
 
-    bfloat16 unless they say otherwise: left to itself vLLM takes float16 for the float32 weights that a full
-    fine-tuning saves, and bfloat16 for the base, and the two would differ by that too.
+    Left to itself vLLM takes float16 for the float32 weights that a full fine-tuning saves, and bfloat16 for
+    the base, and the two would differ by that too.
     """
-    known = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": "bfloat16"}
+    dtype = generation_dtype(model, on_gpu=True)
+    known = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": dtype}
     return {key: value for key, value in known.items() if value} | dict(own)
 
 
@@ -94,6 +95,11 @@ def load_tokenizer(name: str, model: Model) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError) as error:
         raise RPSAError(f"model {name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     return tokenizer
+
+
+def generation_dtype(model: Model, *, on_gpu: bool) -> str:
+    """Of the weights while they generate, with any backend."""
+    return model.generation_dtype or ("bfloat16" if on_gpu else model.dtype)
 
 
 def training_dtype(cell_train: Mapping[str, Any], paradigm: str, model: Model) -> str:

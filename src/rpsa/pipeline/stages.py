@@ -21,6 +21,7 @@ from rpsa.fisher.estimators import estimate_fisher
 from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate
 from rpsa.pipeline.models import (
     add_adapter,
+    generation_dtype,
     load_model,
     load_tokenizer,
     location,
@@ -75,7 +76,7 @@ def no_progress(done: int, total: int) -> None:
 
 def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """D_ref: the model's own responses to reasoning problems."""
-    from rpsa.generation.backends import BackendConfig, make_generator
+    from rpsa.generation.backends import BackendConfig, has_gpu, make_generator
 
     settings = recipe.reference
     if settings.problems is None:
@@ -85,8 +86,9 @@ def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress)
     problems = reference_problems(settings.problems, settings.n, settings.seed)
     tokenizer = load_tokenizer(task.base, recipe.model)
     config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(recipe.model, settings.engine))
+    dtype = generation_dtype(recipe.model, on_gpu=has_gpu())
     generator = make_generator(
-        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model)
+        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model, dtype)
     )
     done = 0
 

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 from rpsa.artifacts import package_versions, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.generation import Generator
-from rpsa.generation.backends import BackendConfig, choose_backend, make_generator
+from rpsa.generation.backends import BackendConfig, choose_backend, has_gpu, make_generator
 from rpsa.pipeline.evaluation import Subject
-from rpsa.pipeline.models import free_memory, identity, load_model, load_tokenizer, location, vllm_engine
+from rpsa.pipeline.models import (
+    free_memory,
+    generation_dtype,
+    identity,
+    load_model,
+    load_tokenizer,
+    location,
+    vllm_engine,
+)
 from rpsa.pipeline.tasks import align_task, upstream
 from rpsa.recipe.schema import Cell, Evaluate, Model, Recipe
 
@@ -41,12 +49,15 @@ def _subject(key: str, base: str, adapter: str | None, model: Model, settings: E
     engine = vllm_engine(model, settings.engine)
     config = BackendConfig(settings.backend, settings.batch_size, engine)
     backend = choose_backend(config)
-    made_by = [key, backend, engine if backend == "vllm" else model.dtype, package_versions()]
+    dtype = generation_dtype(model, on_gpu=has_gpu())
+    made_by = [key, backend, engine if backend == "vllm" else dtype, package_versions()]
 
     def generator() -> Generator:
         if adapter and backend == "vllm":
             return _merged_for_vllm(config, base, adapter, model, tokenizer)
-        return make_generator(config, location(base), tokenizer, lambda _: _merged(base, adapter, model))
+        return make_generator(
+            config, location(base), tokenizer, lambda _: loaded_to_generate(base, adapter, model, dtype)
+        )
 
     return Subject(sha256_of(made_by), tokenizer, generator)
 
@@ -58,13 +69,22 @@ def _tokenizer_home(base: str, adapter: str | None) -> str:
     return base
 
 
-def _merged(base: str, adapter: str | None, model: Model) -> "PreTrainedModel":
-    loaded = load_model(base, model)
+def loaded_to_generate(base: str, adapter: str | None, model: Model, dtype: str) -> "PreTrainedModel":
+    """The model that an evaluation asks, an adapter merged; `dtype` is `generation_dtype`'s."""
+    import torch
+
     if adapter is None:
-        return loaded
+        return load_model(base, model, dtype)
+    merged = _merged(base, adapter, model)
+    return merged if dtype == "auto" else merged.to(getattr(torch, dtype))
+
+
+def _merged(base: str, adapter: str, model: Model) -> "PreTrainedModel":
+    """Added up in the recipe's own dtype: in bf16 a small update of the weights would be rounded away."""
     from peft import PeftModel
 
-    merged: PreTrainedModel = PeftModel.from_pretrained(loaded, location(adapter)).merge_and_unload()
+    with_adapter = PeftModel.from_pretrained(load_model(base, model), location(adapter))
+    merged: PreTrainedModel = with_adapter.merge_and_unload()
     return merged
 
 

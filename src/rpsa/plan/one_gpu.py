@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from rpsa.pipeline.models import training_dtype
+from rpsa.pipeline.models import generation_dtype, training_dtype
 from rpsa.plan.base import Base
 from rpsa.plan.dry_run import Shape
 from rpsa.plan.memory import StageMemory, fisher_memory, generation_memory
@@ -63,7 +63,7 @@ def _generation(
 ) -> SingleGpuStage:
     sequences = min(batch, max(r.count for r in responses))
     longest = prompt + max(r.limit for r in responses)
-    model = base.model(base.recipe.model.dtype)
+    model = base.model(generation_dtype(base.recipe.model, on_gpu=True))
     memory = generation_memory(model, Shape(sequences, longest), base.config.get_text_config().vocab_size)
     total = sum(r.total for r in responses)
     mean = total // sum(r.count for r in responses)

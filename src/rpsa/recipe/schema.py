@@ -79,11 +79,15 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:2`; `matrix.bases`: several."""
+    """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:2`; `matrix.bases`: several.
+
+    `generation_dtype`: of the weights while they generate; by default bfloat16 on a GPU and `dtype` on a CPU.
+    """
 
     name: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    generation_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
 
 
