@@ -16,7 +16,7 @@ from rpsa.evaluation.samples import METRICS, Sample, scores_by_item, set_rates
 from rpsa.generation import Completion, Sampling
 from rpsa.pipeline.evaluation import Subject, evaluate
 from rpsa.pipeline.models import load_tokenizer
-from rpsa.recipe.schema import Evaluate, Model
+from rpsa.recipe.sections import Evaluate, Model
 
 SOLVE = "```python\ndef solve(x):\n    return x + 1\n```"
 STUB = 'def solve(x):\n    """Add one."""\n'

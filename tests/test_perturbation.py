@@ -30,7 +30,7 @@ from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.models import load_model
-from rpsa.recipe.schema import Model
+from rpsa.recipe.sections import Model
 from rpsa.report.perturbation_figure import perturbation_bars
 
 SHAPES = {"a.weight": (7, 5), "b.weight": (30,), "c.weight": (4, 3, 2)}

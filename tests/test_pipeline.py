@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from rpsa.errors import RPSAError
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
+from rpsa.pipeline.alignment import starting_model
 from rpsa.pipeline.models import add_adapter, generation_dtype, load_model, vllm_engine
-from rpsa.pipeline.stages import starting_model
 from rpsa.pipeline.subjects import loaded_to_generate
 from rpsa.recipe import Recipe, load_recipe
-from rpsa.recipe.schema import Model
+from rpsa.recipe.sections import Model
 from rpsa.tiny import tiny_model_dir
 
 RPSA = [sys.executable, "-c", "from rpsa.cli import main; main()"]

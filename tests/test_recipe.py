@@ -7,11 +7,11 @@ import pytest
 from pydantic import BaseModel
 
 from rpsa.errors import RPSAError
-from rpsa.pipeline.stages import training_arguments
+from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.tasks import fisher_task
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
+from rpsa.recipe.methods import WELL_KNOWN
 from rpsa.recipe.names import installed_names
-from rpsa.recipe.schema import WELL_KNOWN
 from rpsa.recipe.strict_yaml import parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"

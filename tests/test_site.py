@@ -23,7 +23,9 @@ from test_imports import LAYERS
 
 from rpsa.cli import app
 from rpsa.recipe import load_recipe
-from rpsa.recipe.schema import WELL_KNOWN, Recipe, Section
+from rpsa.recipe.methods import WELL_KNOWN
+from rpsa.recipe.schema import Recipe
+from rpsa.recipe.sections import Section
 from rpsa.training.config import RPSAArguments
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,8 @@ from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.parameters import trainable_parameters
+from rpsa.pipeline.alignment import save_whole
 from rpsa.pipeline.models import sharded
-from rpsa.pipeline.stages import save_whole
 from rpsa.sharding import full, is_sharded
 
 CASES = [("llama", "float32"), ("qwen2", "float64"), ("llama+lora", "float64")]

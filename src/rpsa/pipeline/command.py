@@ -13,7 +13,8 @@ from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.pipeline.evaluation import Subject, evaluate
 from rpsa.pipeline.subjects import model_subject, server_subject
 from rpsa.recipe.problems import validation_problems
-from rpsa.recipe.schema import Evaluate, Model, slug
+from rpsa.recipe.schema import slug
+from rpsa.recipe.sections import Evaluate, Model
 from rpsa.recipe.sources import source_problem
 from rpsa.recipe.strict_yaml import parse_yaml
 

@@ -36,7 +36,7 @@ from rpsa.evaluation.samples import Sample
 from rpsa.generation import Completion, Generator, Sampling, sample_id
 from rpsa.generation.resumable import carry_over, generate_resumable
 from rpsa.pipeline.models import free_memory
-from rpsa.recipe.schema import Evaluate
+from rpsa.recipe.sections import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +50,12 @@ REFUSAL = "refusal"
 """The judge that is always there."""
 
 Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """For a run beside others, whose output would be in the way."""
+
+
 """Called with what is done and what there is."""
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline.models import free_memory
-from rpsa.recipe.schema import Launch, Recipe
+from rpsa.recipe.schema import Recipe
+from rpsa.recipe.sections import Launch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

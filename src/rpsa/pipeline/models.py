@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import sha256_of
 from rpsa.errors import RPSAError
-from rpsa.recipe.schema import Cell, Model
+from rpsa.recipe.schema import Cell
+from rpsa.recipe.sections import Model
 from rpsa.tiny import tiny_model_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "adapter"
+"""Where in a Fisher's folder the adapter is that it was measured on."""
 
 _HASHED_WHOLE = 64 << 20
 

@@ -21,8 +21,8 @@ from rpsa.pipeline.evaluation import REFUSAL, questions, sandbox_for
 from rpsa.pipeline.models import identity, load_model, load_tokenizer
 from rpsa.pipeline.tasks import source_identity
 from rpsa.recipe.problems import validation_problems
-from rpsa.recipe.schema import Evaluate as EvaluateSettings
-from rpsa.recipe.schema import Model
+from rpsa.recipe.sections import Evaluate as EvaluateSettings
+from rpsa.recipe.sections import Model
 from rpsa.recipe.sources import source_problem
 
 __all__ = ["PerturbationConfig", "evaluation_settings", "run_perturbation"]

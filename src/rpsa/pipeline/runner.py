@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rpsa.artifacts import sha256_of, write_manifest
-from rpsa.pipeline.evaluation import Progress
+from rpsa.pipeline.evaluation import Progress, no_progress
 from rpsa.pipeline.models import free_memory
 from rpsa.pipeline.quiet import quiet
-from rpsa.pipeline.stages import WORK, check_settings, no_progress
+from rpsa.pipeline.stages import WORK, check_settings
 from rpsa.pipeline.tasks import Task, inputs_of
 from rpsa.recipe.schema import Recipe
 from rpsa.sharding import barrier, rank

@@ -1,25 +1,19 @@
 """The work of each stage: reference traces, Fisher, alignment, evaluation. Each fills the folder that it is given."""
 
-import json
 import logging
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpsa.answers import grade
-from rpsa.artifacts import atomic_write, sha256_of, stable_json
+from rpsa.artifacts import sha256_of
 from rpsa.errors import RPSAError
-from rpsa.evaluation.benchmarks import TaskOptions
-from rpsa.evaluation.loading import load_tasks
 from rpsa.fisher.config import FisherConfig
-from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
-from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate
+from rpsa.pipeline.alignment import make_aligned, training_arguments
+from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate, no_progress
 from rpsa.pipeline.models import (
+    ADAPTER,
     add_adapter,
     generation_dtype,
     load_model,
@@ -34,41 +28,19 @@ from rpsa.pipeline.tasks import (
     FISHER_MAP,
     Stage,
     Task,
-    fisher_task,
     full_fishers,
     reference_of,
-    reference_task,
+    task_options,
 )
-from rpsa.recipe.names import installed_names
-from rpsa.recipe.schema import Cell, Recipe, Safety, slug
+from rpsa.recipe.schema import Recipe
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
-from rpsa.sharding import rank, world_size
-from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems, safety_examples
-from rpsa.training.card import write_card
-from rpsa.training.metadata import model_metadata
-from rpsa.training.names import CardNames
-from rpsa.training.safety_data import (
-    SafetyExample,
-    contamination,
-    hold_out,
-    load_benign_data,
-    load_safety_data,
-    mix_benign,
-    tokenize_safety_data,
-)
+from rpsa.sharding import rank
+from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 log = logging.getLogger(__name__)
-
-ADAPTER = "adapter"
-CHECKPOINTS = "checkpoints"
-LOG = "log.json"
-
-
-def no_progress(done: int, total: int) -> None:
-    pass
 
 
 # reference
@@ -177,131 +149,17 @@ def make_analysis(recipe: Recipe, task: Task, folder: Path, progress: Progress) 
     run_perturbation(task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir)
 
 
-# align
+# evaluate
 
 
-def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
-    import transformers
-
+def make_evaluated(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
+    """Answers of one model to every evaluation prompt, graded; stored sample by sample."""
     cell = task.cell
     assert cell is not None
-    assert cell.safety is not None
-    started = time.perf_counter()
-    transformers.set_seed(cell.seed)
-    tokenizer = load_tokenizer(task.base, recipe.model)
-    examples = safety_data(cell.safety, cell.seed)
-    held: list[SafetyExample] = []
-    if cell.safety.validation_share:
-        examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
-    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length)
-    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length)[0] if held else None
-    trainer = make_trainer(
-        recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
-    )
-    checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise RPSAError(
-            f"{task.name}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            "its checkpoint is kept, and the same command goes on from there"
-        )
-    save_whole(trainer, folder)
-    if rank() > 0:
-        return
-    tokenizer.save_pretrained(folder)
-    write_card(folder, model_metadata(trainer, card_names(recipe, cell)))
-    atomic_write(
-        folder / LOG,
-        stable_json(
-            {
-                "history": trainer.state.log_history,
-                "steps": trainer.state.global_step,
-                "seconds": time.perf_counter() - started,
-                "processes": trainer.accelerator.num_processes,
-                "safety_data": asdict(counts),
-                "contamination": [asdict(c) for c in contaminated(recipe, examples)],
-            }
-        ),
-    )
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def card_names(recipe: Recipe, cell: Cell) -> CardNames:
-    """The recipe's own names, for the model card."""
-    assert cell.safety is not None
-    return CardNames(
-        model=slug(cell.id), base=cell.base, dataset=cell.safety.data, problems=recipe.reference.problems
-    )
-
-
-def save_whole(trainer: Any, folder: Path) -> None:
-    """The model as Hugging Face writes it, put together from its shards if it has been sharded."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
-
-
-def make_trainer(
-    recipe: Recipe,
-    cell: Cell,
-    tokenizer: Any,
-    dataset: "Dataset",
-    validation: "Dataset | None",
-    folder: Path,
-    *,
-    quiet: bool,
-) -> Any:
-    """`RPSATrainer` if the cell freezes anything, TRL's `SFTTrainer` if not; on the same start either way."""
-    from transformers.trainer_callback import PrinterCallback
-    from trl import SFTTrainer
-
-    from rpsa.training.trainer import RPSATrainer
-
-    common = {
-        "args": training_arguments(recipe, cell, folder, quiet=quiet),
-        "train_dataset": dataset,
-        "eval_dataset": validation,
-        "processing_class": tokenizer,
-    }
-    if cell.align is None:
-        with refusals_of_trl(cell):
-            trainer = SFTTrainer(model=starting_model(recipe, cell), **common)
-    else:
-        fisher, reference = fisher_task(recipe, cell), reference_task(recipe, cell)
-        assert fisher is not None
-        assert reference is not None
-        with refusals_of_trl(cell):
-            trainer = RPSATrainer(
-                model=starting_model(recipe, cell),
-                fisher=FisherDiagonal.load(fisher.folder),
-                reference_dataset=ReferenceDataset.load(reference.folder),
-                **common,
-            )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
-    """The cell's `RPSAConfig`, or `SFTConfig` where nothing is frozen.
-
-    Raises:
-        RPSAError: the settings contradict each other, or are not supported.
-    """
-    from trl import SFTConfig
-
-    from rpsa.training.config import RPSAConfig
-
-    settings = installed_names(cell.train, SFTConfig)
-    arguments = {"disable_tqdm": quiet} | settings | {"output_dir": str(folder / CHECKPOINTS)}
-    with refusals_of_trl(cell):
-        if cell.align is None:
-            return SFTConfig(**{"enable_jit_checkpoint": world_size() == 1} | arguments)
-        return RPSAConfig(
-            **arguments,
-            **cell.align.model_dump(),
-            reference_max_length=recipe.reference.reference_max_length,
-        )
+    # the problems of this base's D_ref are no test of it, whatever the method
+    options = task_options(recipe, reference_of(recipe, cell.base))
+    subject = cell_subject(recipe, cell)
+    evaluate(subject, recipe.evaluate, options, folder, progress, earlier=task.folder)
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -316,88 +174,6 @@ def check_settings(recipe: Recipe) -> None:
     check_evaluation(recipe.evaluate, task_options(recipe))
 
 
-@contextmanager
-def refusals_of_trl(cell: Cell) -> Iterator[None]:
-    """What the libraries refuse is a mistake in the recipe: one line that names the run."""
-    try:
-        yield
-    except RPSAError as error:
-        raise RPSAError(f"{cell.id}: {error}") from error
-    except (ValueError, TypeError, ImportError) as error:
-        raise RPSAError(f"{cell.id}: train: {str(error).strip().partition(chr(10))[0]}") from error
-
-
-def starting_model(recipe: Recipe, cell: Cell) -> Any:
-    """The base, under LoRA with the adapter on which the Fisher was measured."""
-    model: Any = load_model(cell.base, recipe.model, training_dtype(cell.train, cell.paradigm, recipe.model))
-    if cell.paradigm != "lora":
-        return model
-    fisher = fisher_task(recipe, cell)
-    if fisher is None:
-        return add_adapter(model, cell)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(fisher.folder / ADAPTER), is_trainable=True)
-
-
-def safety_data(safety: Safety, cell_seed: int) -> list[SafetyExample]:
-    """D_S as the recipe describes it. Unless it fixes a seed, each seed of the matrix draws its own."""
-    if safety.data is None:
-        raise RPSAError("safety.data: not given; name a file, a dataset, tiny:refusals or tiny:balanced")
-    seed = safety.seed if "seed" in safety.model_fields_set else cell_seed
-    if safety.data.startswith("tiny:"):
-        kind: Any = safety.data.removeprefix("tiny:")
-        examples = safety_examples(kind, safety.n or 256, seed)
-    else:
-        examples = load_safety_data(safety.data, safety.format, safety.n, seed)
-    if safety.benign and safety.benign_share:
-        examples = mix_benign(examples, load_benign_data(safety.benign), safety.benign_share, seed)
-    return examples
-
-
-def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
-    """Training examples that the evaluation asks about, too."""
-    prompts = [item.prompt for item in load_tasks(recipe.evaluate.tasks, task_options(recipe))]
-    found = contamination(examples, prompts)
-    if found:
-        log.warning(
-            "%d safety examples share a prompt or eight words in a row with evaluation prompts; see %s",
-            len({c.example for c in found}),
-            LOG,
-        )
-    return found
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    complete = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and not (path / "checkpoint-is-incomplete.txt").exists()
-    ]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-# evaluate
-
-
-def make_evaluated(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """Answers of one model to every evaluation prompt, graded; stored sample by sample."""
-    cell = task.cell
-    assert cell is not None
-    # the problems of this base's D_ref are no test of it, whatever the method
-    options = task_options(recipe, reference_of(recipe, cell.base))
-    subject = cell_subject(recipe, cell)
-    evaluate(subject, recipe.evaluate, options, folder, progress, earlier=task.folder)
-
-
-def task_options(recipe: Recipe, reference: Task | None = None) -> TaskOptions:
-    """Which items are asked."""
-    settings = recipe.evaluate
-    folder = str(reference.folder) if reference else None
-    return TaskOptions(settings.n, settings.seed, recipe.data_dir, folder, settings.prompt_style)
-
-
 WORK: dict[Stage, Callable[[Recipe, Task, Path, Progress], None]] = {
     "reference": make_reference,
     "fisher": make_fisher,
@@ -405,7 +181,3 @@ WORK: dict[Stage, Callable[[Recipe, Task, Path, Progress], None]] = {
     "align": make_aligned,
     "evaluate": make_evaluated,
 }
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

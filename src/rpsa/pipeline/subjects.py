@@ -20,7 +20,8 @@ from rpsa.pipeline.models import (
     vllm_engine,
 )
 from rpsa.pipeline.tasks import align_task, upstream
-from rpsa.recipe.schema import Cell, Evaluate, Model, Recipe
+from rpsa.recipe.schema import Cell, Recipe
+from rpsa.recipe.sections import Evaluate, Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

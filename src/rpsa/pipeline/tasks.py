@@ -7,8 +7,10 @@ from typing import Any, Literal, get_args
 
 from rpsa.artifacts import is_current, read_manifest, sha256_of
 from rpsa.errors import RPSAError
+from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.pipeline.models import identity, training_dtype
-from rpsa.recipe.schema import Cell, Fisher, Recipe, slug
+from rpsa.recipe.schema import Cell, Recipe, slug
+from rpsa.recipe.sections import Fisher
 from rpsa.recipe.sources import SHIPPED
 
 Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
@@ -203,3 +205,10 @@ def source_identity(source: str, kind: str) -> Any:
 
 def unfinished(recipe: Recipe, tasks: Iterable[Task]) -> list[Task]:
     return [task for task in tasks if not is_done(recipe, task)]
+
+
+def task_options(recipe: Recipe, reference: Task | None = None) -> TaskOptions:
+    """Which items are asked."""
+    settings = recipe.evaluate
+    folder = str(reference.folder) if reference else None
+    return TaskOptions(settings.n, settings.seed, recipe.data_dir, folder, settings.prompt_style)

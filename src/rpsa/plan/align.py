@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.models import training_dtype
-from rpsa.pipeline.stages import training_arguments
 from rpsa.plan.base import Base
 from rpsa.plan.dry_run import Precision, Shape
 from rpsa.plan.memory import (

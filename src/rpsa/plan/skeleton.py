@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
 from rpsa.pipeline.models import location
-from rpsa.recipe.schema import Model
+from rpsa.recipe.sections import Model
 
 
 def load_config(name: str, model: Model) -> Any:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.loading import expanded, load_task
-from rpsa.recipe.schema import Cell, Evaluate, Recipe
+from rpsa.recipe.schema import Cell, Recipe
+from rpsa.recipe.sections import Evaluate
 from rpsa.recipe.sources import SHIPPED
 
 CHARACTERS_PER_TOKEN = 4
@@ -69,7 +70,7 @@ def prompt_tokens(source: str | None) -> int:
 
 def safety_tokens(cell: Cell, count_tokens: Callable[[str], int]) -> SafetyTokens:
     """What a run of the align stage trains on. Data on the hub are not fetched: `safety.n` says how many."""
-    from rpsa.pipeline.stages import safety_data
+    from rpsa.pipeline.alignment import safety_data
     from rpsa.training.safety_data import hold_out
 
     safety = cell.safety

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.problems import dataclass_problems, validation_problems
-from rpsa.recipe.schema import Align, Recipe, Safety, slug
+from rpsa.recipe.schema import Recipe, slug
+from rpsa.recipe.sections import Align, Safety
 from rpsa.recipe.sources import source_problem
 
 # Where a setting that belongs to another section is looked for by mistake.

@@ -1,9 +1,10 @@
 """A recipe: one YAML file that says everything about a study, checked as a whole before anything runs.
 
 `load_recipe` reads and checks it; `Recipe.cells` expands its matrix into the single runs, each with every
-setting resolved. From weakest to strongest, a setting comes from Appendix A of the paper (the defaults below), the
-recipe's section, `matrix.paradigms`, the method itself, `matrix.grid`. What the command line sets replaces the
-section's value, and takes the same key out of `matrix.paradigms` and `matrix.grid`.
+setting resolved. From weakest to strongest, a setting comes from Appendix A of the paper (the defaults in
+`sections` and `methods`), the recipe's section, `matrix.paradigms`, the method itself, `matrix.grid`. What the
+command line sets replaces the section's value, and takes the same key out of `matrix.paradigms` and
+`matrix.grid`.
 """
 
 import itertools
@@ -13,266 +14,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    WithJsonSchema,
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+from rpsa.recipe.methods import (
+    LORA_DEFAULTS,
+    PARADIGM_DEFAULTS,
+    TRAIN_DEFAULTS,
+    WELL_KNOWN,
+    Method,
+    Paradigm,
+    Paradigms,
+    named_methods,
 )
-
-from rpsa.recipe.problems import did_you_mean
-
-Paradigm = Literal["none", "fft", "lora"]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-TRAIN_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "weight_decay": 1e-4,
-    "max_grad_norm": 1.0,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-}
-PARADIGM_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fft": {"learning_rate": 1e-5, "num_train_epochs": 3},
-    "lora": {"learning_rate": 1e-4, "num_train_epochs": 6},
-}
-LORA_DEFAULTS: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "target_modules": ["gate_proj", "up_proj", "down_proj"],
-}
-# What `align` says for each variant of RPSA that has a name: `fft+rpsa`, `lora+constant`, ... (section 4.4 and more)
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "rpsa": {},
-    "noise_k": {"frozen_ratio": "noise"},
-    "gradient_only": {"gradient_only": True},
-    "raw_moments": {"frozen_moments": "raw"},
-    "sigma4": {"sigma_scale": 4.0},
-    "constant": {"frozen_ratio": 0.6},
-    "random": {"frozen_ratio": 0.6, "mask": "random"},
-    "random_nonzero": {"frozen_ratio": 0.6, "mask": "random_nonzero"},
-    "random_per_tensor": {"frozen_ratio": 0.6, "mask": "random_per_tensor"},
-    "magnitude": {"frozen_ratio": 0.6, "mask": "magnitude"},
-    "inverse": {"frozen_ratio": 0.6, "mask": "inverse"},
-    "zero_frozen": {"frozen_ratio": 0.6, "zero_fisher": "frozen"},
-    "per_sequence": {"frozen_ratio": 0.6},
-}
-_ESTIMATORS: dict[str, dict[str, Any]] = {"per_sequence": {"fisher": {"estimator": "per_sequence"}}}
-WELL_KNOWN: dict[str, dict[str, Any]] = {
-    "original": {"paradigm": "none"},
-    **{paradigm: {"paradigm": paradigm} for paradigm in ("fft", "lora")},
-    **{
-        f"{paradigm}+{name}": {"paradigm": paradigm, "align": align} | _ESTIMATORS.get(name, {})
-        for paradigm in ("fft", "lora")
-        for name, align in _VARIANTS.items()
-    },
-}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:2`; `matrix.bases`: several.
-
-    `generation_dtype`: of the weights while they generate; by default bfloat16 on a GPU and `dtype` on a CPU.
-    """
-
-    name: str | None = None
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    generation_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    trust_remote_code: bool = False
-
-
-class Reference(Section):
-    """D_ref (section 3.1): the model's own responses to reasoning problems.
-
-    `backend` "auto" is vLLM where it is installed with a GPU, else transformers; `engine` is passed to vLLM.
-    """
-
-    problems: str | None = None
-    n: PositiveInt = 100
-    seed: int = 42
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    max_new_tokens: PositiveInt = 32768
-    reference_max_length: PositiveInt = 4096
-    only_correct: bool = False
-    batch_size: PositiveInt = 16
-    backend: Literal["auto", "transformers", "vllm"] = "auto"
-    engine: dict[str, Any] = {}
-
-
-def _regex(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is not a regular expression ({error})") from error
-    return value
-
-
-class Fisher(Section):
-    """The estimator of Eq. 4."""
-
-    estimator: Literal["token_signs", "per_token", "per_sequence"] = "token_signs"
-    probes: PositiveInt = 4
-    seed: int = 42
-    scope: Annotated[str, AfterValidator(_regex)] | None = None
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    batch_size: PositiveInt = 4
-    activation_checkpointing: bool = False
-
-
-def _frozen_ratio(value: Any) -> Any:
-    if isinstance(value, str) and value not in ("dynamic", "noise"):
-        raise ValueError(f"{value!r} is neither a number between 0 and 1 nor 'dynamic' nor 'noise'")
-    if isinstance(value, int | float) and not 0 <= value <= 1:
-        raise ValueError(f"{value!r} is not between 0 and 1")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"expected a number between 0 and 1, 'dynamic' or 'noise', not {value!r}")
-    return value
-
-
-class Align(Section):
-    """Freezing (section 3.2) and the dynamic k of Eq. 6 and 7."""
-
-    frozen_ratio: Annotated[
-        float | Literal["dynamic", "noise"],
-        BeforeValidator(_frozen_ratio),
-        WithJsonSchema(
-            {"anyOf": [{"enum": ["dynamic", "noise"]}, {"type": "number", "minimum": 0, "maximum": 1}]}
-        ),
-    ] = "dynamic"
-    window: PositiveInt = 20
-    every: PositiveInt = 25
-    sigma_scale: Annotated[float, Field(gt=0)] = 2.0
-    mask: Literal["fisher", "random", "random_nonzero", "random_per_tensor", "magnitude", "inverse"] = (
-        "fisher"
-    )
-    gradient_only: bool = False
-    frozen_moments: Literal["zero", "raw"] = "zero"
-    zero_fisher: Literal["trainable", "frozen"] = "trainable"
-    audit: bool = True
-
-
-class Safety(Section):
-    """D_S: the safety examples to train on."""
-
-    data: str | None = None
-    format: Literal["auto", "direct_refusal", "safechain", "star1", "prompt_response", "messages"] = "auto"
-    max_length: PositiveInt | None = 4096
-    n: PositiveInt | None = None
-    seed: int = 42
-    benign: str | None = None
-    benign_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
-
-
-class Evaluate(Section):
-    """What the models are asked afterwards, and who judges.
-
-    A task is a benchmark (`rpsa_aime24`, ...), a group, `tiny`, or a file whose columns say what it holds:
-    `entry_point` and `test` make its rows programs to write, `answer` reasoning problems, a `label` "safe" requests
-    to comply with; other rows are harmful requests. Benchmarks are read from files in the recipe's `data_dir` where
-    it has them, else from the Hugging Face hub. `n` draws items of each set, `samples` responses to each (by default
-    as many as the benchmark asks for). `judge` judges answers to attacks (`second_judge` too, for their agreement),
-    `refusal_judge` answers to requests that nobody should refuse; their settings and `engine` (vLLM's) are passed on.
-    """
-
-    tasks: list[str] = []
-    n: PositiveInt | None = None
-    samples: PositiveInt | None = None
-    seed: int = 123
-    prompt_style: Literal["appendix_b", "section_4"] = "appendix_b"
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    max_new_tokens: PositiveInt = 32768
-    batch_size: PositiveInt = 16
-    backend: Literal["auto", "transformers", "vllm"] = "auto"
-    engine: dict[str, Any] = {}
-    judge: str = "refusal"
-    judge_settings: dict[str, Any] = {}
-    judge_traces: bool = False
-    second_judge: str | None = None
-    second_judge_settings: dict[str, Any] = {}
-    refusal_judge: str = "refusal"
-    refusal_judge_settings: dict[str, Any] = {}
-    accept_unsandboxed: bool = False
-
-
-class Perturb(Section):
-    """Fig. 3: the elements with the largest Fisher, scaled, against other choices of as many."""
-
-    fractions: list[Share] = [0.01]
-    factors: list[float] = [0.9]
-    selections: list[str] = ["fisher", "random", "random_per_tensor", "magnitude"]
-    draws: PositiveInt = 5
-
-
-class Analysis(Section):
-    """What is made of the bases' Fishers: `fisher_map` at these k (Fig. 1 and 2), `perturb` (Fig. 3)."""
-
-    fisher_map: list[Share] = []
-    perturb: Perturb | None = None
-
-
-class Report(Section):
-    """The report has no settings yet."""
-
-
-class Settings(Section):
-    """What a paradigm or a method sets for itself; the rest comes from the recipe's sections."""
-
-    train: dict[str, Any] = {}
-    lora: dict[str, Any] = {}
-    align: Align | None = None
-    safety: Safety | None = None
-
-
-class Method(Settings):
-    """One way to align. Without `align` it is plain fine-tuning; `align: {}` is RPSA as section `align` says."""
-
-    paradigm: Paradigm
-    fisher: Fisher | None = None
-
-
-class Paradigms(Section):
-    fft: Settings = Settings()
-    lora: Settings = Settings()
-
-
-def _methods(value: Any) -> Any:
-    """Expand well-known names, alone in a list or with settings of their own in a mapping."""
-    if isinstance(value, list):
-        value = dict.fromkeys(value) if all(isinstance(name, str) for name in value) else value
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a list of names or a mapping, not {value!r}")
-    if not value:
-        raise ValueError(f"empty; name at least one of {', '.join(WELL_KNOWN)}")
-    return {name: _method(name, own) for name, own in value.items()}
-
-
-def _method(name: str, own: Any) -> Any:
-    if own is not None and not isinstance(own, dict):
-        return own
-    own = own or {}
-    if name not in WELL_KNOWN:
-        if "paradigm" not in own:
-            raise ValueError(
-                f"'{name}' is no well-known method and has no paradigm{did_you_mean(name, WELL_KNOWN)}"
-            )
-        return own
-    merged = WELL_KNOWN[name] | own
-    if isinstance(own.get("align"), dict):
-        merged["align"] = WELL_KNOWN[name].get("align", {}) | own["align"]
-    return merged
+from rpsa.recipe.sections import (
+    Align,
+    Analysis,
+    Evaluate,
+    Fisher,
+    Launch,
+    Model,
+    Reference,
+    Report,
+    Safety,
+    Section,
+)
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -287,7 +52,7 @@ class Matrix(Section):
 
     methods: Annotated[
         dict[str, Method],
-        BeforeValidator(_methods),
+        BeforeValidator(named_methods),
     ] = Field(default=["original", "fft+rpsa"], validate_default=True)
     paradigms: Paradigms = Paradigms()
     bases: Annotated[list[str], AfterValidator(_distinct)] = []
@@ -302,7 +67,7 @@ class Sweep(Section):
     With every seed of `seeds`; without them, of the matrix.
     """
 
-    methods: Annotated[dict[str, Method], BeforeValidator(_methods)]
+    methods: Annotated[dict[str, Method], BeforeValidator(named_methods)]
     over: Annotated[
         dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]], Field(min_length=1)
     ]
@@ -335,18 +100,6 @@ class Cell:
     @property
     def learning_rate(self) -> float | None:
         return self.train.get("learning_rate")
-
-
-class Launch(Section):
-    """Several processes for the stages fisher and align, through `accelerate launch`: its config file (`config`),
-    or a number of processes for DDP. What is set beside `config` replaces the file's value."""
-
-    config: str | None = None
-    num_processes: PositiveInt | None = None
-    num_machines: PositiveInt | None = None
-    machine_rank: NonNegativeInt | None = None
-    main_process_ip: str | None = None
-    main_process_port: NonNegativeInt | None = None
 
 
 class Recipe(Section):

@@ -1,0 +1,241 @@
+"""The stage align: one cell's safety data, its model, its trainer, and what is kept of the run."""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpsa.artifacts import atomic_write, stable_json
+from rpsa.errors import RPSAError
+from rpsa.evaluation.loading import load_tasks
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.pipeline.evaluation import Progress, no_progress
+from rpsa.pipeline.models import (
+    ADAPTER,
+    add_adapter,
+    load_model,
+    load_tokenizer,
+    training_dtype,
+)
+from rpsa.pipeline.tasks import (
+    Task,
+    fisher_task,
+    reference_task,
+    task_options,
+)
+from rpsa.recipe.names import installed_names
+from rpsa.recipe.schema import Cell, Recipe, slug
+from rpsa.recipe.sections import Safety
+from rpsa.reference import ReferenceDataset
+from rpsa.sharding import rank, world_size
+from rpsa.tiny import safety_examples
+from rpsa.training.card import write_card
+from rpsa.training.metadata import model_metadata
+from rpsa.training.names import CardNames
+from rpsa.training.safety_data import (
+    SafetyExample,
+    contamination,
+    hold_out,
+    load_benign_data,
+    load_safety_data,
+    mix_benign,
+    tokenize_safety_data,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+LOG = "log.json"
+
+
+def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
+    """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
+    import transformers
+
+    cell = task.cell
+    assert cell is not None
+    assert cell.safety is not None
+    started = time.perf_counter()
+    transformers.set_seed(cell.seed)
+    tokenizer = load_tokenizer(task.base, recipe.model)
+    examples = safety_data(cell.safety, cell.seed)
+    held: list[SafetyExample] = []
+    if cell.safety.validation_share:
+        examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
+    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length)
+    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length)[0] if held else None
+    trainer = make_trainer(
+        recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
+    )
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise RPSAError(
+            f"{task.name}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            "its checkpoint is kept, and the same command goes on from there"
+        )
+    save_whole(trainer, folder)
+    if rank() > 0:
+        return
+    tokenizer.save_pretrained(folder)
+    write_card(folder, model_metadata(trainer, card_names(recipe, cell)))
+    atomic_write(
+        folder / LOG,
+        stable_json(
+            {
+                "history": trainer.state.log_history,
+                "steps": trainer.state.global_step,
+                "seconds": time.perf_counter() - started,
+                "processes": trainer.accelerator.num_processes,
+                "safety_data": asdict(counts),
+                "contamination": [asdict(c) for c in contaminated(recipe, examples)],
+            }
+        ),
+    )
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def card_names(recipe: Recipe, cell: Cell) -> CardNames:
+    """The recipe's own names, for the model card."""
+    assert cell.safety is not None
+    return CardNames(
+        model=slug(cell.id), base=cell.base, dataset=cell.safety.data, problems=recipe.reference.problems
+    )
+
+
+def save_whole(trainer: Any, folder: Path) -> None:
+    """The model as Hugging Face writes it, put together from its shards if it has been sharded."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+
+
+def make_trainer(
+    recipe: Recipe,
+    cell: Cell,
+    tokenizer: Any,
+    dataset: "Dataset",
+    validation: "Dataset | None",
+    folder: Path,
+    *,
+    quiet: bool,
+) -> Any:
+    """`RPSATrainer` if the cell freezes anything, TRL's `SFTTrainer` if not; on the same start either way."""
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    from rpsa.training.trainer import RPSATrainer
+
+    common = {
+        "args": training_arguments(recipe, cell, folder, quiet=quiet),
+        "train_dataset": dataset,
+        "eval_dataset": validation,
+        "processing_class": tokenizer,
+    }
+    if cell.align is None:
+        with refusals_of_trl(cell):
+            trainer = SFTTrainer(model=starting_model(recipe, cell), **common)
+    else:
+        fisher, reference = fisher_task(recipe, cell), reference_task(recipe, cell)
+        assert fisher is not None
+        assert reference is not None
+        with refusals_of_trl(cell):
+            trainer = RPSATrainer(
+                model=starting_model(recipe, cell),
+                fisher=FisherDiagonal.load(fisher.folder),
+                reference_dataset=ReferenceDataset.load(reference.folder),
+                **common,
+            )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
+    """The cell's `RPSAConfig`, or `SFTConfig` where nothing is frozen.
+
+    Raises:
+        RPSAError: the settings contradict each other, or are not supported.
+    """
+    from trl import SFTConfig
+
+    from rpsa.training.config import RPSAConfig
+
+    settings = installed_names(cell.train, SFTConfig)
+    arguments = {"disable_tqdm": quiet} | settings | {"output_dir": str(folder / CHECKPOINTS)}
+    with refusals_of_trl(cell):
+        if cell.align is None:
+            return SFTConfig(**{"enable_jit_checkpoint": world_size() == 1} | arguments)
+        return RPSAConfig(
+            **arguments,
+            **cell.align.model_dump(),
+            reference_max_length=recipe.reference.reference_max_length,
+        )
+
+
+@contextmanager
+def refusals_of_trl(cell: Cell) -> Iterator[None]:
+    """What the libraries refuse is a mistake in the recipe: one line that names the run."""
+    try:
+        yield
+    except RPSAError as error:
+        raise RPSAError(f"{cell.id}: {error}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise RPSAError(f"{cell.id}: train: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def starting_model(recipe: Recipe, cell: Cell) -> Any:
+    """The base, under LoRA with the adapter on which the Fisher was measured."""
+    model: Any = load_model(cell.base, recipe.model, training_dtype(cell.train, cell.paradigm, recipe.model))
+    if cell.paradigm != "lora":
+        return model
+    fisher = fisher_task(recipe, cell)
+    if fisher is None:
+        return add_adapter(model, cell)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(fisher.folder / ADAPTER), is_trainable=True)
+
+
+def safety_data(safety: Safety, cell_seed: int) -> list[SafetyExample]:
+    """D_S as the recipe describes it. Unless it fixes a seed, each seed of the matrix draws its own."""
+    if safety.data is None:
+        raise RPSAError("safety.data: not given; name a file, a dataset, tiny:refusals or tiny:balanced")
+    seed = safety.seed if "seed" in safety.model_fields_set else cell_seed
+    if safety.data.startswith("tiny:"):
+        kind: Any = safety.data.removeprefix("tiny:")
+        examples = safety_examples(kind, safety.n or 256, seed)
+    else:
+        examples = load_safety_data(safety.data, safety.format, safety.n, seed)
+    if safety.benign and safety.benign_share:
+        examples = mix_benign(examples, load_benign_data(safety.benign), safety.benign_share, seed)
+    return examples
+
+
+def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
+    """Training examples that the evaluation asks about, too."""
+    prompts = [item.prompt for item in load_tasks(recipe.evaluate.tasks, task_options(recipe))]
+    found = contamination(examples, prompts)
+    if found:
+        log.warning(
+            "%d safety examples share a prompt or eight words in a row with evaluation prompts; see %s",
+            len({c.example for c in found}),
+            LOG,
+        )
+    return found
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    complete = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file() and not (path / "checkpoint-is-incomplete.txt").exists()
+    ]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None

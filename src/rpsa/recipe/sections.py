@@ -1,0 +1,182 @@
+"""The sections of a recipe, each with its defaults: Appendix A of the paper, and what it leaves open."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    WithJsonSchema,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:2`; `matrix.bases`: several.
+
+    `generation_dtype`: of the weights while they generate; by default bfloat16 on a GPU and `dtype` on a CPU.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    generation_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    trust_remote_code: bool = False
+
+
+class Reference(Section):
+    """D_ref (section 3.1): the model's own responses to reasoning problems.
+
+    `backend` "auto" is vLLM where it is installed with a GPU, else transformers; `engine` is passed to vLLM.
+    """
+
+    problems: str | None = None
+    n: PositiveInt = 100
+    seed: int = 42
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_new_tokens: PositiveInt = 32768
+    reference_max_length: PositiveInt = 4096
+    only_correct: bool = False
+    batch_size: PositiveInt = 16
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: dict[str, Any] = {}
+
+
+def _regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is not a regular expression ({error})") from error
+    return value
+
+
+class Fisher(Section):
+    """The estimator of Eq. 4."""
+
+    estimator: Literal["token_signs", "per_token", "per_sequence"] = "token_signs"
+    probes: PositiveInt = 4
+    seed: int = 42
+    scope: Annotated[str, AfterValidator(_regex)] | None = None
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    batch_size: PositiveInt = 4
+    activation_checkpointing: bool = False
+
+
+def _frozen_ratio(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("dynamic", "noise"):
+        raise ValueError(f"{value!r} is neither a number between 0 and 1 nor 'dynamic' nor 'noise'")
+    if isinstance(value, int | float) and not 0 <= value <= 1:
+        raise ValueError(f"{value!r} is not between 0 and 1")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"expected a number between 0 and 1, 'dynamic' or 'noise', not {value!r}")
+    return value
+
+
+class Align(Section):
+    """Freezing (section 3.2) and the dynamic k of Eq. 6 and 7."""
+
+    frozen_ratio: Annotated[
+        float | Literal["dynamic", "noise"],
+        BeforeValidator(_frozen_ratio),
+        WithJsonSchema(
+            {"anyOf": [{"enum": ["dynamic", "noise"]}, {"type": "number", "minimum": 0, "maximum": 1}]}
+        ),
+    ] = "dynamic"
+    window: PositiveInt = 20
+    every: PositiveInt = 25
+    sigma_scale: Annotated[float, Field(gt=0)] = 2.0
+    mask: Literal["fisher", "random", "random_nonzero", "random_per_tensor", "magnitude", "inverse"] = (
+        "fisher"
+    )
+    gradient_only: bool = False
+    frozen_moments: Literal["zero", "raw"] = "zero"
+    zero_fisher: Literal["trainable", "frozen"] = "trainable"
+    audit: bool = True
+
+
+class Safety(Section):
+    """D_S: the safety examples to train on."""
+
+    data: str | None = None
+    format: Literal["auto", "direct_refusal", "safechain", "star1", "prompt_response", "messages"] = "auto"
+    max_length: PositiveInt | None = 4096
+    n: PositiveInt | None = None
+    seed: int = 42
+    benign: str | None = None
+    benign_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class Evaluate(Section):
+    """What the models are asked afterwards, and who judges.
+
+    A task is a benchmark (`rpsa_aime24`, ...), a group, `tiny`, or a file whose columns say what it holds:
+    `entry_point` and `test` make its rows programs to write, `answer` reasoning problems, a `label` "safe" requests
+    to comply with; other rows are harmful requests. Benchmarks are read from files in the recipe's `data_dir` where
+    it has them, else from the Hugging Face hub. `n` draws items of each set, `samples` responses to each (by default
+    as many as the benchmark asks for). `judge` judges answers to attacks (`second_judge` too, for their agreement),
+    `refusal_judge` answers to requests that nobody should refuse; their settings and `engine` (vLLM's) are passed on.
+    """
+
+    tasks: list[str] = []
+    n: PositiveInt | None = None
+    samples: PositiveInt | None = None
+    seed: int = 123
+    prompt_style: Literal["appendix_b", "section_4"] = "appendix_b"
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_new_tokens: PositiveInt = 32768
+    batch_size: PositiveInt = 16
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: dict[str, Any] = {}
+    judge: str = "refusal"
+    judge_settings: dict[str, Any] = {}
+    judge_traces: bool = False
+    second_judge: str | None = None
+    second_judge_settings: dict[str, Any] = {}
+    refusal_judge: str = "refusal"
+    refusal_judge_settings: dict[str, Any] = {}
+    accept_unsandboxed: bool = False
+
+
+class Perturb(Section):
+    """Fig. 3: the elements with the largest Fisher, scaled, against other choices of as many."""
+
+    fractions: list[Share] = [0.01]
+    factors: list[float] = [0.9]
+    selections: list[str] = ["fisher", "random", "random_per_tensor", "magnitude"]
+    draws: PositiveInt = 5
+
+
+class Analysis(Section):
+    """What is made of the bases' Fishers: `fisher_map` at these k (Fig. 1 and 2), `perturb` (Fig. 3)."""
+
+    fisher_map: list[Share] = []
+    perturb: Perturb | None = None
+
+
+class Report(Section):
+    """The report has no settings yet."""
+
+
+class Launch(Section):
+    """Several processes for the stages fisher and align, through `accelerate launch`: its config file (`config`),
+    or a number of processes for DDP. What is set beside `config` replaces the file's value."""
+
+    config: str | None = None
+    num_processes: PositiveInt | None = None
+    num_machines: PositiveInt | None = None
+    machine_rank: NonNegativeInt | None = None
+    main_process_ip: str | None = None
+    main_process_port: NonNegativeInt | None = None
