@@ -1,0 +1,57 @@
+"""The `rpsa` command. Each command imports what it needs when it runs, so that `rpsa --help` is quick."""
+
+from typing import Annotated
+
+import typer
+
+from rpsa.cli.analysis import fisher_map, perturb
+from rpsa.cli.evaluation import evaluate, tasks_path
+from rpsa.cli.inspection import audit, schema, verify
+from rpsa.cli.study import plan, run, sweep
+from rpsa.cli.tiny import tiny_app
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Safety-align reasoning models without paying for it in reasoning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The entry point of the `rpsa` command."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"rpsa {version('rpsa')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# In the order of `rpsa --help`
+app.command()(run)
+app.command()(sweep)
+app.command()(plan)
+app.command()(evaluate)
+app.command("tasks-path")(tasks_path)
+app.command()(schema)
+app.command()(verify)
+app.command()(audit)
+app.command("fisher-map")(fisher_map)
+app.command()(perturb)
+app.add_typer(tiny_app, name="tiny")

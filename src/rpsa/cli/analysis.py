@@ -1,0 +1,80 @@
+"""Figures 1 to 3: `rpsa fisher-map` and `rpsa perturb`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rpsa.cli.errors import readable_errors
+from rpsa.errors import RPSAError
+
+
+def fisher_map(
+    fishers: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of saved Fishers.", metavar="FISHER_DIR...", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    k: Annotated[str, typer.Option(help="Frozen ratios to look at, with commas between.")] = "0.6,0.9",
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model, where a Fisher's names do not tell all.", show_default=False),
+    ] = None,
+) -> None:
+    """Show where a Fisher lies by layer and module, what is frozen at k, and what still trains (Fig. 1 and 2)."""
+    with readable_errors():
+        from rpsa.pipeline.fisher_map import fisher_map as draw_map
+
+        draw_map(fishers, _numbers("--k", k), out, model)
+
+
+def perturb(
+    model: Annotated[str, typer.Argument(help="A Hugging Face id, a folder, or tiny:0.", show_default=False)],
+    fisher: Annotated[Path, typer.Argument(help="The folder of its Fisher.", show_default=False)],
+    tasks: Annotated[str, typer.Option(help="Reasoning tasks, with commas between.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    fractions: Annotated[str, typer.Option(help="Shares of all elements to scale.")] = "0.01",
+    factors: Annotated[str, typer.Option(help="What to scale them by.")] = "0.9",
+    selections: Annotated[
+        str, typer.Option(help="Which elements; random_nonzero and inverse, too.")
+    ] = "fisher,random,random_per_tensor,magnitude",
+    draws: Annotated[int, typer.Option(help="Draws of each random selection.")] = 5,
+    seed: Annotated[
+        int, typer.Option(help="The seed of the draws, of the problems and of the sampling.")
+    ] = 42,
+    n: Annotated[int | None, typer.Option(help="Problems of a set, if not all.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest response.")] = 32768,
+    batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 16,
+) -> None:
+    """Scale the elements with the highest Fisher, or others, and measure what reasoning loses (Fig. 3).
+
+    What is finished is kept: the same command goes on after an interruption, and with more factors, fractions,
+    selections or draws it runs only what is new.
+    """
+    with readable_errors():
+        from rpsa.pipeline.perturb import PerturbationConfig, evaluation_settings, run_perturbation
+
+        settings = evaluation_settings(
+            tasks=tasks.split(","),
+            n=n,
+            seed=seed,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        config = PerturbationConfig(
+            fractions=_numbers("--fractions", fractions),
+            factors=_numbers("--factors", factors),
+            selections=tuple(selections.split(",")),
+            draws=draws,
+            seed=seed,
+        )
+        run_perturbation(model, fisher, settings, config, out)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RPSAError(f"{option}: {text!r} is not a list of numbers such as 0.6,0.9") from None

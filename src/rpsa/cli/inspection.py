@@ -1,0 +1,59 @@
+"""Looking at what there is: a recipe's schema, a run's files, a model's audit."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rpsa.cli.errors import readable_errors
+from rpsa.errors import RPSAError
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors and for reading."""
+    with readable_errors():
+        from rpsa.recipe import recipe_schema
+
+        typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def verify(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]) -> None:
+    """Check a run's files against the hashes that its stages recorded."""
+    with readable_errors():
+        _require_folder(run_dir)
+        from rpsa import pipeline
+
+        pipeline.verify(run_dir)
+
+
+def audit(
+    model_dir: Annotated[
+        Path, typer.Argument(help="A model's folder, with its rpsa_audit.json.", show_default=False)
+    ],
+) -> None:
+    """Show what a training run recorded about its frozen elements: how many were checked, and how many moved."""
+    with readable_errors():
+        _require_folder(model_dir)
+        from rpsa.report.audit import render_audit
+
+        render_audit(_read_json(model_dir / "rpsa_audit.json"))
+
+
+def _require_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise RPSAError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RPSAError(
+            f"{path}: no such file; only models that RPSATrainer saved with audit=True have one"
+        ) from None
+    except ValueError as error:
+        raise RPSAError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RPSAError(f"{path}: expected a mapping")
+    return value

@@ -1,0 +1,94 @@
+"""What takes a recipe: `rpsa run`, `rpsa sweep`, `rpsa plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rpsa.cli.errors import readable_errors
+from rpsa.errors import RPSAError
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.", metavar="STAGE")] = None,
+) -> None:
+    """Run a recipe: reference, Fisher, alignment, evaluation, report. Finished stages are not run again."""
+    with readable_errors():
+        from rpsa.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides or [])
+        from rpsa import pipeline
+
+        pipeline.run(checked, only=only)
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="A setting and its values: lora.r=1,2,4.", metavar="KEY=VALUES", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings of every point: section.key=value ...", show_default=False),
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Points at a time.")] = 1,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs a point: 'sbatch --wait --gpus=1 --output {log} --wrap {command}'; {args} are the words "
+            "after rpsa, {slot} a number below --parallel.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+) -> None:
+    """Run a recipe at every point of a grid of its settings (Fig. 5 and 7). Finished points are not run again."""
+    with readable_errors():
+        from rpsa.pipeline.sweep import SweepConfig
+        from rpsa.pipeline.sweep import sweep as run_sweep
+
+        config = SweepConfig(recipe, over, overrides or [], out, parallel, launcher)
+        failed = any(outcome.failure is not None for outcome in run_sweep(config))
+    if failed:
+        raise typer.Exit(1)
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,2,4,8",
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds, as JSON.")] = False,
+) -> None:
+    """Say what a recipe needs before it runs: memory, steps, tokens, rough hours. Loads no weights."""
+    with readable_errors():
+        from rpsa.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides or [])
+        numbers = _whole_numbers(gpus)
+        from rpsa.pipeline.quiet import quiet
+        from rpsa.plan import make_plan
+        from rpsa.plan.render import render, to_json
+
+        quiet()
+        made = make_plan(checked, gpu_memory, numbers)
+        if as_json:
+            typer.echo(to_json(made))
+        else:
+            render(made)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise RPSAError(f"--gpus: {text!r} is not a list of whole numbers such as 1,2,4,8") from None
