@@ -62,7 +62,7 @@ def test_version_and_schema() -> None:
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "rpsa.cli", "run", DEMO, "fisher.estimatr=per_token"],
+        [sys.executable, "-m", "rpsa", "run", DEMO, "fisher.estimatr=per_token"],
         capture_output=True,
         text=True,
         check=False,
