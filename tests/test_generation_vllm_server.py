@@ -48,6 +48,13 @@ pathlib.Path(os.environ["STAND_IN_PID"]).write_text(str(os.getpid()))
 if arguments.data_parallel_size == 3:
     print("Traceback (most recent call last):", "ValueError: there are 2 GPUs", "terminating", sep="\\n")
     sys.exit(1)
+if arguments.data_parallel_size == 4:
+    import http.server
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+    http.server.HTTPServer(("127.0.0.1", arguments.port), Ready).serve_forever()
 import completions_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 completions_server.MODEL = arguments.served_model_name
@@ -110,8 +117,12 @@ def test_a_server_that_does_not_start_is_one_line(pid_file: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_it_does_not_outlive_a_process_that_is_ended(pid_file: Path, sent: signal.Signals) -> None:
     program = (
-        "from test_generation_vllm_server import *\n"
-        "generator = VLLMServerGenerator(FOLDER, TOKENIZER, ENGINE)\n"
+        "import signal, time\n"
+        "from transformers import AutoTokenizer\n"
+        "from rpsa.generation.vllm_server import VLLMServerGenerator\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({FOLDER!r})\n"
+        "generator = VLLMServerGenerator('tiny', tokenizer, {'data_parallel_size': 4})\n"
         "print('ready', flush=True)\n"
         "time.sleep(600)\n"
     )
