@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rpsa.errors import RPSAError
+from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.alignment import starting_model
@@ -170,6 +171,27 @@ def test_plain_lora_and_rpsa_start_from_the_same_adapter(recipe_file: Path) -> N
     assert any(
         not torch.equal(a, b) for a, b in zip(plain.parameters(), other_seed.parameters(), strict=True)
     )
+
+
+def test_a_warmed_up_adapter_has_a_fisher_in_a_and_is_where_alignment_starts(recipe_file: Path) -> None:
+    fishers, starts = {}, {}
+    for steps in (0, 3):
+        settings = [f"output_dir={recipe_file.parent / str(steps)}", f"fisher.warmup_steps={steps}"]
+        recipe = load_recipe(recipe_file, [*settings, "matrix.methods=[lora+rpsa]"])
+        for stage in ("reference", "fisher"):
+            folder = run(recipe, only=stage)
+        [fisher] = (folder / "fisher" / "tiny-0").iterdir()
+        fishers[steps] = FisherDiagonal.load(fisher)
+        starts[steps] = starting_model(recipe, recipe.cells()[0])
+    for name, scores in fishers[3].scores.items():
+        assert (scores > 0).any()
+        assert "lora_B" in name or not fishers[0].scores[name].any()
+    adapters = [dict(start.named_parameters()) for start in starts.values()]
+    for name, before in adapters[0].items():
+        assert torch.equal(before, adapters[1][name]) == ("lora_" not in name)
+    fishers[3].check_adapter(starts[3])
+    with pytest.raises(RPSAError):
+        fishers[3].check_adapter(starts[0])
 
 
 def test_the_saved_model_loads_anywhere_and_frozen_weights_are_the_bases(recipe_file: Path) -> None:

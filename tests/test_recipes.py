@@ -37,7 +37,7 @@ def test_every_recipe_builds_what_it_describes(path: Path, tmp_path: Path) -> No
         assert args.learning_rate == cell.learning_rate
         if cell.paradigm == "lora":
             LoraConfig(task_type="CAUSAL_LM", **cell.lora)
-    settings = recipe.fisher.model_dump(exclude={"batch_size", "activation_checkpointing"})
+    settings = recipe.fisher.model_dump(exclude={"warmup_steps", "batch_size", "activation_checkpointing"})
     FisherConfig(**settings)
     ReferenceConfig(max_new_tokens=recipe.reference.max_new_tokens)
 

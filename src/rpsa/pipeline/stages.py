@@ -34,8 +34,9 @@ from rpsa.pipeline.tasks import (
 )
 from rpsa.recipe.schema import Recipe
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
-from rpsa.sharding import rank
+from rpsa.sharding import rank, world_size
 from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems
+from rpsa.training.warmup import warm_up
 
 if TYPE_CHECKING:
     pass
@@ -100,20 +101,31 @@ def reference_problems(source: str, n: int, seed: int) -> list[Problem]:
 def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """The Fisher diagonal of a base, or of a LoRA adapter on it, which is saved too: alignment starts from it."""
     reference = ReferenceDataset.load(recipe.folder / "reference" / task.folder.parent.name)
-    settings = task.fisher
+    settings, longest = task.fisher, recipe.reference.reference_max_length
     train = task.cell.train if task.cell else {}
     model: Any = load_model(
         task.base, recipe.model, training_dtype(train, "lora" if task.cell else "fft", recipe.model)
     )
     if task.cell is not None:
         model = add_adapter(model, task.cell)
-        if rank() == 0:
-            model.save_pretrained(folder / ADAPTER)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if task.cell is not None:
+        if settings.warmup_steps:
+            if world_size() > 1:
+                raise RPSAError(
+                    "fisher.warmup_steps is for one process: run --only fisher without launch first"
+                )
+            taken = (
+                reference.rotating_batch(step, settings.batch_size, longest)
+                for step in range(settings.warmup_steps)
+            )
+            warm_up(model, taken, task.cell.train["learning_rate"])
+        if rank() == 0:
+            model.save_pretrained(folder / ADAPTER)
     fisher = estimate_fisher(
         sharded(model),
-        reference.batches(settings.batch_size, recipe.reference.reference_max_length),
+        reference.batches(settings.batch_size, longest),
         FisherConfig(
             estimator=settings.estimator,
             probes=settings.probes,

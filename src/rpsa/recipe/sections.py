@@ -62,13 +62,17 @@ def _regex(value: str) -> str:
 
 
 class Fisher(Section):
-    """The estimator of Eq. 4."""
+    """The estimator of Eq. 4.
+
+    `warmup_steps`: of a LoRA adapter on D_ref before F is measured, so that A has one too.
+    """
 
     estimator: Literal["token_signs", "per_token", "per_sequence"] = "token_signs"
     probes: PositiveInt = 4
     seed: int = 42
     scope: Annotated[str, AfterValidator(_regex)] | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
+    warmup_steps: NonNegativeInt = 0
     batch_size: PositiveInt = 4
     activation_checkpointing: bool = False
 
