@@ -17,7 +17,7 @@ _SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "peft", "rpsa
 def run_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(*args)` on each of `count` ranks, and what each returned; an exception on one is raised here."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     processes = [
         _SERVER.Process(target=_run, args=(rank, count, port, function, folder, args))
         for rank in range(count)
@@ -51,7 +51,7 @@ def _run(
             torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

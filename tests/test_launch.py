@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from ranks import free_port
 from test_pipeline import RECIPE, written
 from transformers import AutoModelForCausalLM
 
@@ -182,10 +182,12 @@ def test_two_machines_fill_one_folder(recipe_file: Path) -> None:
     """Each is a launcher with one process, on the loopback; what they share is the folder."""
     settings = [f"output_dir={recipe_file.parent / 'run'}", METHODS]
     run(load_recipe(recipe_file, settings), only="reference")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    there = ["main_process_ip=127.0.0.1", f"main_process_port={port}", "num_machines=2", "num_processes=2"]
+    there = [
+        "main_process_ip=127.0.0.1",
+        f"main_process_port={free_port()}",
+        "num_machines=2",
+        "num_processes=2",
+    ]
     command = [sys.executable, "-m", "rpsa", "run", str(recipe_file), *settings]
     for stage in ("fisher", "align"):
         machines = [

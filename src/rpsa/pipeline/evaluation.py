@@ -50,13 +50,11 @@ REFUSAL = "refusal"
 """The judge that is always there."""
 
 Progress = Callable[[int, int], None]
+"""Called with what is done and what there is."""
 
 
 def no_progress(done: int, total: int) -> None:
     """For a run beside others, whose output would be in the way."""
-
-
-"""Called with what is done and what there is."""
 
 
 @dataclass(frozen=True)

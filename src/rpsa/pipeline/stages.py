@@ -101,7 +101,7 @@ def reference_problems(source: str, n: int, seed: int) -> list[Problem]:
 def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """The Fisher diagonal of a base, or of a LoRA adapter on it, which is saved too: alignment starts from it."""
     reference = ReferenceDataset.load(recipe.folder / "reference" / task.folder.parent.name)
-    settings, longest = task.fisher, recipe.reference.reference_max_length
+    settings = task.fisher
     train = task.cell.train if task.cell else {}
     model: Any = load_model(
         task.base, recipe.model, training_dtype(train, "lora" if task.cell else "fft", recipe.model)
@@ -112,20 +112,12 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if task.cell is not None:
         if settings.warmup_steps:
-            if world_size() > 1:
-                raise RPSAError(
-                    "fisher.warmup_steps is for one process: run --only fisher without launch first"
-                )
-            taken = (
-                reference.rotating_batch(step, settings.batch_size, longest)
-                for step in range(settings.warmup_steps)
-            )
-            warm_up(model, taken, task.cell.train["learning_rate"])
+            _warm_up(recipe, task, model, reference)
         if rank() == 0:
             model.save_pretrained(folder / ADAPTER)
     fisher = estimate_fisher(
         sharded(model),
-        reference.batches(settings.batch_size, longest),
+        reference.batches(settings.batch_size, recipe.reference.reference_max_length),
         FisherConfig(
             estimator=settings.estimator,
             probes=settings.probes,
@@ -138,6 +130,17 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
     overlap = fisher.manifest["estimation"]["split_half"]
     log.info("%s: split-half overlap %s", task.name, overlap)
     fisher.save(folder)
+
+
+def _warm_up(recipe: Recipe, task: Task, model: Any, reference: ReferenceDataset) -> None:
+    assert task.cell is not None
+    if world_size() > 1:
+        raise RPSAError("fisher.warmup_steps is for one process: run --only fisher without launch first")
+    batches = (
+        reference.rotating_batch(step, task.fisher.batch_size, recipe.reference.reference_max_length)
+        for step in range(task.fisher.warmup_steps)
+    )
+    warm_up(model, batches, task.cell.train["learning_rate"])
 
 
 # analyse

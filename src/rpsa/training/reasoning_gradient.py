@@ -32,11 +32,11 @@ def reasoning_backward(
     with torch.random.fork_rng(devices), evaluation_mode(model):
         for start in range(0, len(samples), micro_batch_size):
             part = samples.select(range(start, min(start + micro_batch_size, len(samples))))
-            accelerator.backward(_negative_log_likelihood(model, part, accelerator.device) * scale)
+            accelerator.backward(negative_log_likelihood(model, part, accelerator.device) * scale)
 
 
-def _negative_log_likelihood(model: nn.Module, samples: Any, device: torch.device) -> torch.Tensor:
-    """Summed over the response tokens."""
+def negative_log_likelihood(model: nn.Module, samples: Any, device: torch.device) -> torch.Tensor:
+    """Summed over the response tokens of samples that `read_samples` read."""
     responses: Responses = samples.responses(device)
     logits_BTV = model(
         input_ids=samples.input_ids.to(device),

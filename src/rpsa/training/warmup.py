@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from rpsa.evaluation_mode import evaluation_mode
+from rpsa.fisher.samples import read_samples
+from rpsa.training.reasoning_gradient import negative_log_likelihood
 
 
 def warm_up(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
@@ -25,8 +27,9 @@ def warm_up(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rat
     device = parameters[0].device
     with evaluation_mode(model):
         for batch in batches:
-            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
-            model(**inputs).loss.backward()
+            [samples] = read_samples([batch])
+            tokens = int(samples.response_lengths.sum())
+            (negative_log_likelihood(model, samples, device) / tokens).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
