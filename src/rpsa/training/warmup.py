@@ -29,7 +29,7 @@ def warm_up(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rat
         for batch in batches:
             [samples] = read_samples([batch])
             tokens = int(samples.response_lengths.sum())
-            (negative_log_likelihood(model, samples, device) / tokens).backward()
+            (negative_log_likelihood(model, samples, device) / tokens).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
