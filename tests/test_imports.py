@@ -55,7 +55,7 @@ LAYERS = [
     {"sharding"},
     {"parameters", "artifacts", "rows", "evaluation_mode", "prompts"},
     {"fisher"},
-    {"freezing"},
+    {"freezing", "alternatives"},
     {"chat", "answers"},
     {"generation"},
     {"reference"},

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rpsa.errors import RPSAError
 from rpsa.pipeline import launch, run, verify
-from rpsa.pipeline.alignment import CHECKPOINTS
+from rpsa.pipeline.trainers import CHECKPOINTS
 from rpsa.recipe import Recipe, load_recipe
 from rpsa.recipe.sections import Launch
 from rpsa.training.engines import refuse_engines, refuse_model

@@ -17,9 +17,9 @@ from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
-from rpsa.pipeline.alignment import starting_model
 from rpsa.pipeline.models import add_adapter, generation_dtype, load_model, vllm_engine
 from rpsa.pipeline.subjects import loaded_to_generate
+from rpsa.pipeline.trainers import starting_model
 from rpsa.recipe import Recipe, load_recipe
 from rpsa.recipe.sections import Model
 from rpsa.tiny import tiny_model_dir

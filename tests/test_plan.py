@@ -29,6 +29,7 @@ from rpsa.plan.live_bytes import LiveBytes
 from rpsa.plan.memory import (
     AlignMemory,
     Freezing,
+    Instead,
     Passes,
     StageMemory,
     align_memory,
@@ -41,6 +42,7 @@ from rpsa.plan.steps import count_steps
 from rpsa.recipe import load_recipe
 from rpsa.recipe.names import installed_names
 from rpsa.reference import ReferenceDataset, Trace
+from rpsa.training.alternatives import AlternativesConfig, AlternativesTrainer
 from rpsa.training.config import RPSAConfig
 from rpsa.training.reasoning_gradient import reasoning_backward
 from rpsa.training.trainer import RPSATrainer
@@ -110,7 +112,7 @@ def tokenizer() -> Any:
 
 
 def live_run(
-    config: PreTrainedConfig, *, lora: bool, rpsa: bool, bf16: bool, checkpointing: bool, folder: Path
+    config: PreTrainedConfig, *, lora: bool, method: str, bf16: bool, checkpointing: bool, folder: Path
 ) -> tuple[dict[str, int], int]:
     """Bytes of the real objects between two steps, by part; and the most that was alive, by counting."""
     settings: dict[str, Any] = {
@@ -120,19 +122,27 @@ def live_run(
     }  # fmt: skip
     settings = installed_names(settings, SFTConfig)
     model = real_model(config, "bfloat16" if lora and bf16 else "float32", lora)
-    common = {"train_dataset": safety_dataset(config.vocab_size), "processing_class": tokenizer()}
+    common: dict[str, Any] = {
+        "train_dataset": safety_dataset(config.vocab_size),
+        "processing_class": tokenizer(),
+    }
     reference = reference_dataset(config.vocab_size)
     trainer: Any
-    if rpsa:
+    if method != "plain":
         estimate_fisher(model, reference.batches(2, None), FisherConfig(progress=False)).save(
             folder / "fisher"
         )
         fisher = FisherDiagonal.load(folder / "fisher")
+        common |= {"fisher": fisher, "reference_dataset": reference}
+    if method == "rpsa":
         args = RPSAConfig(**settings, frozen_ratio="dynamic", every=1, window=2)
-        trainer = RPSATrainer(model=model, args=args, fisher=fisher, reference_dataset=reference, **common)
+        trainer = RPSATrainer(model=model, args=args, **common)
+    elif method != "plain":
+        way = {"penalty": "fisher"} if method == "penalty" else {"projection": "agem"}
+        trainer = AlternativesTrainer(model=model, args=AlternativesConfig(**settings, **way), **common)
     else:
         trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **common)
-    scores = list(fisher.scores.values()) if rpsa else []
+    scores = list(fisher.scores.values()) if method in ("rpsa", "penalty") else []
     with LiveBytes([*model.parameters(), *model.buffers(), *scores]) as live:
         trainer.train()
     parts = {
@@ -142,7 +152,11 @@ def live_run(
             t for state in trainer.optimizer.optimizer.state.values() for t in state.values()
         ),
     }
-    if rpsa:
+    if method == "penalty":
+        parts["start"] = size_of(trainer.start.values())
+        parts["Fisher"] = size_of(trainer.weight_penalty._weights.values())
+        return parts, parts["weights"] + live.peak
+    if method == "rpsa":
         freezer, audit = trainer.freezer, trainer.rpsa.audit
         parts["Fisher"] = size_of(freezer._fisher.values())
         values = [*audit._initial.values(), *audit._opened[2].values()]
@@ -156,24 +170,32 @@ def size_of(tensors: Any) -> int:
 
 
 def planned_run(
-    config: PreTrainedConfig, *, lora: bool, rpsa: bool, bf16: bool, checkpointing: bool
+    config: PreTrainedConfig, *, lora: bool, method: str, bf16: bool, checkpointing: bool
 ) -> StageMemory:
-    shape, reference = Shape(SEQUENCES, LENGTH), Shape(SEQUENCES, THOUGHT) if rpsa else None
+    shape = Shape(SEQUENCES, LENGTH)
+    reference = Shape(SEQUENCES, THOUGHT) if method in ("rpsa", "agem") else None
     freezing = Freezing(
         dynamic=True, control=False, raw_moments=False, gradient_only=False, audit=True, largest_k=1.0
     )
     with fake_tensors():
         model = build_model(config, "bfloat16" if lora and bf16 else "float32", LORA if lora else None)
         passes = dry_passes(model, shape, reference, Precision(bf16, checkpointing), accumulated=False)
-        memory = align_memory(model, passes, "adamw_torch_fused", freezing if rpsa else None)
+        instead = Instead("fisher" if method == "penalty" else None, method == "agem")
+        memory = align_memory(
+            model,
+            passes,
+            "adamw_torch_fused",
+            freezing if method == "rpsa" else None,
+            instead if method in ("penalty", "agem") else None,
+        )
     return memory.on(1, "one GPU")
 
 
-@pytest.mark.parametrize("rpsa", [False, True], ids=["plain", "rpsa"])
+@pytest.mark.parametrize("method", ["plain", "rpsa", "penalty", "agem"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_memory_is_what_is_alive(name: str, lora: bool, rpsa: bool, tmp_path: Path) -> None:
-    how = {"lora": lora, "rpsa": rpsa, "bf16": True, "checkpointing": name == "deep"}
+def test_training_memory_is_what_is_alive(name: str, lora: bool, method: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"lora": lora, "method": method, "bf16": True, "checkpointing": name == "deep"}
     parts, peak = live_run(CONFIGS[name], folder=tmp_path, **how)
     planned = planned_run(CONFIGS[name], **how)
     print(
@@ -302,6 +324,23 @@ def test_steps_are_the_trainers(batch: int, accumulation: int, epochs: float, tm
     assert count_steps(args, 16, gpus=1).steps == trainer.state.max_steps == trainer.state.global_step
 
 
+def test_rehearsal_and_projection_cost_what_they_do(tmp_path: Path) -> None:
+    """Steps as the trainer makes them: a quarter more rows and a reasoning gradient at every step."""
+    recipe = load_recipe(
+        RECIPES / "tiny" / "demo.yaml", [*TINY, "matrix.methods=[fft, fft+rehearsal, fft+agem]"]
+    )
+    plans = {method.method: method for method in make_plan(recipe, gpus=[1]).methods}
+    plain, rehearsal, agem = (plans[name].layouts[0].steps for name in ("fft", "fft+rehearsal", "fft+agem"))
+    assert plain is not None
+    assert rehearsal is not None
+    assert agem is not None
+    assert plans["fft+rehearsal"].safety.examples == round(256 / 0.75)
+    assert (plain.steps, rehearsal.steps) == (3 * 32, 3 * 43)
+    assert (plain.measurements, rehearsal.measurements, agem.measurements) == (0, 0, 96)
+    assert plans["fft"].measurement_cost is None
+    assert plans["fft+agem"].measurement_cost is not None
+
+
 def test_the_papers_own_setting_never_leaves_a_half(tmp_path: Path) -> None:
     args = RPSAConfig(
         output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, num_train_epochs=3
@@ -347,7 +386,8 @@ def test_an_8b_model_on_80_gib(eight_billion: Path) -> None:
     assert any("k stays at 0.5: 357 steps" in warning and "501 steps" in warning for warning in plan.warnings)
     assert method.measurement_cost == pytest.approx(4096 / 150)
     reference, fisher, evaluate = plan.stages[str(eight_billion)]
-    assert reference.memory.kept["KV cache"] == 2 * 32 * 8 * 128 * 4 * 4 * (200 + 32768)
+    # keys and values of 4 sequences in bf16
+    assert reference.memory.kept["KV cache"] == 2 * 32 * 8 * 128 * 2 * 4 * (200 + 32768)
     assert (reference.fits, fisher.fits, evaluate.fits) == (True, True, True)
 
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from rpsa.errors import RPSAError
-from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.tasks import fisher_task
+from rpsa.pipeline.trainers import training_arguments
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
 from rpsa.recipe.methods import WELL_KNOWN
 from rpsa.recipe.names import installed_names
@@ -56,7 +56,7 @@ def test_demo_expands_into_readable_unique_cells() -> None:
 
 
 def test_every_named_variant_is_one_change_and_trainable(tmp_path: Path) -> None:
-    methods = [name for name in WELL_KNOWN if name not in ("original", "lora", "fft")]
+    methods = [name for name, method in WELL_KNOWN.items() if "align" in method]
     cells = {cell.method: cell for cell in load_recipe(DEMO, [f"matrix.methods={methods}"]).cells()}
     base = Align(window=10, every=2)
     constant = base.model_copy(update={"frozen_ratio": 0.6})

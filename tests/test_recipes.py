@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rpsa.fisher.config import FisherConfig
-from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.stages import check_settings
+from rpsa.pipeline.trainers import training_arguments
 from rpsa.recipe import Cell, Recipe, load_recipe
 from rpsa.reference import ReferenceConfig
 

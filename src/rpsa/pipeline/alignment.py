@@ -3,39 +3,26 @@
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.loading import load_tasks
-from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.pipeline.evaluation import Progress, no_progress
-from rpsa.pipeline.models import (
-    ADAPTER,
-    add_adapter,
-    load_model,
-    load_tokenizer,
-    training_dtype,
-)
-from rpsa.pipeline.tasks import (
-    Task,
-    fisher_task,
-    reference_task,
-    task_options,
-)
-from rpsa.recipe.names import installed_names
+from rpsa.pipeline.models import load_tokenizer
+from rpsa.pipeline.tasks import Task, reference_task, task_options
+from rpsa.pipeline.trainers import CHECKPOINTS, make_trainer
 from rpsa.recipe.schema import Cell, Recipe, slug
 from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
-from rpsa.sharding import rank, world_size
+from rpsa.sharding import rank
 from rpsa.tiny import safety_examples
 from rpsa.training.card import write_card
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
+from rpsa.training.rehearsal import rehearse
 from rpsa.training.safety_data import (
     SafetyExample,
     contamination,
@@ -46,12 +33,8 @@ from rpsa.training.safety_data import (
     tokenize_safety_data,
 )
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 LOG = "log.json"
 
 
@@ -70,6 +53,11 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     if cell.safety.validation_share:
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
     dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length)
+    reference = reference_task(recipe, cell)
+    if cell.alternatives and cell.alternatives.rehearsal_share:
+        assert reference is not None
+        traces, share = ReferenceDataset.load(reference.folder), cell.alternatives.rehearsal_share
+        dataset = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
     validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length)[0] if held else None
     trainer = make_trainer(
         recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
@@ -85,7 +73,8 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     if rank() > 0:
         return
     tokenizer.save_pretrained(folder)
-    write_card(folder, model_metadata(trainer, card_names(recipe, cell)))
+    rehearsed = len(dataset) - counts.examples
+    write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed)))
     atomic_write(
         folder / LOG,
         stable_json(
@@ -95,6 +84,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
                 "seconds": time.perf_counter() - started,
                 "processes": trainer.accelerator.num_processes,
                 "safety_data": asdict(counts),
+                "rehearsed": rehearsed,
                 "contamination": [asdict(c) for c in contaminated(recipe, examples)],
             }
         ),
@@ -102,11 +92,15 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def card_names(recipe: Recipe, cell: Cell) -> CardNames:
+def card_names(recipe: Recipe, cell: Cell, rehearsed: int = 0) -> CardNames:
     """The recipe's own names, for the model card."""
     assert cell.safety is not None
     return CardNames(
-        model=slug(cell.id), base=cell.base, dataset=cell.safety.data, problems=recipe.reference.problems
+        model=slug(cell.id),
+        base=cell.base,
+        dataset=cell.safety.data,
+        problems=recipe.reference.problems,
+        rehearsed=rehearsed,
     )
 
 
@@ -115,92 +109,6 @@ def save_whole(trainer: Any, folder: Path) -> None:
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
-
-
-def make_trainer(
-    recipe: Recipe,
-    cell: Cell,
-    tokenizer: Any,
-    dataset: "Dataset",
-    validation: "Dataset | None",
-    folder: Path,
-    *,
-    quiet: bool,
-) -> Any:
-    """`RPSATrainer` if the cell freezes anything, TRL's `SFTTrainer` if not; on the same start either way."""
-    from transformers.trainer_callback import PrinterCallback
-    from trl import SFTTrainer
-
-    from rpsa.training.trainer import RPSATrainer
-
-    common = {
-        "args": training_arguments(recipe, cell, folder, quiet=quiet),
-        "train_dataset": dataset,
-        "eval_dataset": validation,
-        "processing_class": tokenizer,
-    }
-    if cell.align is None:
-        with refusals_of_trl(cell):
-            trainer = SFTTrainer(model=starting_model(recipe, cell), **common)
-    else:
-        fisher, reference = fisher_task(recipe, cell), reference_task(recipe, cell)
-        assert fisher is not None
-        assert reference is not None
-        with refusals_of_trl(cell):
-            trainer = RPSATrainer(
-                model=starting_model(recipe, cell),
-                fisher=FisherDiagonal.load(fisher.folder),
-                reference_dataset=ReferenceDataset.load(reference.folder),
-                **common,
-            )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
-    """The cell's `RPSAConfig`, or `SFTConfig` where nothing is frozen.
-
-    Raises:
-        RPSAError: the settings contradict each other, or are not supported.
-    """
-    from trl import SFTConfig
-
-    from rpsa.training.config import RPSAConfig
-
-    settings = installed_names(cell.train, SFTConfig)
-    arguments = {"disable_tqdm": quiet} | settings | {"output_dir": str(folder / CHECKPOINTS)}
-    with refusals_of_trl(cell):
-        if cell.align is None:
-            return SFTConfig(**{"enable_jit_checkpoint": world_size() == 1} | arguments)
-        return RPSAConfig(
-            **arguments,
-            **cell.align.model_dump(),
-            reference_max_length=recipe.reference.reference_max_length,
-        )
-
-
-@contextmanager
-def refusals_of_trl(cell: Cell) -> Iterator[None]:
-    """What the libraries refuse is a mistake in the recipe: one line that names the run."""
-    try:
-        yield
-    except RPSAError as error:
-        raise RPSAError(f"{cell.id}: {error}") from error
-    except (ValueError, TypeError, ImportError) as error:
-        raise RPSAError(f"{cell.id}: train: {str(error).strip().partition(chr(10))[0]}") from error
-
-
-def starting_model(recipe: Recipe, cell: Cell) -> Any:
-    """The base, under LoRA with the adapter on which the Fisher was measured."""
-    model: Any = load_model(cell.base, recipe.model, training_dtype(cell.train, cell.paradigm, recipe.model))
-    if cell.paradigm != "lora":
-        return model
-    fisher = fisher_task(recipe, cell)
-    if fisher is None:
-        return add_adapter(model, cell)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(fisher.folder / ADAPTER), is_trainable=True)
 
 
 def safety_data(safety: Safety, cell_seed: int) -> list[SafetyExample]:

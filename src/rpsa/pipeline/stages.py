@@ -10,7 +10,7 @@ from rpsa.artifacts import sha256_of
 from rpsa.errors import RPSAError
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.estimators import estimate_fisher
-from rpsa.pipeline.alignment import make_aligned, training_arguments
+from rpsa.pipeline.alignment import make_aligned
 from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate, no_progress
 from rpsa.pipeline.models import (
     ADAPTER,
@@ -32,6 +32,7 @@ from rpsa.pipeline.tasks import (
     reference_of,
     task_options,
 )
+from rpsa.pipeline.trainers import training_arguments
 from rpsa.recipe.schema import Recipe
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.sharding import rank, world_size

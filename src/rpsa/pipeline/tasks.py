@@ -50,13 +50,13 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
 
 
 def reference_task(recipe: Recipe, cell: Cell) -> Task | None:
-    if cell.align is None:
+    if not cell.needs_reference:
         return None
     return Task("reference", cell.base, recipe.folder / "reference" / slug(cell.base), cell.base)
 
 
 def fisher_task(recipe: Recipe, cell: Cell) -> Task | None:
-    if cell.align is None:
+    if not cell.needs_fisher:
         return None
     folder = recipe.folder / "fisher" / slug(cell.base)
     own = _own_fisher(recipe, cell.fisher)
@@ -157,6 +157,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
             "safety": cell.safety.model_dump(),
             "data": source_identity(cell.safety.data or "", "safety"),
             "fisher": upstream(fisher) if fisher else None,
+            **(_alternatives(recipe, cell) if cell.alternatives else {}),
         }
     aligned = align_task(recipe, cell)
     return {
@@ -165,6 +166,16 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
         "data": [source_identity(source, "task") for source in recipe.evaluate.tasks],
         "data_dir": recipe.data_dir,
         "reference": _problems_left_out(recipe, cell),
+    }
+
+
+def _alternatives(recipe: Recipe, cell: Cell) -> dict[str, Any]:
+    """The inputs of a method that does something else than freezing, or beside it."""
+    assert cell.alternatives is not None
+    reference = reference_task(recipe, cell) if cell.alternatives.needs_reference else None
+    return {
+        "alternatives": cell.alternatives.model_dump(),
+        "reference": upstream(reference) if reference else None,
     }
 
 

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.models import training_dtype
+from rpsa.pipeline.trainers import training_arguments
 from rpsa.plan.base import Base
 from rpsa.plan.dry_run import Precision, Shape
 from rpsa.plan.memory import (
     AlignMemory,
     Freezing,
+    Instead,
     Passes,
     Sharding,
     align_memory,
@@ -19,7 +20,7 @@ from rpsa.plan.memory import (
 from rpsa.plan.result import Layout, MethodPlan, TrainingTime
 from rpsa.plan.steps import count_steps
 from rpsa.plan.time import GPUS, compute_seconds, launch_seconds, training_operations, update_seconds
-from rpsa.plan.tokens import SafetyTokens, safety_tokens
+from rpsa.plan.tokens import SafetyTokens, safety_tokens, with_rehearsal
 from rpsa.recipe.schema import Cell
 
 
@@ -58,10 +59,16 @@ class _Planner:
         args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder, quiet=True)
         dtype = training_dtype(cell.train, cell.paradigm, self.base.recipe.model)
         safety = safety_tokens(cell, self.base.count_tokens)
+        if cell.alternatives and cell.alternatives.rehearsal_share:
+            share = cell.alternatives.rehearsal_share
+            safety = with_rehearsal(
+                safety, share, self.base.mean_reference_tokens, self.base.reference_tokens
+            )
         freezing = _freezing(args) if cell.align else None
         model = self.base.model(dtype, cell.lora)
         run = _DryRun(cell, args, model, Shape(args.per_device_train_batch_size, safety.longest))
-        memory = align_memory(model, self._passes_of(run), str(args.optim.value), freezing)
+        instead = _instead(args) if cell.alternatives and not cell.align else None
+        memory = align_memory(model, self._passes_of(run), str(args.optim.value), freezing, instead)
         layouts = [self._layout(run, memory, gpus, safety) for gpus in self.base.gpus]
         return MethodPlan(
             base=self.base.name,
@@ -71,7 +78,7 @@ class _Planner:
             dtype=dtype,
             safety=safety,
             layouts=layouts,
-            measurement_cost=self._measurement_cost(safety) if freezing and freezing.dynamic else None,
+            measurement_cost=self._measurement_cost(safety) if _measures_g_r(cell) else None,
             training=self._training_times(run, memory, layouts, safety),
             runs=runs,
         )
@@ -94,7 +101,7 @@ class _Planner:
     def _reference_shape(self, run: _DryRun) -> Shape | None:
         """g_R's batch, if any method of this paradigm measures it: the methods then share their dry runs."""
         same = [c for c in self.base.cells if c.paradigm == run.cell.paradigm]
-        if not any(c.align and c.align.frozen_ratio == "dynamic" for c in same):
+        if not any(_measures_g_r(c) for c in same):
             return None
         return Shape(run.shape.sequences, self.base.reference_tokens)
 
@@ -137,6 +144,18 @@ class _Planner:
             seconds = max(compute, launch) + updates * update_seconds(kept, gpu)
             times[gpu.name] = TrainingTime(layout.gpus, seconds)
         return times
+
+
+def _measures_g_r(cell: Cell) -> bool:
+    projects = cell.alternatives is not None and cell.alternatives.projection is not None
+    return projects or (cell.align is not None and cell.align.frozen_ratio in ("dynamic", "noise"))
+
+
+def _instead(args: Any) -> Instead | None:
+    """None where only the data are different."""
+    if not hasattr(args, "penalty"):
+        return None
+    return Instead(penalty=args.penalty, projection=args.projection is not None)
 
 
 def _freezing(args: Any) -> Freezing:

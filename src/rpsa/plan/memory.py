@@ -4,6 +4,8 @@ What stays in a training step with trainable parameters of b bytes each (4, as t
 
     weights b (and the frozen base's under LoRA) + gradients b + AdamW's moments 2 b
     + Fisher 4 + a control's ranking 4 + signs of g_R 1 (only from its measurement to the mask)
+
+and of an alternative: a penalty's starting weights b and Fisher 4, or a projection's g_R b (until it is used).
 """
 
 from collections.abc import Mapping
@@ -65,6 +67,14 @@ class Freezing:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """What of an alternative to freezing costs memory."""
+
+    penalty: str | None
+    projection: bool
+
+
+@dataclass(frozen=True)
 class Passes:
     """Bytes at the worst moment of a forward and backward pass beside the weights, by dry runs.
 
@@ -90,6 +100,7 @@ class AlignMemory:
     optimizer: str
     passes: Passes
     freezing: Freezing | None
+    instead: Instead | None = None
 
     def on(self, gpus: int, sharding: Sharding) -> StageMemory:
         """Memory of each of `gpus`. `passes` must be those of the sharding."""
@@ -102,14 +113,24 @@ class AlignMemory:
         if sharding == "DDP":
             kept["buckets"] = self.trainable_bytes
         signs = 0
+        if self.instead and self.instead.penalty:
+            kept["start"] = self.trainable_bytes // parts
+            if self.instead.penalty == "fisher":
+                kept["Fisher"] = 4 * self.trainable // parts
+        if self.instead and self.instead.projection:
+            signs = self.trainable_bytes // parts
         if self.freezing:
             kept["Fisher"] = 4 * self.trainable * (2 if self.freezing.control else 1) // parts
             kept["audit"] = self._audit_bytes(parts)
             signs = self.trainable // parts if self.freezing.dynamic else 0
-        is_dynamic = self.freezing is not None and self.freezing.dynamic
-        passes = max(self.passes.training + signs, self.passes.reasoning if is_dynamic else 0)
+        passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r else 0)
         passes += self.passes.gathered if sharding == "FSDP2" else -self.trainable_bytes
         return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
+
+    @property
+    def _measures_g_r(self) -> bool:
+        is_dynamic = self.freezing is not None and self.freezing.dynamic
+        return is_dynamic or (self.instead is not None and self.instead.projection)
 
     def _optimizer_bytes(self) -> int:
         family = next((name for name in _STATES if name in self.optimizer), None)
@@ -125,7 +146,12 @@ class AlignMemory:
         return AUDITED_ELEMENTS * (2 * 4 + 8)
 
     def _masking_bytes(self) -> int:
-        """The threshold's histograms of one chunk (bits, digits, their int64), or the mask of the largest tensor."""
+        """The threshold's histograms of one chunk (bits, digits, their int64), or the mask of the largest tensor.
+
+        Of an alternative: products of the largest tensor in float64, with their factors where it is a projection.
+        """
+        if self.instead is not None:
+            return self.largest * (8 * 3 if self.instead.projection else 8 * 2 if self.instead.penalty else 0)
         if self.freezing is None:
             return 0
         threshold = min(self.largest, _THRESHOLD_CHUNK) * (4 + 1 + 4 + 8) if self.freezing.dynamic else 0
@@ -163,7 +189,9 @@ def sharded_passes(lean: Any, shape: Shape, reference: Shape | None, precision: 
     )
 
 
-def align_memory(model: Any, passes: Passes, optimizer: str, freezing: Freezing | None) -> AlignMemory:
+def align_memory(
+    model: Any, passes: Passes, optimizer: str, freezing: Freezing | None, instead: Instead | None = None
+) -> AlignMemory:
     trainable = list(trainable_parameters(model).values())
     return AlignMemory(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -174,6 +202,7 @@ def align_memory(model: Any, passes: Passes, optimizer: str, freezing: Freezing 
         optimizer=optimizer,
         passes=passes,
         freezing=freezing,
+        instead=instead,
     )
 
 

@@ -14,8 +14,8 @@ from rpsa.recipe.schema import Cell
 
 def plan_single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
     recipe = base.recipe
-    frozen = [cell for cell in base.cells if cell.align]
-    if frozen:
+    frozen = [cell for cell in base.cells if cell.needs_fisher]
+    if any(cell.needs_reference for cell in base.cells):
         prompt = prompt_tokens(recipe.reference.problems)
         yield _generation(
             base, "reference", [reference_responses(recipe)], recipe.reference.batch_size, prompt

@@ -31,14 +31,13 @@ def make_plan(recipe: Recipe, gpu_memory: float = 80, gpus: Sequence[int] = (1, 
             stages[name] = list(plan_single_gpu_stages(base))
             parameters[name] = sum(p.numel() for p in base.model(recipe.model.dtype).parameters())
     cells = recipe.cells()
-    is_frozen = any(cell.align for cell in cells)
     return Plan(
         name=recipe.name,
         gpu_memory=gpu_memory,
         parameters=parameters,
         methods=methods,
         stages=stages,
-        reference=reference_responses(recipe) if is_frozen else None,
+        reference=reference_responses(recipe) if any(cell.needs_reference for cell in cells) else None,
         evaluation=evaluation_responses(recipe.evaluate),
         evaluated=len(cells),
         warnings=_warnings(methods, stages),

@@ -42,7 +42,7 @@ def render(plan: Plan, console: Console | None = None) -> None:
             console.print(f"\nAlign, {unit.name} of each GPU")
             console.print(_memory_table(methods, unit))
             console.print(
-                "\nOptimizer steps (measurements of c; one costs as many steps as `each` says), GPU time"
+                "\nOptimizer steps (measurements of g_R; one costs as many steps as `each` says), GPU time"
             )
             console.print(_steps_table(methods))
         if stages:

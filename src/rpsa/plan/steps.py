@@ -9,7 +9,10 @@ from rpsa.freezing.ratio import ConflictRatio
 
 @dataclass(frozen=True)
 class Steps:
-    """`measurements` of c, 0 unless k is dynamic; `dynamic_from` is the first step (from 0) whose k can leave 0.5."""
+    """`measurements` of g_R, 0 unless k is dynamic or gradients are projected.
+
+    `dynamic_from` is the first step (from 0) whose k can leave 0.5.
+    """
 
     sequences_per_step: int
     steps: int
@@ -24,13 +27,15 @@ class Steps:
 def count_steps(args: Any, examples: int, gpus: int) -> Steps:
     """The steps of a run on `examples` training examples, counted as `transformers.Trainer` counts them.
 
-    `args` is the run's `SFTConfig` or `RPSAConfig`.
+    `args` is the run's `SFTConfig`, `RPSAConfig` or `AlternativesConfig`.
     """
     batches = math.ceil(examples / args.per_device_train_batch_size)
     batches_per_gpu = math.ceil(batches / gpus)
     updates = max(1, math.ceil(batches_per_gpu / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
+    if getattr(args, "projection", None):
+        return Steps(sequences, steps, steps, None)
     ratio = args.ratio() if hasattr(args, "ratio") else None
     if not isinstance(ratio, ConflictRatio):
         return Steps(sequences, steps, 0, None)

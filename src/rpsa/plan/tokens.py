@@ -4,7 +4,7 @@ Where a file is on this machine its own lengths count (text at 4 characters a to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
@@ -41,7 +41,10 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class SafetyTokens:
-    """Training examples after the held-out share (None: unknown), and tokens of a mean and of the longest one."""
+    """Rows trained on: safety data without the held-out share, and D_ref's traces (None: unknown).
+
+    `mean` and `longest` are tokens of one.
+    """
 
     examples: int | None
     mean: int
@@ -89,6 +92,16 @@ def safety_tokens(cell: Cell, count_tokens: Callable[[str], int]) -> SafetyToken
         count = round(safety.n / (1 - safety.benign_share))
         count -= max(1, round(safety.validation_share * count)) if safety.validation_share else 0
     return SafetyTokens(count, min(limit, expected), limit, False)
+
+
+def with_rehearsal(safety: SafetyTokens, share: float, mean: int, longest: int) -> SafetyTokens:
+    """The same with as many traces of D_ref, of `mean` and at most `longest` tokens, as make up `share` of it."""
+    return replace(
+        safety,
+        examples=None if safety.examples is None else round(safety.examples / (1 - share)),
+        mean=round((1 - share) * safety.mean + share * mean),
+        longest=max(safety.longest, longest),
+    )
 
 
 def reference_responses(recipe: Recipe) -> Responses:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.problems import dataclass_problems, validation_problems
 from rpsa.recipe.schema import Recipe, slug
-from rpsa.recipe.sections import Align, Safety
+from rpsa.recipe.sections import Align, Alternatives, Safety, Section
 from rpsa.recipe.sources import source_problem
 
 # Where a setting that belongs to another section is looked for by mistake.
@@ -19,6 +19,7 @@ _ABOVE_ZERO = (
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("r", "lora_alpha"),
 )
+_SECTIONS: dict[str, type[Section]] = {"align": Align, "alternatives": Alternatives, "safety": Safety}
 _NOT_BELOW_ZERO = ("weight_decay", "max_grad_norm", "warmup_steps")
 
 
@@ -30,6 +31,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     yield from grid
     if recipe.bases and not grid:
         yield from _name_problems(recipe)
+        yield from _alternatives_problems(recipe)
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
@@ -97,16 +99,26 @@ def _name_problems(recipe: Recipe) -> Iterator[str]:
         yield f"matrix: {count} runs would have the same folder, {name}; give one of the values another name"
 
 
+def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
+    methods = {cell.method: cell for cell in recipe.cells() if cell.alternatives}
+    for name, cell in methods.items():
+        assert cell.alternatives is not None
+        if cell.align is not None and cell.alternatives.changes_training:
+            yield f"{name}: only rehearsal_share goes together with align; take the other alternatives, or align, out"
+        if cell.align is None and cell.needs_reference and recipe.reference.problems is None:
+            yield f"reference.problems: missing; {name} needs the model's own reasoning"
+
+
 def _grid_problems(recipe: Recipe) -> Iterator[str]:
     for where, grid in _grids(recipe):
         for key, values in grid.items():
             section, _, name = key.partition(".")
             if section in ("train", "lora") and name:
                 continue
-            if section not in ("align", "safety") or not name:
-                yield f"{where}.{key}: a grid key is train.*, lora.*, align.* or safety.*"
+            if section not in _SECTIONS or not name:
+                yield f"{where}.{key}: a grid key is train.*, lora.*, {', '.join(f'{s}.*' for s in _SECTIONS)}"
                 continue
-            model = Align if section == "align" else Safety
+            model = _SECTIONS[section]
             for value in values:
                 try:
                     model.model_validate({name: value})

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from rpsa.recipe.problems import did_you_mean
-from rpsa.recipe.sections import Align, Fisher, Safety, Section
+from rpsa.recipe.sections import Align, Alternatives, Fisher, Safety, Section
 
 Paradigm = Literal["none", "fft", "lora"]
 
@@ -40,6 +40,16 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "zero_frozen": {"frozen_ratio": 0.6, "zero_fisher": "frozen"},
     "per_sequence": {"frozen_ratio": 0.6},
 }
+# The alternatives to RPSA by their names, each as far as its authors or common use go; none is tuned
+_ALTERNATIVES: dict[str, dict[str, Any]] = {
+    "ewc": {"penalty": "fisher"},
+    "l2sp": {"penalty": "uniform"},
+    "rehearsal": {"rehearsal_share": 0.25},
+    "agem": {"projection": "agem"},
+    "sign_projection": {"projection": "signs"},
+    "interpolation": {"interpolation": 0.5},
+    "restored": {"restored_ratio": 0.6},
+}
 _ESTIMATORS: dict[str, dict[str, Any]] = {"per_sequence": {"fisher": {"estimator": "per_sequence"}}}
 WELL_KNOWN: dict[str, dict[str, Any]] = {
     "original": {"paradigm": "none"},
@@ -48,6 +58,11 @@ WELL_KNOWN: dict[str, dict[str, Any]] = {
         f"{paradigm}+{name}": {"paradigm": paradigm, "align": align} | _ESTIMATORS.get(name, {})
         for paradigm in ("fft", "lora")
         for name, align in _VARIANTS.items()
+    },
+    **{
+        f"{paradigm}+{name}": {"paradigm": paradigm, "alternatives": alternatives}
+        for paradigm in ("fft", "lora")
+        for name, alternatives in _ALTERNATIVES.items()
     },
 }
 
@@ -58,11 +73,15 @@ class Settings(Section):
     train: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     align: Align | None = None
+    alternatives: Alternatives | None = None
     safety: Safety | None = None
 
 
 class Method(Settings):
-    """One way to align. Without `align` it is plain fine-tuning; `align: {}` is RPSA as section `align` says."""
+    """One way to align. Without `align` it is plain fine-tuning; `align: {}` is RPSA as section `align` says.
+
+    `alternatives` likewise: what the section of that name says counts where a method has it.
+    """
 
     paradigm: Paradigm
     fisher: Fisher | None = None
@@ -95,6 +114,7 @@ def _method(name: str, own: Any) -> Any:
             )
         return own
     merged = WELL_KNOWN[name] | own
-    if isinstance(own.get("align"), dict):
-        merged["align"] = WELL_KNOWN[name].get("align", {}) | own["align"]
+    for section in ("align", "alternatives"):
+        if isinstance(own.get(section), dict):
+            merged[section] = WELL_KNOWN[name].get(section, {}) | own[section]
     return merged

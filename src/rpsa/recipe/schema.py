@@ -28,6 +28,7 @@ from rpsa.recipe.methods import (
 )
 from rpsa.recipe.sections import (
     Align,
+    Alternatives,
     Analysis,
     Evaluate,
     Fisher,
@@ -78,10 +79,11 @@ class Sweep(Section):
 class Cell:
     """One run of the matrix with every setting resolved.
 
-    `id` is unique and fit for a folder's path. `align` is None for plain fine-tuning; `safety` is None and `train`
-    and `lora` are empty for the untouched model (`paradigm == "none"`). `train` holds SFTConfig fields, `seed` and
-    `max_length` among them; `lora` LoraConfig fields, empty unless the paradigm is "lora". `grid` is the point of
-    the grid, or of the sweep named `sweep`, that this cell stands for.
+    `id` is unique and fit for a folder's path. `align` is None where nothing is frozen, `alternatives` where nothing
+    is done instead; `safety` is None and `train` and `lora` are empty for the untouched model
+    (`paradigm == "none"`). `train` holds SFTConfig fields, `seed` and `max_length` among them; `lora` LoraConfig
+    fields, empty unless the paradigm is "lora". `grid` is the point of the grid, or of the sweep named `sweep`, that
+    this cell stands for.
     """
 
     id: str
@@ -90,6 +92,7 @@ class Cell:
     seed: int
     paradigm: Paradigm
     align: Align | None = None
+    alternatives: Alternatives | None = None
     fisher: Fisher = field(default_factory=Fisher)
     safety: Safety | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +104,15 @@ class Cell:
     def learning_rate(self) -> float | None:
         return self.train.get("learning_rate")
 
+    @property
+    def needs_fisher(self) -> bool:
+        return self.align is not None or bool(self.alternatives and self.alternatives.needs_fisher)
+
+    @property
+    def needs_reference(self) -> bool:
+        """D_ref: for itself, or because the Fisher is measured on it."""
+        return self.needs_fisher or bool(self.alternatives and self.alternatives.needs_reference)
+
 
 class Recipe(Section):
     """The whole file."""
@@ -111,6 +123,7 @@ class Recipe(Section):
     reference: Reference = Reference()
     fisher: Fisher = field(default_factory=Fisher)
     align: Align = Align()
+    alternatives: Alternatives = Alternatives()
     safety: Safety = Safety()
     train: dict[str, Any] = Field(default={}, description="Any field of trl.SFTConfig.")
     lora: dict[str, Any] = Field(default={}, description="Any field of peft.LoraConfig.")
@@ -162,9 +175,17 @@ class Recipe(Section):
         own = self.matrix.paradigms.lora if method.paradigm == "lora" else self.matrix.paradigms.fft
         safety = Safety(**_set(self.safety) | _set(own.safety) | _set(method.safety) | _part(point, "safety"))
         align = Align(**_set(self.align) | _set(own.align) | _set(method.align) | _part(point, "align"))
+        alternatives = Alternatives(
+            **_set(self.alternatives)
+            | _set(own.alternatives)
+            | _set(method.alternatives)
+            | _part(point, "alternatives")
+        )
         train = TRAIN_DEFAULTS | PARADIGM_DEFAULTS[method.paradigm]
         train |= self.train | own.train | method.train | _part(point, "train")
         lora = LORA_DEFAULTS | self.lora | own.lora | method.lora | _part(point, "lora")
+        protected = method.align is not None or method.alternatives is not None
+        fisher = Fisher(**_set(self.fisher) | _set(method.fisher)) if protected else Fisher()
         return Cell(
             id=_cell_id(name, base, seed, point),
             method=name,
@@ -172,9 +193,8 @@ class Recipe(Section):
             seed=seed,
             paradigm=method.paradigm,
             align=align if method.align is not None else None,
-            fisher=Fisher(**_set(self.fisher) | _set(method.fisher))
-            if method.align is not None
-            else Fisher(),
+            alternatives=alternatives if method.alternatives is not None else None,
+            fisher=fisher,
             safety=safety,
             train=train | {"seed": seed, "max_length": safety.max_length},
             lora=lora if method.paradigm == "lora" else {},
@@ -197,8 +217,8 @@ def recipe_schema() -> dict[str, Any]:
 
 def _concerns(key: str, method: Method) -> bool:
     section = key.partition(".")[0]
-    if section == "align":
-        return method.align is not None
+    if section in ("align", "alternatives"):
+        return getattr(method, section) is not None
     return section != "lora" or method.paradigm == "lora"
 
 

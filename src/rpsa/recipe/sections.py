@@ -109,6 +109,37 @@ class Align(Section):
     audit: bool = True
 
 
+class Alternatives(Section):
+    """What one can do instead of freezing: for comparison. Only rehearsal goes together with `align`.
+
+    `penalty`: `fisher` (EWC) or `uniform` (L2-SP), on what moves away from the start. `projection`: what of the
+    safety gradient opposes the reasoning gradient is taken out of it at every step. `rehearsal_share`: of the rows
+    that are trained on, how many are D_ref's. After training, `interpolation` 0 is the model before it, and
+    `restored_ratio` the share k of elements, by Fisher, that goes back to where it was.
+    """
+
+    penalty: Literal["fisher", "uniform"] | None = None
+    penalty_strength: Annotated[float, Field(ge=0)] = 1.0
+    projection: Literal["agem", "signs"] | None = None
+    rehearsal_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    interpolation: Share = 1.0
+    restored_ratio: Share = 0.0
+
+    @property
+    def needs_fisher(self) -> bool:
+        return self.penalty == "fisher" or self.restored_ratio > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.projection is not None or self.rehearsal_share > 0
+
+    @property
+    def changes_training(self) -> bool:
+        """Whether anything but the data is different."""
+        settings = (self.penalty, self.projection, self.interpolation, self.restored_ratio)
+        return settings != (None, None, 1.0, 0.0)
+
+
 class Safety(Section):
     """D_S: the safety examples to train on."""
 

@@ -57,7 +57,15 @@ def _row(axes: "object", place: int, summary: Summary, title: str) -> None:
     if interval is not None:
         draw(interval, [place, place], "-", color=style.colour, linewidth=1.6)
     face = style.face
-    draw(mean, place, style.marker, color=style.colour, markerfacecolor=face, markersize=style.size(0.8))
+    draw(
+        mean,
+        place,
+        linestyle="",
+        marker=style.marker,
+        color=style.colour,
+        markerfacecolor=face,
+        markersize=style.size(0.8),
+    )
 
 
 def _value(run: RunResult, title: str) -> float | None:

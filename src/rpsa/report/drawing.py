@@ -19,7 +19,9 @@ from rpsa.report.results import Summary
 
 BLUE, GREEN, ORANGE, GREY = "#2563ab", "#2e8540", "#d9660a", "#5f6368"
 _COLOURS = {"original": BLUE, "fft": GREEN, "lora": ORANGE}
-_VARIANTS = {
+_Marker = str | tuple[int, int, int]
+"""One of matplotlib's, or points, kind (0 polygon, 1 star) and angle."""
+_VARIANTS: dict[str, _Marker] = {
     "": "^",
     "rpsa": "*",
     "constant": "D",
@@ -31,7 +33,15 @@ _VARIANTS = {
     "sigma4": "d",
     "magnitude": "<",
     "inverse": ">",
+    "ewc": "s",
+    "l2sp": "8",
+    "rehearsal": "H",
+    "agem": (4, 1, 0),
+    "sign_projection": (4, 1, 45),
+    "interpolation": (3, 1, 0),
+    "restored": (3, 1, 60),
 }
+_OTHER = (8, 1, 0)
 _WIDTH = 4.8
 
 
@@ -40,7 +50,7 @@ class Style:
     """Colour tells the paradigm, shape the variant; LoRA is hollow, so that neither needs colour."""
 
     colour: str
-    marker: str
+    marker: _Marker
     hollow: bool
 
     @property
@@ -49,7 +59,7 @@ class Style:
 
     @property
     def line(self) -> str:
-        return {"D": "--", "X": ":"}.get(self.marker, "-")
+        return {"D": "--", "X": ":"}.get(str(self.marker), "-")
 
     def size(self, scale: float = 1.0) -> float:
         return scale * (13 if self.marker == "*" else 8.5 if self.marker != "D" else 7)
@@ -59,7 +69,7 @@ def style_of(method: str) -> Style:
     paradigm, _, variant = method.partition("+")
     if paradigm == "original":
         return Style(BLUE, "o", False)
-    return Style(_COLOURS.get(paradigm, GREY), _VARIANTS.get(variant, "s"), paradigm == "lora")
+    return Style(_COLOURS.get(paradigm, GREY), _VARIANTS.get(variant, _OTHER), paradigm == "lora")
 
 
 def new_panels(
@@ -121,6 +131,7 @@ def add_legend(figure: Figure, methods: Sequence[str], lines: bool) -> None:
     ]
     rows = -(-len(handles) // (3 if figure.get_figwidth() < 6 else 4))
     columns = -(-len(handles) // rows)
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, rows - 3))  # not at the panels' cost
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

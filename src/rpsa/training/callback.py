@@ -22,7 +22,6 @@ from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.parameters import module_group, trainable_parameters
 from rpsa.sharding import full
-from rpsa.training.reasoning_gradient import reasoning_backward
 
 if TYPE_CHECKING:
     from rpsa.training.trainer import RPSAMixin
@@ -114,24 +113,9 @@ class RPSACallback(TrainerCallback, ExportableState):
         assert self.freezer is not None
         self.freezer.step = state.global_step
         if self.freezer.reference_due:
-            self._capture_reference(state.global_step)
-
-    def _capture_reference(self, step: int) -> None:
-        assert self.freezer is not None
-        assert self.freezer.ratio.every is not None
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        assert trainer.reference_dataset is not None
-        micro = trainer.args.per_device_train_batch_size
-        ours = micro * trainer.args.gradient_accumulation_steps
-        batch = trainer.reference_dataset.rotating_batch(
-            step // self.freezer.ratio.every,
-            ours * accelerator.num_processes,
-            trainer.args.reference_max_length,
-        )
-        first = accelerator.process_index * ours
-        part = {key: batch[key][first : first + ours] for key in ("input_ids", "attention_mask", "labels")}
-        reasoning_backward(trainer.model_wrapped, part, accelerator, micro)
-        self.freezer.capture_reference()
+            assert self.freezer.ratio.every is not None
+            self.trainer.reasoning_backward(state.global_step // self.freezer.ratio.every)
+            self.freezer.capture_reference()
 
     def on_gradients_complete(self) -> None:
         """g_S is in `.grad`: measure the conflict if it is due, mask."""

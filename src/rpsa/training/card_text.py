@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rpsa.training.alternatives_card import alternatives_section
+
 METADATA = "rpsa_metadata.json"
 
 _NOT_MEASURED = (
@@ -30,6 +32,9 @@ def render_card(metadata: Mapping[str, Any]) -> str:
     sections = {
         "Use": _use(metadata),
         "What was frozen": _frozen(metadata),
+        f"What was done {'beside' if metadata['freezing'] else 'instead of'} freezing": alternatives_section(
+            metadata
+        ),
         "Where the Fisher information comes from": _provenance(metadata),
         "Training": _training(metadata),
         "Results": _NOT_MEASURED,

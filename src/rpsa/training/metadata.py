@@ -14,6 +14,7 @@ from typing import Any
 from rpsa.artifacts import package_versions, sha256_of
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import is_sharded
+from rpsa.training.alternatives_card import alternatives_metadata
 from rpsa.training.freezing_metadata import freezing_metadata
 from rpsa.training.names import CardNames, hub_id, public_name
 
@@ -27,8 +28,8 @@ _LICENSE_TIMEOUT = 3.0  # seconds
 def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
     """JSON-able facts about the model that `trainer` (any Hugging Face trainer) holds now.
 
-    `freezing`, `fisher`, `reference`, `trajectory` and `audit` are None where there is no such thing, as all are
-    after plain fine-tuning. Calls no collective: one rank can do it alone.
+    `freezing`, `fisher`, `reference`, `trajectory`, `audit` and `alternatives` are None where there is no such
+    thing, as all are after plain fine-tuning. Calls no collective: one rank can do it alone.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     frozen = freezing_metadata(trainer, names) if hasattr(trainer, "rpsa") else {}
@@ -46,6 +47,7 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
         "trajectory": None,
         "audit": None,
         **frozen,
+        "alternatives": alternatives_metadata(trainer, names),
         "safety_data": _safety_data(trainer.train_dataset, names.dataset),
         "training": _training(trainer, model),
         "results": None,

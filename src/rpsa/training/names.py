@@ -16,6 +16,7 @@ class CardNames:
         base: the base model: a Hugging Face id, or what else it is called.
         dataset: the safety data: a Hugging Face id (`id` or `id:split`), a file, or what else it is called.
         problems: the reasoning problems of D_ref, likewise.
+        rehearsed: rows of the safety data that are D_ref's.
         tags: more tags.
         front_matter: fields of the card's YAML; they win over derived ones.
     """
@@ -24,6 +25,7 @@ class CardNames:
     base: str | None = None
     dataset: str | None = None
     problems: str | None = None
+    rehearsed: int = 0
     tags: tuple[str, ...] = ()
     front_matter: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,9 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
 from trl import SFTTrainer
 
 from rpsa.errors import RPSAError
@@ -14,19 +13,14 @@ from rpsa.reference import ReferenceDataset
 from rpsa.training.callback import RPSACallback
 from rpsa.training.card import write_card
 from rpsa.training.config import RPSAArguments
-from rpsa.training.engines import refuse_accelerator, refuse_model
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
+from rpsa.training.reasoning_trainer import ReasoningMixin
 
 AUDIT_FILE = "rpsa_audit.json"
 
 
-class RPSAMixin(_Trainer):
+class RPSAMixin(ReasoningMixin):
     """Put it before any `Trainer` subclass: `class RPSADPOTrainer(RPSAMixin, DPOTrainer)`.
 
     Args:
@@ -39,6 +33,8 @@ class RPSAMixin(_Trainer):
         RPSAError: the Fisher does not fit the model, or D_ref is missing.
     """
 
+    fisher: FisherDiagonal
+
     def __init__(
         self,
         *args: Any,
@@ -46,32 +42,14 @@ class RPSAMixin(_Trainer):
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        model = kwargs["model"] if "model" in kwargs else args[0]
-        has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
-        refuse_model(model, has_adapter=has_adapter)
-        quantized = getattr(model, "is_quantized", False)
-        adapter = [(p, p.data) for p in model.parameters() if p.requires_grad] if quantized else []
-        super().__init__(*args, **kwargs)
-        for parameter, weights in adapter:
-            # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
-            parameter.data = weights.to(parameter.device)
-        refuse_accelerator(self.accelerator, self.args.n_gpu)
+        super().__init__(*args, fisher=fisher, reference_dataset=reference_dataset, **kwargs)
         if not isinstance(self.args, RPSAArguments):
             raise RPSAError("args must include RPSAArguments: class MyConfig(RPSAArguments, ...)")
-        if isinstance(fisher, str | Path):
-            fisher = FisherDiagonal.load(fisher)
-        if isinstance(reference_dataset, str | Path):
-            reference_dataset = ReferenceDataset.load(reference_dataset)
-        if self.args.ratio().every is not None and reference_dataset is None:
+        if self.args.ratio().every is not None and self.reference_dataset is None:
             raise RPSAError(
                 f"frozen_ratio {self.args.frozen_ratio!r} measures the reasoning gradient on D_ref: "
                 "give reference_dataset"
             )
-        fisher.check(self.model)
-        if self.accelerator.is_main_process:  # the others may not have read the weights yet
-            fisher.check_adapter(self.model)
-        self.fisher = fisher
-        self.reference_dataset = reference_dataset
         self.rpsa = RPSACallback(self)
         # before callbacks that save: what they store must be the state between two steps
         self.callback_handler.callbacks.insert(0, self.rpsa)
@@ -83,11 +61,8 @@ class RPSAMixin(_Trainer):
             raise RPSAError("there is no freezer before train() has begun")
         return self.rpsa.freezer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self.rpsa.on_gradients_complete()
-        return loss
+    def on_gradients_complete(self) -> None:
+        self.rpsa.on_gradients_complete()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.rpsa.freezer is not None:

@@ -1,0 +1,55 @@
+"""What can be done once a model has been fine-tuned without any care: go back part of the way."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.parameters import trainable_parameters
+from rpsa.sharding import local, shard_like
+
+
+def starting_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """A copy of the trainable parameters as they are now, by name; of a sharded model, of this rank's shards.
+
+    Args:
+        device: where it is kept; by default where the parameters are.
+    """
+    return {
+        name: local(parameter.detach()).to(device or parameter.device, copy=True)
+        for name, parameter in trainable_parameters(model).items()
+    }
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, start: Mapping[str, Tensor], weight: float) -> None:
+    """theta <- theta* + weight (theta - theta*), in place (WiSE-FT: Wortsman et al., 2022).
+
+    A LoRA adapter's A stays as it is trained: B starts at 0, so that it is the update B A that is scaled.
+
+    Args:
+        start: theta*, from `starting_weights`.
+        weight: 0 is the model before training, 1 the trained one.
+    """
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_A" not in name and "lora_embedding_A" not in name:
+            weights = local(parameter)
+            weights.copy_(torch.lerp(start[name].to(weights), weights, weight))
+
+
+@torch.no_grad()
+def restore(model: nn.Module, start: Mapping[str, Tensor], fisher: FisherDiagonal, ratio: float) -> None:
+    """Put the elements that `fisher.mask(ratio)` freezes back to their starting values, in place.
+
+    What freezing would have kept, of a training that did not know of it.
+
+    Args:
+        start: from `starting_weights`.
+        ratio: k, the share of the elements with non-zero Fisher.
+    """
+    parameters = trainable_parameters(model)
+    for name, trainable in fisher.mask(ratio).items():
+        weights = local(parameters[name])
+        keep = shard_like(trainable, parameters[name])
+        weights.copy_(torch.where(keep, weights, start[name].to(weights)))

@@ -1,0 +1,110 @@
+"""The trainer of a cell: its settings, the model that it starts from, and what goes by Fisher or D_ref."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpsa.errors import RPSAError
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.pipeline.models import ADAPTER, add_adapter, load_model, training_dtype
+from rpsa.pipeline.tasks import fisher_task, reference_task
+from rpsa.recipe.names import installed_names
+from rpsa.recipe.schema import Cell, Recipe
+from rpsa.reference import ReferenceDataset
+from rpsa.sharding import world_size
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHECKPOINTS = "checkpoints"
+
+
+def make_trainer(
+    recipe: Recipe,
+    cell: Cell,
+    tokenizer: Any,
+    dataset: "Dataset",
+    validation: "Dataset | None",
+    folder: Path,
+    *,
+    quiet: bool,
+) -> Any:
+    """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's `SFTTrainer`; on the same start."""
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    from rpsa.training.alternatives import AlternativesTrainer
+    from rpsa.training.trainer import RPSATrainer
+
+    common: dict[str, Any] = {
+        "args": training_arguments(recipe, cell, folder, quiet=quiet),
+        "train_dataset": dataset,
+        "eval_dataset": validation,
+        "processing_class": tokenizer,
+    }
+    if not _is_plain(cell):
+        fisher = fisher_task(recipe, cell)
+        reference = reference_task(recipe, cell)
+        common["fisher"] = FisherDiagonal.load(fisher.folder) if fisher else None
+        common["reference_dataset"] = ReferenceDataset.load(reference.folder) if reference else None
+    trainer_class = SFTTrainer if _is_plain(cell) else RPSATrainer if cell.align else AlternativesTrainer
+    with refusals_of_trl(cell):
+        trainer = trainer_class(model=starting_model(recipe, cell), **common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
+    """The cell's `RPSAConfig` or `AlternativesConfig`, or `SFTConfig` where training itself is plain.
+
+    Raises:
+        RPSAError: the settings contradict each other, or are not supported.
+    """
+    from trl import SFTConfig
+
+    from rpsa.training.alternatives import AlternativesConfig
+    from rpsa.training.config import RPSAConfig
+
+    settings = installed_names(cell.train, SFTConfig)
+    arguments: dict[str, Any] = {"disable_tqdm": quiet} | settings | {"output_dir": str(folder / CHECKPOINTS)}
+    longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
+    with refusals_of_trl(cell):
+        if cell.align is not None:
+            return RPSAConfig(**arguments, **cell.align.model_dump(), **longest)
+        arguments = {"enable_jit_checkpoint": world_size() == 1} | arguments
+        if _is_plain(cell):
+            return SFTConfig(**arguments)
+        assert cell.alternatives is not None
+        own = cell.alternatives.model_dump(exclude={"rehearsal_share"})
+        return AlternativesConfig(**arguments, **own, **longest)
+
+
+def _is_plain(cell: Cell) -> bool:
+    """Rehearsal changes the data alone."""
+    changed = cell.alternatives is not None and cell.alternatives.changes_training
+    return cell.align is None and not changed
+
+
+@contextmanager
+def refusals_of_trl(cell: Cell) -> Iterator[None]:
+    """What the libraries refuse is a mistake in the recipe: one line that names the run."""
+    try:
+        yield
+    except RPSAError as error:
+        raise RPSAError(f"{cell.id}: {error}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise RPSAError(f"{cell.id}: train: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def starting_model(recipe: Recipe, cell: Cell) -> Any:
+    """The base, under LoRA with the adapter on which the Fisher was measured."""
+    model: Any = load_model(cell.base, recipe.model, training_dtype(cell.train, cell.paradigm, recipe.model))
+    if cell.paradigm != "lora":
+        return model
+    fisher = fisher_task(recipe, cell)
+    if fisher is None:
+        return add_adapter(model, cell)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(fisher.folder / ADAPTER), is_trainable=True)

@@ -1,0 +1,177 @@
+"""The alternatives to freezing inside a Hugging Face trainer, to be compared with RPSA under the same settings."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from rpsa.alternatives.after_training import interpolate, restore, starting_weights
+from rpsa.alternatives.penalty import WeightPenalty
+from rpsa.alternatives.projection import Projection
+from rpsa.errors import RPSAError
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.reference import ReferenceDataset
+from rpsa.training.config import refuse_unsupported
+from rpsa.training.engines import refuse_engines
+from rpsa.training.reasoning_trainer import ReasoningMixin
+
+
+@dataclass
+class AlternativesArguments:
+    """What `AlternativesMixin` reads; put it before any `TrainingArguments` subclass.
+
+    Raises:
+        RPSAError: a value is impossible, or the way of training is not supported.
+    """
+
+    penalty: str | None = field(
+        default=None,
+        metadata={"help": "fisher (EWC) or uniform (L2-SP): what moves away from the start costs."},
+    )
+    penalty_strength: float = field(
+        default=1.0, metadata={"help": "Strength of the penalty, whose weights have the mean 1."}
+    )
+    projection: str | None = field(
+        default=None,
+        metadata={"help": "agem or signs: what is taken out of g_S where it opposes g_R, at every step."},
+    )
+    interpolation: float = field(
+        default=1.0,
+        metadata={"help": "After training: 1 keeps the trained weights, 0 goes back to the start."},
+    )
+    restored_ratio: float = field(
+        default=0.0,
+        metadata={"help": "After training: the share k of elements, by Fisher, that goes back to the start."},
+    )
+    reference_max_length: int | None = field(
+        default=4096, metadata={"help": "Tokens of a reasoning trace that the reasoning gradient sees."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("penalty", ("fisher", "uniform")), ("projection", ("agem", "signs"))):
+            if getattr(self, name) not in (None, *choices):
+                raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.penalty_strength < 0:
+            raise RPSAError(f"penalty_strength {self.penalty_strength!r} is negative")
+        for name in ("interpolation", "restored_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RPSAError(f"{name} {getattr(self, name)!r} is not between 0 and 1")
+        refuse_unsupported(self)
+        refuse_engines(os.environ)
+        super().__post_init__()  # type: ignore[misc]
+
+    @property
+    def needs_fisher(self) -> bool:
+        return self.penalty == "fisher" or self.restored_ratio > 0
+
+    @property
+    def needs_start(self) -> bool:
+        return self.penalty is not None or self.interpolation < 1 or self.restored_ratio > 0
+
+
+@dataclass
+class AlternativesConfig(AlternativesArguments, SFTConfig):
+    """`SFTConfig` and the settings of the alternatives."""
+
+
+class AlternativesMixin(ReasoningMixin):
+    """Put it before any `Trainer` subclass, as `AlternativesTrainer` does with `SFTTrainer`.
+
+    Args:
+        fisher: scores of the trainable parameters, or their folder; for `penalty: fisher` and `restored_ratio`.
+        reference_dataset: D_ref, or its folder; for `projection`.
+
+    The trainer's `args` must include `AlternativesArguments`.
+
+    Raises:
+        RPSAError: what the settings need is missing, or the Fisher does not fit the model.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        fisher: FisherDiagonal | str | Path | None = None,
+        reference_dataset: ReferenceDataset | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, fisher=fisher, reference_dataset=reference_dataset, **kwargs)
+        if not isinstance(self.args, AlternativesArguments):
+            raise RPSAError(
+                "args must include AlternativesArguments: class MyConfig(AlternativesArguments, ...)"
+            )
+        if self.args.needs_fisher and self.fisher is None:
+            raise RPSAError("penalty 'fisher' and restored_ratio go by the Fisher: give fisher")
+        if self.args.projection and self.reference_dataset is None:
+            raise RPSAError("a projection needs the reasoning gradient on D_ref: give reference_dataset")
+        self.start: dict[str, Tensor] | None = None
+        self.weight_penalty: WeightPenalty | None = None
+        self.gradient_projection: Projection | None = None
+        self.add_callback(_AlternativesCallback(self))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.keep_start()  # the last moment at which the model is what it was before training
+        super()._load_from_checkpoint(*args, **kwargs)
+
+    def keep_start(self) -> None:
+        """Remember the present weights (of a sharded model, this rank's shards) as those before training."""
+        if self.args.needs_start:
+            on = None if self.args.penalty else "cpu"  # the others need them only once
+            self.start = starting_weights(self.accelerator.unwrap_model(self.model_wrapped), on)
+
+    def on_gradients_complete(self) -> None:
+        if self.gradient_projection is not None:
+            self.gradient_projection.project_gradients()
+        if self.weight_penalty is not None:
+            self.weight_penalty.add_gradients()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.weight_penalty is not None:
+            logs["alternatives/penalty"] = self.weight_penalty.loss()
+        if "loss" in logs and self.gradient_projection is not None:
+            logs["alternatives/cosine"] = self.gradient_projection.cosine
+        super().log(logs, *args, **kwargs)
+
+
+class AlternativesTrainer(AlternativesMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with an alternative to freezing: same arguments, `AlternativesConfig`, Fisher, D_ref."""
+
+
+class _AlternativesCallback(TrainerCallback):
+    """What happens before the first step, before each, and after the last."""
+
+    def __init__(self, trainer: AlternativesMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, settings = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if state.global_step == 0:
+            trainer.keep_start()
+        if settings.penalty:
+            assert trainer.start is not None
+            fisher = trainer.fisher if settings.penalty == "fisher" else None
+            trainer.weight_penalty = WeightPenalty(model, trainer.start, fisher, settings.penalty_strength)
+        if settings.projection:
+            trainer.gradient_projection = Projection(model, settings.projection)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.gradient_projection is not None:
+            self.trainer.reasoning_backward(state.global_step)
+            self.trainer.gradient_projection.capture_reference()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer, settings = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if settings.restored_ratio > 0:
+            assert trainer.start is not None
+            assert trainer.fisher is not None
+            restore(model, trainer.start, trainer.fisher, settings.restored_ratio)
+        if settings.interpolation < 1:
+            assert trainer.start is not None
+            interpolate(model, trainer.start, settings.interpolation)

@@ -1,0 +1,44 @@
+"""Rehearsal: the model's own reasoning among the safety data, so that training goes on practising it."""
+
+import random
+from typing import TYPE_CHECKING
+
+from rpsa.chat import IGNORED_LABEL
+from rpsa.errors import RPSAError
+from rpsa.reference import ReferenceDataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def rehearse(
+    dataset: "Dataset", reference: ReferenceDataset, share: float, max_length: int | None, seed: int = 42
+) -> "Dataset":
+    """All rows of `dataset` and as many traces of D_ref as make up `share` of the whole, shuffled together.
+
+    Traces come in a seeded order, and again where there are too few, with their exact token ids; labels are on
+    the response. `max_length` (tokens, prompt included) keeps their beginning; one whose prompt fills it is out.
+
+    Args:
+        dataset: with the columns `input_ids` and `labels`.
+
+    Raises:
+        RPSAError: `share` is not in [0, 1), or no trace fits.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    if not 0 <= share < 1:
+        raise RPSAError(f"rehearsal share is {share}: give at least 0 and less than 1")
+    traces = [t for t in reference.traces if max_length is None or len(t.prompt_ids) < max_length]
+    if not traces:
+        raise RPSAError(f"max_length {max_length} leaves no response token of any trace: raise it")
+    random.Random(seed).shuffle(traces)
+    count = round(len(dataset) * share / (1 - share))
+    chosen = [traces[i % len(traces)] for i in range(count)]
+    ids = [[*trace.prompt_ids, *trace.response_ids][:max_length] for trace in chosen]
+    labels = [
+        [IGNORED_LABEL] * len(trace.prompt_ids) + row[len(trace.prompt_ids) :]
+        for trace, row in zip(chosen, ids, strict=True)
+    ]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=dataset.features)
+    return concatenate_datasets([dataset, rows]).shuffle(seed=seed)
