@@ -19,7 +19,7 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import canonical_name, fingerprint
 from rpsa.pipeline.evaluation import REFUSAL, questions, sandbox_for
 from rpsa.pipeline.models import identity, load_model, load_tokenizer
-from rpsa.pipeline.tasks import source_identity
+from rpsa.pipeline.tasks import tasks_identity
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.sections import Evaluate as EvaluateSettings
 from rpsa.recipe.sections import Model
@@ -66,7 +66,7 @@ def run_perturbation(
         "model": identity(name, described),
         "Fisher": sha256_of(fisher_folder),
         "evaluation": settings.model_dump(exclude={"batch_size"}),
-        "data": [source_identity(source, "task") for source in settings.tasks],
+        "data": tasks_identity(settings.tasks, data_dir),
         "seed": config.seed,
         "versions": package_versions(),
     }
