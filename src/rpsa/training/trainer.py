@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from trl import SFTTrainer
 
+from rpsa.artifacts import AUDIT_FILE
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.freezer import Freezer
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
-
-AUDIT_FILE = "rpsa_audit.json"
 
 
 class RPSAMixin(_Trainer):
