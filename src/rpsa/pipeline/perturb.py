@@ -19,7 +19,8 @@ from rpsa.evaluation.samples import Sample, scores_by_item
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
 from rpsa.parameters import canonical_name, fingerprint
-from rpsa.pipeline.evaluation import REFUSAL, questions, sandbox_for
+from rpsa.pipeline.evaluation import questions
+from rpsa.pipeline.graders import REFUSAL, sandbox_for
 from rpsa.pipeline.models import generation_dtype, identity, load_model, load_tokenizer
 from rpsa.pipeline.tasks import tasks_identity
 from rpsa.recipe.problems import validation_problems
