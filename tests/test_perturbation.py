@@ -28,8 +28,13 @@ from rpsa.analysis.perturbation_summary import accuracy, difference, effects, ne
 from rpsa.cli import app
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.generation.transformers import TransformersGenerator
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.models import load_model
+from rpsa.pipeline.stages import make_analysis
+from rpsa.pipeline.subjects import loaded_to_generate
+from rpsa.pipeline.tasks import tasks_of
+from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Model
 from rpsa.report.perturbation_figure import perturbation_bars
 
@@ -385,6 +390,51 @@ def test_perturb_measures_the_tiny_model_and_goes_on(tmp_path: Path) -> None:
     assert by_cell["fisher", 1.0]["accuracy"] == unchanged  # times 1, and times 0 before it, left no trace
     assert (tmp_path / "out" / "perturbation.png").stat().st_size > 10_000
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+
+
+@pytest.mark.parametrize("generation_dtype", ["bfloat16", "float32"])
+def test_perturbed_weights_generate_in_the_dtype_of_an_evaluation(
+    generation_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+version: 1
+name: small
+output_dir: {tmp_path / "run"}
+model: {{name: "tiny:0", dtype: float32, generation_dtype: {generation_dtype}}}
+reference: {{problems: tiny}}
+safety: {{data: "tiny:refusals"}}
+evaluate: {{tasks: [rpsa_tiny_add], n: 1, temperature: 0.0, max_new_tokens: 4}}
+matrix: {{methods: [fft+rpsa]}}
+analysis: {{perturb: {{fractions: [0.5], factors: [0.7], selections: [fisher, magnitude]}}}}
+""")
+    loaded = load_recipe(recipe)
+    stored = load_model("tiny:0", loaded.model)
+    generator = torch.Generator().manual_seed(0)
+    parameters = trainable_parameters(stored)
+    fisher = FisherDiagonal({n: torch.rand(p.shape, generator=generator) for n, p in parameters.items()})
+    fisher.save(loaded.folder / "fisher" / "tiny-0" / "full")
+    asked: list[dict[str, Tensor]] = []
+
+    class Watched(TransformersGenerator):
+        def generate(self, *arguments: Any) -> Any:
+            asked.append({name: value.clone() for name, value in self.model.state_dict().items()})
+            return super().generate(*arguments)
+
+    monkeypatch.setattr("rpsa.generation.transformers.TransformersGenerator", Watched)
+    [task] = tasks_of(loaded, "analyse")
+    make_analysis(loaded, task, tmp_path / "out", lambda done, total: None)
+
+    evaluated = loaded_to_generate("tiny:0", None, loaded.model, generation_dtype)
+    assert len(asked) == 3
+    for selection, weights in zip((None, "fisher", "magnitude"), asked, strict=True):
+        chosen = select(selection, fisher, parameters, 0.5, 0) if selection else {}  # type: ignore[arg-type]
+        with scaled(parameters, chosen, 0.7):
+            evaluated.load_state_dict(stored.state_dict())
+        assert {w.dtype for w in weights.values()} == {getattr(torch, generation_dtype)}
+        assert all(torch.equal(weights[name], value) for name, value in evaluated.state_dict().items())
+    inputs = json.loads((tmp_path / "out" / "results.json").read_text())["inputs"]
+    assert inputs.get("generation_dtype") == (None if generation_dtype == "float32" else generation_dtype)
 
 
 @pytest.mark.parametrize(

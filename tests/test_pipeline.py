@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rpsa.artifacts import write_manifest
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.models import add_adapter, generation_dtype, load_model, vllm_engine
 from rpsa.pipeline.subjects import loaded_to_generate
+from rpsa.pipeline.tasks import inputs_of, tasks_of, unfinished
 from rpsa.pipeline.trainers import starting_model
 from rpsa.recipe import Recipe, load_recipe
 from rpsa.recipe.sections import Model
@@ -297,6 +299,62 @@ def test_what_evaluation_lacks_is_known_before_anything_runs(
     with pytest.raises(RPSAError, match=message):
         run(small(recipe_file, setting))
     assert not list((recipe_file.parent / "run").glob("reference/*"))
+
+
+def test_benchmark_files_that_a_stage_reads_are_among_its_inputs(recipe_file: Path) -> None:
+    data = recipe_file.parent / "data"
+    data.mkdir()
+    aime = data / "AIME-24.jsonl"
+    aime.write_text('{"id": "1", "problem": "What is 1 + 1?", "answer": "2"}\n')
+    recipe = small(
+        recipe_file,
+        f"data_dir={data}",
+        "evaluate.tasks=[tiny, rpsa_aime24]",
+        "analysis.perturb={draws: 1}",
+        "matrix.methods=[original, fft+rpsa]",
+    )
+    [fisher] = tasks_of(recipe, "fisher")
+    fisher.folder.mkdir(parents=True)
+    write_manifest(fisher.folder, "fisher", {})
+    tasks = [tasks_of(recipe, "evaluate")[0], *tasks_of(recipe, "analyse")]
+    assert [task.stage for task in tasks] == ["evaluate", "analyse"]
+    for task in tasks:
+        task.folder.mkdir(parents=True)
+        write_manifest(task.folder, task.stage, inputs_of(recipe, task))
+    (data / "strongreject.csv").write_text("forbidden_prompt\nno task reads this\n")
+    assert unfinished(recipe, tasks) == []
+    aime.write_text('{"id": "1", "problem": "What is 1 + 1?", "answer": "3"}\n')
+    assert unfinished(recipe, tasks) == tasks
+
+
+def test_benign_examples_are_among_the_inputs_of_alignment(recipe_file: Path) -> None:
+    benign = recipe_file.parent / "benign.jsonl"
+    benign.write_text('{"prompt": "a", "response": "<think>b</think>c"}\n')
+    settings = ("matrix.methods=[fft]", f"safety.benign={benign}")
+    mixed, plain = small(recipe_file, *settings, "safety.benign_share=0.05"), small(recipe_file, *settings)
+    before = [inputs_of(recipe, tasks_of(recipe, "align")[0]) for recipe in (mixed, plain)]
+    benign.write_text('{"prompt": "a", "response": "<think>b</think>d"}\n')
+    after = [inputs_of(recipe, tasks_of(recipe, "align")[0]) for recipe in (mixed, plain)]
+    assert after[0] != before[0]
+    assert after[1] == before[1]  # a share of 0 reads no file
+
+
+def test_a_run_without_files_of_its_own_keeps_its_inputs(recipe_file: Path) -> None:
+    """Folders of runs from before such files counted stay up to date."""
+    recipe = small(recipe_file, "matrix.methods=[fft]")
+    [aligned] = tasks_of(recipe, "align")
+    assert set(inputs_of(recipe, aligned)) == {
+        *("model", "paradigm", "seed", "train", "lora", "align", "safety", "data", "fisher")
+    }
+    for tasks, given in (
+        ("[tiny]", ()),
+        ("[tiny]", (f"data_dir={recipe_file.parent}",)),
+        ("[rpsa_aime24]", ()),
+    ):
+        recipe = small(recipe_file, f"evaluate.tasks={tasks}", "matrix.methods=[original]", *given)
+        inputs = inputs_of(recipe, tasks_of(recipe, "evaluate")[0])
+        assert inputs["data"] == list(recipe.evaluate.tasks)
+        assert set(inputs) == {"model", "evaluate", "data", "data_dir", "reference"}
 
 
 def test_a_mistake_in_the_data_is_one_line(recipe_file: Path, tmp_path: Path) -> None:

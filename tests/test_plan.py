@@ -36,7 +36,9 @@ from rpsa.plan.memory import (
     dry_passes,
     fisher_memory,
     generation_memory,
+    warmup_memory,
 )
+from rpsa.plan.result import SingleGpuStage
 from rpsa.plan.skeleton import build_model, fake_tensors
 from rpsa.plan.steps import count_steps
 from rpsa.recipe import load_recipe
@@ -46,6 +48,7 @@ from rpsa.training.alternatives import AlternativesConfig, AlternativesTrainer
 from rpsa.training.config import RPSAConfig
 from rpsa.training.reasoning_gradient import reasoning_backward
 from rpsa.training.trainer import RPSATrainer
+from rpsa.training.warmup import warm_up
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = ["matrix.bases=[tiny:0]"]
@@ -248,6 +251,53 @@ def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
     print(f"{name} Fisher: {planned.total} of {size_of(known) + live.peak}")
     assert planned.kept["weights"] == size_of(known)
     assert planned.total == pytest.approx(size_of(known) + live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_warmup_memory_is_what_is_alive(name: str, checkpointing: bool, dtype: str) -> None:
+    config = CONFIGS[name]
+    model = real_model(config, dtype, lora=True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    known = [*model.parameters(), *model.buffers()]
+    # of unequal length, as responses are: without padding attention has no mask, and keeps less
+    rows = [[3] * THOUGHT, [4] * (THOUGHT - 1)]
+    traces = [Trace(str(i), row[:1], row[1:], "x", "stop", None) for i, row in enumerate(rows)]
+    reference = ReferenceDataset(traces, {"pad_token_id": 0})
+    batches = [reference.rotating_batch(step, SEQUENCES, None) for step in range(3)]
+    with LiveBytes(known) as live:
+        warm_up(model, batches, 1e-3)
+    with fake_tensors():
+        skeleton = build_model(config, dtype, LORA)
+        planned = warmup_memory(skeleton, Shape(SEQUENCES, THOUGHT), checkpointing=checkpointing)
+    beside = planned.kept["optimizer"] + planned.work
+    print(f"{name} warm-up: {beside} of {live.peak} beside the weights")
+    assert planned.kept["weights"] == size_of(known)
+    assert beside == pytest.approx(live.peak, rel=0.01)
+
+
+def test_a_warm_up_belongs_to_the_fisher_of_an_adapter() -> None:
+    def stages(*settings: str) -> dict[str, SingleGpuStage]:
+        overrides = [*TINY, "matrix.methods=[fft+rpsa, lora+rpsa]", "fisher.batch_size=8", *settings]
+        plan = make_plan(load_recipe(RECIPES / "tiny" / "demo.yaml", overrides), gpus=(1,))
+        return {stage.stage: stage for stage in plan.stages["tiny:0"]}
+
+    without, warm, longer = stages(), stages("fisher.warmup_steps=1000"), stages("fisher.warmup_steps=3000")
+    assert {name: stage for name, stage in warm.items() if name != "Fisher, LoRA"} == {
+        name: stage for name, stage in without.items() if name != "Fisher, LoRA"
+    }
+    before, after = without["Fisher, LoRA"], warm["Fisher, LoRA"]
+    assert after.memory.total >= before.memory.total
+    for gpu, seconds in before.seconds.items():
+        # a model as small as this takes as long as its kernels' launches, forward and backward
+        assert after.seconds[gpu] - seconds == pytest.approx(1000 * 3 * 0.025)
+        assert longer["Fisher, LoRA"].seconds[gpu] - seconds == pytest.approx(3000 * 3 * 0.025)
+    # more sequences a batch than D_ref has: the Fisher takes them once, a step of the warm-up again
+    large, many = stages("reference.n=2"), stages("reference.n=2", "fisher.warmup_steps=1")
+    assert many["Fisher, LoRA"].memory.total > large["Fisher, LoRA"].memory.total
+    assert "optimizer" in many["Fisher, LoRA"].memory.kept
 
 
 def test_generation_memory_is_what_is_alive() -> None:

@@ -124,7 +124,7 @@ def test_an_old_manifest_never_stands_beside_new_traces(tmp_path, monkeypatch):
     def power_cut(manifest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rpsa.reference.stable_json", power_cut)
+    monkeypatch.setattr("rpsa.reference.building.stable_json", power_cut)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, config=ReferenceConfig(seed=1, max_new_tokens=6))
     with pytest.raises(RPSAError, match="no finished D_ref"):

@@ -22,6 +22,8 @@ from rpsa.errors import RPSAError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "stage.json"
+AUDIT_FILE = "rpsa_audit.json"
+"""What the trainer leaves beside a model about its frozen elements; here, where reading it needs no torch."""
 PACKAGES = ("rpsa", "torch", "transformers", "trl", "peft")
 _CHUNK = 1 << 20
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rpsa.artifacts import AUDIT_FILE
 from rpsa.cli.errors import readable_errors
 from rpsa.errors import RPSAError
 
@@ -29,7 +30,7 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", 
 
 def audit(
     model_dir: Annotated[
-        Path, typer.Argument(help="A model's folder, with its rpsa_audit.json.", show_default=False)
+        Path, typer.Argument(help=f"A model's folder, with its {AUDIT_FILE}.", show_default=False)
     ],
 ) -> None:
     """Show what a training run recorded about its frozen elements: how many were checked, and how many moved."""
@@ -37,7 +38,7 @@ def audit(
         _require_folder(model_dir)
         from rpsa.report.audit import render_audit
 
-        render_audit(_read_json(model_dir / "rpsa_audit.json"))
+        render_audit(_read_json(model_dir / AUDIT_FILE))
 
 
 def _require_folder(path: Path) -> None:

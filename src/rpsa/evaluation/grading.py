@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpsa.evaluation.items import Item
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.evaluation.samples import Sample
-from rpsa.evaluation.scoring import Outcome, answer_outcome, read_response
+from rpsa.evaluation.scoring import Outcome, Reading, answer_outcome, read_response
 from rpsa.generation import sample_id
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class Response:
     @property
     def id(self) -> str:
         return sample_id(self.item.set, self.item.id, self.index)
+
+    @cached_property
+    def reading(self) -> Reading:
+        return read_response(self.item, self.text)
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,10 @@ def _run(responses: Sequence[Response], sandbox: "Sandbox | None") -> Iterator[S
     """Programs in chunks, so that what has run is yielded before all have."""
     from rpsa.evaluation.sandbox import grade_programs
 
-    found = [(response, read_response(response.item, response.text).extracted) for response in responses]
-    for response, code in found:
-        if code is None:
+    for response in responses:
+        if response.reading.extracted is None:
             yield _sample(response, "refused" if is_refusal(response.text) else "wrong", 0.0)
-    written = [(response, code) for response, code in found if code is not None]
+    written = [(response, code) for response in responses if (code := response.reading.extracted) is not None]
     if not written:
         return
     assert sandbox is not None
@@ -139,7 +143,7 @@ def _problems(items: Sequence[Item], sandbox: "Sandbox") -> dict[tuple[str, str]
 def _sample(
     response: Response, outcome: Outcome, score: float | None, details: Mapping[str, Any] | None = None
 ) -> Sample:
-    item, reading = response.item, read_response(response.item, response.text)
+    item, reading = response.item, response.reading
     return Sample(
         id=response.id,
         set=item.set,

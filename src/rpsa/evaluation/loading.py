@@ -8,6 +8,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import BENCHMARKS, GROUPS, TINY_SETS, TaskOptions, subset
 from rpsa.evaluation.items import Item, Kind, Scorer
 from rpsa.evaluation.sandbox import code_problem
+from rpsa.evaluation.sources import local_file
 from rpsa.prompts import math_prompt
 from rpsa.rows import Row, read_rows, text_field
 from rpsa.tiny import FAMILIES, evaluation_prompts
@@ -35,6 +36,17 @@ def load_tasks(names: Sequence[str], options: TaskOptions) -> list[Item]:
 def expanded(names: Iterable[str]) -> list[str]:
     """Groups replaced by their tasks, repetitions dropped."""
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def local_benchmarks(names: Iterable[str], data_dir: str) -> dict[str, Path]:
+    """The files of `data_dir` that `load_tasks` reads, by benchmark; what it has none of comes from the hub.
+
+    Raises:
+        RPSAError: there are benchmarks among the names and no such folder, or it holds two files for one.
+    """
+    asked = (BENCHMARKS[name] for name in expanded(names) if name in BENCHMARKS)
+    found = ((benchmark.name, local_file(benchmark.source, data_dir)) for benchmark in asked)
+    return {name: path for name, path in found if path is not None}
 
 
 def load_task(name: str, options: TaskOptions) -> list[Item]:

@@ -36,13 +36,18 @@ def load_rows(source: Source, data_dir: str | None = None) -> list[Row]:
         RPSAError: the folder is missing or holds two such files, or the dataset does not load: it says what to do.
     """
     folder = data_dir or os.environ.get(DATA_DIR)
-    if folder and (path := _local_file(Path(folder).expanduser(), source.file)):
+    if folder and (path := local_file(source, folder)):
         return read_rows(path)
     return _hub_rows(source, folder)
 
 
-def _local_file(folder: Path, name: str) -> Path | None:
-    """The one file called `name...` in `folder` or one folder below: `aime24.jsonl`, `aime24/AIME-24_test.jsonl`."""
+def local_file(source: Source, data_dir: str) -> Path | None:
+    """The dataset's file in `data_dir` or one folder below: `aime24.jsonl`, `aime24/AIME-24_test.jsonl`.
+
+    Raises:
+        RPSAError: the folder is missing, or holds two such files.
+    """
+    folder, name = Path(data_dir).expanduser(), source.file
     if not folder.is_dir():
         raise RPSAError(f"{folder}: no such folder; it should hold the benchmarks' files")
     files = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]

@@ -68,12 +68,12 @@ def make_generator(
         assert config.server is not None
         return ServerGenerator(config.server, tokenizer)
     if backend == "vllm":
-        if config.engine.get("data_parallel_size", 1) > 1:
+        from rpsa.generation.vllm import VLLMGenerator, data_parallel_size
+
+        if data_parallel_size(config.engine) > 1:
             from rpsa.generation.vllm_server import VLLMServerGenerator
 
             return VLLMServerGenerator(model, tokenizer, config.engine)
-        from rpsa.generation.vllm import VLLMGenerator
-
         return VLLMGenerator(model, tokenizer, config.engine)
     from rpsa.generation.transformers import TransformersGenerator
 

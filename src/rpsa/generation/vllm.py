@@ -40,10 +40,9 @@ class VLLMGenerator:
         wave: int = WAVE,
     ) -> None:
         arguments = dict(engine or {})
-        if arguments.get("data_parallel_size", 1) > 1:
+        if (replicas := data_parallel_size(arguments)) > 1:
             raise RPSAError(
-                f"data_parallel_size {arguments['data_parallel_size']}: vLLM has it in its server only; use "
-                "VLLMServerGenerator"
+                f"data_parallel_size {replicas}: vLLM has it in its server only; use VLLMServerGenerator"
             )
         try:
             self._vllm: Any = importlib.import_module("vllm")
@@ -96,6 +95,12 @@ class VLLMGenerator:
             raise RPSAError(f"vLLM ended sample {sample_id!r} with {output.finish_reason!r}: run it again")
         token_ids = list(output.token_ids)
         return Completion(token_ids, self._decoder.text(token_ids), output.finish_reason)
+
+
+def data_parallel_size(engine: Mapping[str, Any]) -> int:
+    """How many engines, each with the whole model, the arguments of `vllm.LLM` ask for."""
+    size: int = engine.get("data_parallel_size", 1)
+    return size
 
 
 def _one_line(error: Exception) -> str:

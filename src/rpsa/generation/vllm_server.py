@@ -20,6 +20,7 @@ import httpx2
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling
 from rpsa.generation.server import ServerConfig, ServerGenerator
+from rpsa.generation.vllm import data_parallel_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ class VLLMServerGenerator:
             f"http://127.0.0.1:{port}/v1",
             _NAME,
             prompts_as="token_ids",
-            max_in_flight=_IN_FLIGHT * engine.get("data_parallel_size", 1),
+            max_in_flight=_IN_FLIGHT * data_parallel_size(engine),
             timeout=_LONGEST_RESPONSE,
         )
         self._generator = ServerGenerator(config, tokenizer)

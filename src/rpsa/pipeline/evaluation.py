@@ -20,34 +20,21 @@ from rpsa.chat import render_prompt
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.grading import Graders, Response, graded
 from rpsa.evaluation.items import Item
-from rpsa.evaluation.judges import (
-    NO_ANSWER,
-    CachedJudge,
-    Judge,
-    Judgement,
-    check_judge,
-    judge_responses,
-    judges_agree,
-    make_judge,
-)
 from rpsa.evaluation.loading import load_tasks
 from rpsa.evaluation.results import results_by_set
 from rpsa.evaluation.samples import Sample
 from rpsa.generation import Completion, Generator, Sampling, sample_id
 from rpsa.generation.resumable import carry_over, generate_resumable
+from rpsa.pipeline.graders import agreement, check_graders, make_graders
 from rpsa.pipeline.models import free_memory
 from rpsa.recipe.sections import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rpsa.evaluation.sandbox import Sandbox
-
 RESPONSES = "responses.jsonl"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-REFUSAL = "refusal"
-"""The judge that is always there."""
 
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is."""
@@ -90,7 +77,7 @@ def evaluate(
     wanted = questions(items, settings, subject.tokenizer)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
     free_memory()  # the judge's model needs the GPU
-    graders = _graders(settings, items, folder)
+    graders = make_graders(settings, items, folder)
     samples = _grade(responses, graders, folder)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     atomic_write(folder / SAMPLES, "".join(lines))
@@ -102,7 +89,7 @@ def evaluate(
         "data_sha256": _data_hashes(items),
         "judge": dict(graders.judge.identity) if any(item.scorer == "judge" for item in items) else "exact",
         "refusal_judge": dict(graders.refusal_judge.identity),
-        "agreement": _agreement(samples, settings, folder),
+        "agreement": agreement(samples, settings, folder),
         "sandbox": str(graders.sandbox) if graders.sandbox else None,
         "versions": package_versions(),
         "seconds": time.perf_counter() - started,
@@ -127,61 +114,8 @@ def check_evaluation(settings: Evaluate, options: TaskOptions) -> list[Item]:
         RPSAError: a task cannot be loaded, there is no such judge or setting of it, or programs have no sandbox.
     """
     items = load_tasks(settings.tasks, options)
-    check_judge(settings.judge, settings.judge_settings)
-    check_judge(settings.refusal_judge, settings.refusal_judge_settings)
-    if settings.second_judge:
-        check_judge(settings.second_judge, settings.second_judge_settings)
-    sandbox_for(items, settings)
+    check_graders(settings, items)
     return items
-
-
-def sandbox_for(items: Sequence[Item], settings: Evaluate) -> "Sandbox | None":
-    """None where no item has a program to run."""
-    if not any(item.scorer == "code" for item in items):
-        return None
-    from rpsa.evaluation.sandbox import best_sandbox
-
-    return best_sandbox(accept_unsandboxed=settings.accept_unsandboxed)
-
-
-def _graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Graders:
-    """A judge's model is loaded here, after the model under test is gone, and only if there is something to judge."""
-    judged = {item.kind for item in items if item.scorer == "judge"}
-    name, given = (settings.judge, settings.judge_settings) if "attack" in judged else (REFUSAL, {})
-    refusal, own = (
-        (settings.refusal_judge, settings.refusal_judge_settings)
-        if "over_refusal" in judged
-        else (REFUSAL, {})
-    )
-    return Graders(
-        _judge(name, given, folder),
-        _judge(refusal, own, folder),
-        settings.judge_traces,
-        sandbox_for(items, settings),
-    )
-
-
-def _judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
-    judge = make_judge(name, **settings)
-    return judge if name == REFUSAL else CachedJudge(judge, folder / "judgements")
-
-
-def _agreement(samples: Sequence[Sample], settings: Evaluate, folder: Path) -> dict[str, Any] | None:
-    """How far a second judge agrees with the first on what was judged of the answers to attacks."""
-    judged = [
-        sample
-        for sample in samples
-        if sample.kind == "attack" and sample.details.get("answer", {}).get("label", NO_ANSWER) != NO_ANSWER
-    ]
-    if settings.second_judge is None or not judged:
-        return None
-    second = _judge(settings.second_judge, settings.second_judge_settings, folder)
-    found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer"))
-    first = [Judgement(**sample.details["answer"]) for sample in judged]
-    other = [found[i] for i in range(len(judged))]
-    if all(None in (a.score, b.score) for a, b in zip(first, other, strict=True)):
-        return {"judge": dict(second.identity), "kappa": None, "n": 0, "left_out": len(judged)}
-    return {"judge": dict(second.identity), **asdict(judges_agree(first, other))}
 
 
 @dataclass(frozen=True)

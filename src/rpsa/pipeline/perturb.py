@@ -1,6 +1,7 @@
 """`rpsa perturb`: Fig. 3 of a saved Fisher and the model that it was measured on."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from rpsa.evaluation.judges import make_judge
 from rpsa.evaluation.loading import load_tasks
 from rpsa.evaluation.samples import Sample, scores_by_item
 from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.generation.backends import has_gpu
 from rpsa.parameters import canonical_name, fingerprint
-from rpsa.pipeline.evaluation import REFUSAL, questions, sandbox_for
-from rpsa.pipeline.models import identity, load_model, load_tokenizer
-from rpsa.pipeline.tasks import source_identity
+from rpsa.pipeline.evaluation import questions
+from rpsa.pipeline.graders import REFUSAL, sandbox_for
+from rpsa.pipeline.models import generation_dtype, identity, load_model, load_tokenizer
+from rpsa.pipeline.tasks import tasks_identity
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.sections import Evaluate as EvaluateSettings
 from rpsa.recipe.sections import Model
@@ -40,10 +43,12 @@ def run_perturbation(
     config: PerturbationConfig,
     out: Path,
     data_dir: str | None = None,
+    described: Model | None = None,
 ) -> None:
     """Evaluate a model under each perturbation; writes `results.json` and the bar chart into `out`.
 
-    Cells that `out` holds already are not run again.
+    Cells that `out` holds already are not run again. `described` says in what dtype elements are scaled, and in what
+    the model then generates.
 
     Raises:
         RPSAError: see `perturb`; or no task has reasoning problems.
@@ -59,16 +64,21 @@ def run_perturbation(
     quiet()
     evaluate = reasoning_scores(settings, data_dir)
     fisher = FisherDiagonal.load(fisher_folder)
-    described = Model(name=name)
+    described = described or Model()
     model: Any = load_model(name, described)
     _warn_of_another_model(model, fisher)
+    dtype = generation_dtype(described, on_gpu=has_gpu())
+    is_cast = dtype not in ("auto", str(model.dtype).removeprefix("torch."))
+    if is_cast:
+        evaluate = with_weights_of(load_model(name, described, dtype), evaluate)
     inputs = {
         "model": identity(name, described),
         "Fisher": sha256_of(fisher_folder),
         "evaluation": settings.model_dump(exclude={"batch_size"}),
-        "data": [source_identity(source, "task") for source in settings.tasks],
+        "data": tasks_identity(settings.tasks, data_dir),
         "seed": config.seed,
         "versions": package_versions(),
+        **({"generation_dtype": dtype} if is_cast else {}),
     }
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -141,6 +151,19 @@ def reasoning_scores(settings: EvaluateSettings, data_dir: str | None = None) ->
         }
 
     return evaluate
+
+
+def with_weights_of(generating: Any, evaluate: Evaluate) -> Evaluate:
+    """`evaluate` asked of `generating`, which takes the perturbed weights over in its own dtype, as an evaluation does.
+
+    What is perturbed stays in its dtype: scaled there, a weight is rounded once, and its old bits are put back.
+    """
+
+    def evaluate_cast(model: Any, tokenizer: Any) -> Mapping[str, Sequence[float]]:
+        generating.load_state_dict(model.state_dict())
+        return evaluate(generating, tokenizer)
+
+    return evaluate_cast
 
 
 def _warn_of_another_model(model: Any, fisher: FisherDiagonal) -> None:

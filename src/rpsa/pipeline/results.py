@@ -4,7 +4,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rpsa.artifacts import package_versions, read_manifest
+from rpsa.artifacts import AUDIT_FILE, package_versions, read_manifest
 from rpsa.errors import RPSAError
 from rpsa.pipeline.evaluation import RESULTS, SAMPLES
 from rpsa.pipeline.tasks import (
@@ -54,8 +54,8 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
             )
     aligned = align_task(recipe, cell)
     audit = None
-    if aligned is not None and (aligned.folder / "rpsa_audit.json").is_file():
-        audit = json.loads((aligned.folder / "rpsa_audit.json").read_text())
+    if aligned is not None and (aligned.folder / AUDIT_FILE).is_file():
+        audit = json.loads((aligned.folder / AUDIT_FILE).read_text())
     log = json.loads((aligned.folder / "log.json").read_text()) if aligned is not None else {}
     return RunResult(
         method=_label(cell),

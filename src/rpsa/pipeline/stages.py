@@ -162,7 +162,9 @@ def make_analysis(recipe: Recipe, task: Task, folder: Path, progress: Progress) 
     config = PerturbationConfig(
         tuple(settings.fractions), tuple(settings.factors), tuple(settings.selections), settings.draws
     )
-    run_perturbation(task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir)
+    run_perturbation(
+        task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir, described=recipe.model
+    )
 
 
 # evaluate

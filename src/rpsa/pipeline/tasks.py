@@ -1,6 +1,6 @@
 """What a recipe asks for, as tasks: each fills one folder of the run, and is done again only if its inputs change."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 from rpsa.artifacts import is_current, read_manifest, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.loading import local_benchmarks
 from rpsa.pipeline.models import identity, training_dtype
 from rpsa.recipe.schema import Cell, Recipe, slug
-from rpsa.recipe.sections import Fisher
+from rpsa.recipe.sections import Fisher, Safety
 from rpsa.recipe.sources import SHIPPED
 
 Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
@@ -140,7 +141,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
             "fisher": [upstream(fisher) for fisher in full_fishers(recipe) if fisher.base == task.base],
             "perturb": recipe.analysis.perturb.model_dump(),
             "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
-            "data": [source_identity(source, "task") for source in recipe.evaluate.tasks],
+            "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
             "data_dir": recipe.data_dir,
         }
     assert cell is not None
@@ -158,12 +159,13 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
             "data": source_identity(cell.safety.data or "", "safety"),
             "fisher": upstream(fisher) if fisher else None,
             **(_alternatives(recipe, cell) if cell.alternatives else {}),
+            **_benign_file(cell.safety),
         }
     aligned = align_task(recipe, cell)
     return {
         "model": upstream(aligned) if aligned else model,
         "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
-        "data": [source_identity(source, "task") for source in recipe.evaluate.tasks],
+        "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
         "data_dir": recipe.data_dir,
         "reference": _problems_left_out(recipe, cell),
     }
@@ -212,6 +214,21 @@ def source_identity(source: str, kind: str) -> Any:
     if source in SHIPPED[kind] or not path.exists():
         return source
     return {"path": source, "sha256": sha256_of(path)}
+
+
+def tasks_identity(tasks: Sequence[str], data_dir: str | None) -> list[Any]:
+    """What the tasks read: their names, the user's own files and the benchmarks' files in `data_dir` by content."""
+    files = local_benchmarks(tasks, data_dir) if data_dir else {}
+    return [
+        *(source_identity(source, "task") for source in tasks),
+        *({"benchmark": name, "sha256": sha256_of(path)} for name, path in files.items()),
+    ]
+
+
+def _benign_file(safety: Safety) -> dict[str, Any]:
+    """A key only where a file is read: other runs keep the inputs that they had before it counted."""
+    found = source_identity(safety.benign, "safety") if safety.benign and safety.benign_share else None
+    return {"benign": found} if isinstance(found, dict) else {}
 
 
 def unfinished(recipe: Recipe, tasks: Iterable[Task]) -> list[Task]:

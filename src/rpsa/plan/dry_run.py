@@ -1,8 +1,8 @@
 """What a forward and backward pass keeps alive, found by running the model's own code on fake tensors.
 
-The passes are those of training (TRL's loss without logits), of the reasoning gradient g_R and of the Fisher
-estimate (with logits). A dry run of an 8B model takes seconds, and knows its attention, its checkpointing and the
-bf16 copies of weights that autocast keeps, without a formula for any of them.
+The passes are those of training (TRL's loss without logits), of the reasoning gradient g_R, of an adapter's warm-up
+and of the Fisher estimate (with logits). A dry run of an 8B model takes seconds, and knows its attention, its
+checkpointing and the bf16 copies of weights that autocast keeps, without a formula for any of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -62,15 +62,26 @@ def training_peak(model: Any, shape: Shape, precision: Precision, *, accumulated
 
 def reasoning_peak(model: Any, shape: Shape, precision: Precision, *, accumulated: bool = False) -> int:
     """The same for g_R (`rpsa.training.reasoning_gradient`), whose logits accelerate casts to fp32."""
+    runs = 2 if accumulated else 1
+    return _peak(model, lambda: _reasoning_loss(model, shape, precision), precision, runs)
 
-    def loss() -> Tensor:
-        with _autocast(precision):
-            logits = model(**_inputs(shape), use_cache=False).logits
-        if precision.bf16:
-            logits = logits.float()
-        return -label_log_probs(logits.flatten(0, 1), *_labels(shape)).sum()
 
-    return _peak(model, loss, precision, runs=2 if accumulated else 1)
+def warmup_peak(model: Any, shape: Shape, *, checkpointing: bool) -> int:
+    """The same for a step of an adapter's warm-up (`rpsa.training.warmup`), without autocast and dropout."""
+    precision = Precision(bf16=False, checkpointing=checkpointing)
+    with _checkpointing(model, checkpointing), evaluation_mode(model), LiveBytes(_tensors(model)) as live:
+        _reasoning_loss(model, shape, precision).backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return live.peak
+
+
+def _reasoning_loss(model: Any, shape: Shape, precision: Precision) -> Tensor:
+    with _autocast(precision):
+        logits = model(**_inputs(shape), use_cache=False).logits
+    if precision.bf16:
+        logits = logits.float()
+    return -label_log_probs(logits.flatten(0, 1), *_labels(shape)).sum()
 
 
 def sharded_peak(model: Any, shape: Shape, precision: Precision, peak: Callable[..., int]) -> int:

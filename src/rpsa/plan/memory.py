@@ -25,6 +25,7 @@ from rpsa.plan.dry_run import (
     reasoning_peak,
     sharded_peak,
     training_peak,
+    warmup_peak,
 )
 
 Sharding = Literal["one GPU", "DDP", "FSDP2"]
@@ -213,6 +214,13 @@ def fisher_memory(model: Any, shape: Shape, probes: int, *, checkpointing: bool)
     sums = 4 * elements + SAMPLED_ELEMENTS * (2 * 4 + 8) if sampled else 2 * 4 * elements
     work, _ = fisher_peak(model, shape, probes, checkpointing=checkpointing)
     return StageMemory({"weights": _bytes(model), "Fisher sums": sums}, work)
+
+
+def warmup_memory(model: Any, shape: Shape, *, checkpointing: bool) -> StageMemory:
+    """The warm-up of a LoRA adapter, over before the Fisher's sums are there: AdamW's moments, and a step's pass."""
+    moments = 2 * sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    work = warmup_peak(model, shape, checkpointing=checkpointing)
+    return StageMemory({"weights": _bytes(model), "optimizer": moments}, work)
 
 
 def generation_memory(model: Any, shape: Shape, vocabulary: int) -> StageMemory:

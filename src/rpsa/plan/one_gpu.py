@@ -1,13 +1,22 @@
 """What one GPU does, however many there are: generation of D_ref and for the evaluation, and the Fisher."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rpsa.pipeline.models import generation_dtype, training_dtype
 from rpsa.plan.base import Base
 from rpsa.plan.dry_run import Shape
-from rpsa.plan.memory import StageMemory, fisher_memory, generation_memory
+from rpsa.plan.memory import StageMemory, fisher_memory, generation_memory, warmup_memory
 from rpsa.plan.result import SingleGpuStage
-from rpsa.plan.time import GPUS, Gpu, compute_seconds, fisher_operations, generation_seconds
+from rpsa.plan.time import (
+    GPUS,
+    Gpu,
+    compute_seconds,
+    fisher_operations,
+    generation_seconds,
+    launch_seconds,
+    training_operations,
+)
 from rpsa.plan.tokens import Responses, evaluation_responses, prompt_tokens, reference_responses
 from rpsa.recipe.schema import Cell
 
@@ -50,11 +59,30 @@ def _fisher(base: Base, cell: Cell) -> SingleGpuStage:
         checkpointing=checkpointing,
     )
     is_bf16 = dtype == "bfloat16"
-    return _stage(
-        base,
-        f"Fisher, {'LoRA' if is_lora else 'full'}",
-        memory,
-        lambda gpu: compute_seconds(operations, gpu, bf16=is_bf16),
+    stage = f"Fisher, {'LoRA' if is_lora else 'full'}"
+
+    def seconds(gpu: Gpu) -> float:
+        return compute_seconds(operations, gpu, bf16=is_bf16)
+
+    if not is_lora or not settings.warmup_steps:
+        return _stage(base, stage, memory, seconds)
+    warmup, warmup_seconds = _warmup(base, model, is_bf16=is_bf16)
+    largest = max(memory, warmup, key=lambda one: one.total)  # the one is over when the other begins
+    return _stage(base, stage, largest, lambda gpu: warmup_seconds(gpu) + seconds(gpu))
+
+
+def _warmup(base: Base, model: Any, *, is_bf16: bool) -> tuple[StageMemory, Callable[[Gpu], float]]:
+    """An adapter's steps on D_ref; a batch of more sequences than there are takes some again."""
+    settings = base.recipe.fisher
+    shape = Shape(settings.batch_size, base.reference_tokens)
+    checkpointing = settings.activation_checkpointing
+    tokens = settings.warmup_steps * shape.sequences * base.mean_reference_tokens
+    parameters = sum(p.numel() for p in model.parameters())
+    operations = training_operations(parameters, tokens, lora=True, checkpointing=checkpointing)
+    launch = settings.warmup_steps * launch_seconds(checkpointing=checkpointing)
+    return (
+        warmup_memory(model, shape, checkpointing=checkpointing),
+        lambda gpu: max(launch, compute_seconds(operations, gpu, bf16=is_bf16)),
     )
 
 

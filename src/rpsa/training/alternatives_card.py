@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rpsa.training.freezing_text import bullets
 from rpsa.training.names import CardNames
 
 _DEFAULTS = {"penalty": None, "projection": None, "interpolation": 1.0, "restored_ratio": 0.0}
@@ -30,7 +31,7 @@ def alternatives_section(metadata: Mapping[str, Any]) -> str:
         "agem": "its component against the reasoning gradient, where the two pointed apart (A-GEM)",
         "signs": "every element whose sign was not that of the reasoning gradient",
     }
-    lines = [
+    return bullets(
         done["penalty"]
         and f"Penalty on moving away from the starting weights, {weights[done['penalty']]}, strength "
         f"{done['penalty_strength']:g}.",
@@ -44,5 +45,4 @@ def alternatives_section(metadata: Mapping[str, Any]) -> str:
         "with the most, were put back to their starting values.",
         done["interpolation"] < 1
         and f"After training, the weights were interpolated: {done['interpolation']:g} of the way from the start.",
-    ]
-    return "\n".join(f"- {line}" for line in lines if line)
+    )

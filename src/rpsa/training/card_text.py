@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpsa.training.alternatives_card import alternatives_section
+from rpsa.training.freezing_text import bullets, frozen, provenance
 
 METADATA = "rpsa_metadata.json"
 
@@ -31,11 +32,11 @@ def render_card(metadata: Mapping[str, Any]) -> str:
     front_matter = ModelCardData(**(derived | metadata["front_matter"])).to_yaml(line_break="\n")
     sections = {
         "Use": _use(metadata),
-        "What was frozen": _frozen(metadata),
+        "What was frozen": frozen(metadata),
         f"What was done {'beside' if metadata['freezing'] else 'instead of'} freezing": alternatives_section(
             metadata
         ),
-        "Where the Fisher information comes from": _provenance(metadata),
+        "Where the Fisher information comes from": provenance(metadata),
         "Training": _training(metadata),
         "Results": _NOT_MEASURED,
         "Limits": _limits(metadata),
@@ -91,120 +92,6 @@ def _use(metadata: Mapping[str, Any]) -> str:
     )
 
 
-def _frozen(metadata: Mapping[str, Any]) -> str:
-    freezing = metadata["freezing"]
-    if freezing is None:
-        return ""
-    if freezing["mask"] == "fisher":
-        mask = "Frozen first: the elements with the highest Fisher information."
-    else:
-        mask = f"Frozen first: `{freezing['mask']}`, a control that does not go by the Fisher information."
-    if freezing["exact"]:
-        how = "How: exactly. A frozen element is bit-identical after each optimizer step."
-    else:
-        how = "How: gradients only. Frozen elements had no gradient, but weight decay and momentum still moved them."
-    return _bullets(
-        _ratio(freezing),
-        _trajectory(metadata["trajectory"]) if isinstance(freezing["frozen_ratio"], str) else None,
-        mask,
-        _fraction(freezing, metadata["audit"]),
-        how,
-        f"Elements with F = 0: {freezing['zero_fisher']}. Adam's second moment of frozen elements: "
-        f"`{freezing['frozen_moments']}`.",
-        _audit(metadata["audit"]),
-    )
-
-
-def _ratio(freezing: Mapping[str, Any]) -> str:
-    if not isinstance(freezing["frozen_ratio"], str):
-        share = f"{freezing['frozen_ratio']:g}"
-        return f"Frozen ratio k: constant, {share} of the elements with non-zero Fisher information."
-    if freezing["frozen_ratio"] == "noise":
-        return (
-            "Frozen ratio k (of the elements with non-zero Fisher information): noise, a control. It is drawn anew "
-            f"every {freezing['every']} optimizer steps by the law of the dynamic ratio, whatever the conflict."
-        )
-    return (
-        "Frozen ratio k (of the elements with non-zero Fisher information): dynamic. It follows the conflict between "
-        f"the reasoning and the safety gradient, measured every {freezing['every']} optimizer steps against the "
-        f"previous {freezing['window']} measurements (sigma scale {freezing['sigma_scale']:g})."
-    )
-
-
-def _trajectory(trajectory: Mapping[str, Any] | None) -> str:
-    if trajectory is None:
-        return "k was not measured: the model was saved before any training."
-    if not trajectory["left_half"]:
-        return f"k never left 0.5 in {trajectory['measurements']} measurements: in effect a constant ratio of 0.5."
-    k, c = trajectory["k"], trajectory["c"]
-    return (
-        f"Over {trajectory['measurements']} measurements k was {k['min']:.3f} to {k['max']:.3f}, median "
-        f"{k['median']:.3f}; it was 0 in {trajectory['share_k_0']:.1%} and 1 in {trajectory['share_k_1']:.1%} of "
-        f"them. The conflict c was {c['min']:.3f} to {c['max']:.3f}, mean {c['mean']:.3f}."
-    )
-
-
-def _fraction(freezing: Mapping[str, Any], audit: Mapping[str, Any] | None) -> str | None:
-    if freezing["elements"] is None:
-        return None
-    text = (
-        f"Frozen in the end: {freezing['frozen_fraction']:.2%} of all {freezing['elements']:,} trainable elements; "
-        f"{freezing['nonzero']:,} have a score above 0"
-    )
-    if audit and audit["steps"]:
-        mean = audit["frozen_element_steps_checked"] / (audit["steps"] * freezing["elements"])
-        text += f"; {mean:.2%} on average over the steps"
-    return text + "."
-
-
-def _audit(audit: Mapping[str, Any] | None) -> str:
-    if audit is None:
-        return "Audit: none was kept."
-    return (
-        f"Audit: {audit['frozen_elements_moved']:,} frozen elements moved in "
-        f"{audit['frozen_element_steps_checked']:,} element-steps checked (moves counted on "
-        f"{audit['moved_counted_on']})."
-    )
-
-
-def _provenance(metadata: Mapping[str, Any]) -> str:
-    fisher, reference = metadata["fisher"], metadata["reference"]
-    return _bullets(*_fisher(fisher), *_reference(reference)) if fisher else ""
-
-
-def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
-    if fisher["samples"] is None:
-        return [f"Scores of unknown origin, with the fingerprint `{fisher['fingerprint']}`."]
-    skipped = f" ({fisher['skipped']} more skipped)" if fisher["skipped"] else ""
-    scope = f", scope `{fisher['scope']}`" if fisher["scope"] else ""
-    overlap = ", ".join(
-        f"{share:.3f} for the top {float(k):.0%}" for k, share in fisher["split_half"].items()
-    )
-    return [
-        f"Estimated on {fisher['samples']:,} samples{skipped} with {fisher['tokens']:,} response tokens, by "
-        f"`{fisher['estimator']}` (probes {fisher['probes']}, seed {fisher['seed']}{scope}), once, before training.",
-        f"Agreement of its two halves (chance is the share itself): {overlap}." if overlap else None,
-        f"Fingerprints: scores `{fisher['fingerprint']}`, samples `{fisher['data_fingerprint']}`, measured on the "
-        f"weights `{fisher['weights_fingerprint']}`.",
-    ]
-
-
-def _reference(reference: Mapping[str, Any] | None) -> list[str | None]:
-    if reference is None:
-        return ["The trainer was given no reasoning data of its own: the ratio does not depend on it."]
-    sampled = f", sampled from `{reference['sampled_from']}`" if reference["sampled_from"] else ""
-    problems = f" to problems of `{reference['problems']}`" if reference["problems"] else ""
-    settings = "" if reference["temperature"] is None else (
-        f" Temperature {reference['temperature']:g}, top-p {reference['top_p']:g}, at most "
-        f"{reference['max_new_tokens']:,} tokens."
-    )  # fmt: skip
-    return [
-        f"Reasoning data: {reference['traces']:,} responses{problems}{sampled}; {reference['correct']:,} known to be "
-        f"correct, {reference['truncated']:,} truncated, {reference['response_tokens']:,} tokens.{settings} SHA-256 "
-        f"of the token ids: `{reference['sha256']}`."
-    ]
-
-
 def _training(metadata: Mapping[str, Any]) -> str:
     training, data, adapter = metadata["training"], metadata["safety_data"], metadata["adapter"]
     name = f"`{data['name']}`" if data["name"] else "not named"
@@ -217,7 +104,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
     losses = [f"{what} {float(training[key]):.4f}" for what, key in (("training", "loss"), ("evaluation", "eval_loss"))
               if training[key] is not None]  # fmt: skip
     autocast = f" with {training['autocast']} autocast" if training["autocast"] else ""
-    return _bullets(
+    return bullets(
         f"Safety data: {name}{examples}{digest}.",
         f"{training['trainer']}, {training['steps']:,} optimizer steps"
         + (f" of {training['planned_steps']:,} planned: unfinished" if unfinished else "")
@@ -240,7 +127,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
 
 def _limits(metadata: Mapping[str, Any]) -> str:
     freezing, trajectory = metadata["freezing"], metadata["trajectory"]
-    return _bullets(
+    return bullets(
         "An attack success rate is not safety. It is the share of one set of requests that one judge took for "
         "complied with; other attacks, languages, longer conversations and other sampling settings may do better.",
         "A judge errs, and another judge gives other rates: compare only rates of the same one.",
@@ -268,7 +155,3 @@ def _lora(metadata: Mapping[str, Any]) -> str | None:
         "LoRA: B was 0 when the Fisher information was measured, so that only elements of B have any and could be "
         f"frozen by it; A {fate}."
     )
-
-
-def _bullets(*lines: str | None) -> str:
-    return "\n".join(f"- {line}" for line in lines if line)

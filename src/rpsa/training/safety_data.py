@@ -1,7 +1,6 @@
-"""D_S: safety examples from the formats in which they are published, each with its thought.
+"""D_S: safety examples from a source, mixed with benign ones, held out, tokenised, and compared with what is evaluated.
 
-The formats: DirectRefusal (a refusal, to which one constant thought is put), SafeChain and STAR-1 (chains of
-thought with safe answers), and plain prompt/response or chat records.
+The formats of the sources are in `rpsa.training.safety_formats`.
 """
 
 import logging
@@ -10,29 +9,31 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from rpsa.chat import CLOSE_THOUGHT, IGNORED_LABEL, OPEN_THOUGHT, Example, render_example, split_response
+from rpsa.chat import IGNORED_LABEL, Example, render_example
 from rpsa.errors import RPSAError
-from rpsa.rows import Row, read_rows, text_field
+from rpsa.rows import read_rows
+from rpsa.training.safety_formats import SafetyExample, SafetyFormat, as_example, format_of, known_format
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+__all__ = [
+    "Contamination",
+    "SafetyExample",
+    "SafetyFormat",
+    "TokenCounts",
+    "contamination",
+    "hold_out",
+    "load_benign_data",
+    "load_safety_data",
+    "mix_benign",
+    "tokenize_safety_data",
+]
+
 log = logging.getLogger(__name__)
-
-REFUSING_THOUGHT = "I should not answer this question!"
-
-SafetyFormat = Literal["auto", "direct_refusal", "safechain", "star1", "prompt_response", "messages"]
-
-
-@dataclass(frozen=True)
-class SafetyExample:
-    """`prompt` is the full user message; `response` is `<think>thought</think>answer`."""
-
-    prompt: str
-    response: str
 
 
 @dataclass(frozen=True)
@@ -61,28 +62,6 @@ class Contamination:
     evaluation_prompt: int
     kind: Literal["exact", "overlap"]
     share: float
-
-
-_PROMPT_FIELDS: dict[str, tuple[str, ...]] = {
-    "direct_refusal": ("instruction", "prompt", "question"),
-    "safechain": ("instruction",),
-    "star1": ("question",),
-    "prompt_response": ("prompt", "instruction", "question"),
-}
-_RESPONSE_FIELDS: dict[str, tuple[str, ...]] = {
-    "direct_refusal": ("output", "refusal", "response"),
-    "safechain": ("response",),
-    "star1": ("response",),
-    "prompt_response": ("response", "output"),
-}
-# What makes `auto` choose a format: the first whose fields (one of each group) a row has.
-_SIGNATURES: list[tuple[SafetyFormat, tuple[tuple[str, ...], ...]]] = [
-    ("messages", (("messages",),)),
-    ("star1", (("question",), ("response",))),
-    ("safechain", (("instruction",), ("response",))),
-    ("prompt_response", (("prompt",), ("response",))),
-    ("direct_refusal", (("instruction", "prompt"), ("output", "refusal"))),
-]
 
 
 def load_safety_data(
@@ -202,73 +181,14 @@ def contamination(
 
 def _load(source: str | Path, format: str, n: int | None, seed: int, benign: bool) -> list[SafetyExample]:
     rows = read_rows(source)
-    chosen = _detect(rows[0]) if format == "auto" else _known(format)
+    chosen = format_of(rows[0]) if format == "auto" else known_format(format)
     if benign and chosen == "direct_refusal":
         chosen = "prompt_response"
-    examples = [_example(row, chosen) for row in rows]
+    examples = [as_example(row, chosen) for row in rows]
     random.Random(seed).shuffle(examples)
     if n is not None and not 1 <= n <= len(examples):
         raise RPSAError(f"{source} has {len(examples)} examples: ask for 1 to {len(examples)}, not {n}")
     return examples[:n]
-
-
-def _known(format: str) -> str:
-    if format not in get_args(SafetyFormat):
-        raise RPSAError(
-            f"unknown safety data format {format!r}: give one of {', '.join(get_args(SafetyFormat))}"
-        )
-    return format
-
-
-def _detect(row: Row) -> SafetyFormat:
-    for name, groups in _SIGNATURES:
-        if all(any(field in row.fields for field in group) for group in groups):
-            return name
-    expected = "; ".join(
-        f"{name}: " + " + ".join("/".join(group) for group in groups) for name, groups in _SIGNATURES
-    )
-    raise RPSAError(f"{row.where} has the fields {', '.join(map(str, row.fields))}: expected {expected}")
-
-
-def _example(row: Row, format: str) -> SafetyExample:
-    if format == "messages":
-        prompt, response = _first_exchange(row)
-    else:
-        prompt = text_field(row, _PROMPT_FIELDS[format])
-        response = text_field(row, _RESPONSE_FIELDS[format])
-        if row.fields.get("input"):
-            prompt += f"\n{row.fields['input']}"
-    if format == "direct_refusal" and CLOSE_THOUGHT not in response:
-        response = f"{OPEN_THOUGHT}{REFUSING_THOUGHT}{CLOSE_THOUGHT}{_without_question(response)}"
-    if not prompt.strip():
-        raise RPSAError(f"{row.where} has an empty prompt")
-    try:
-        split_response(response)
-    except RPSAError as error:
-        hint = "" if CLOSE_THOUGHT in response else " (or format: direct_refusal, which adds a refusing one)"
-        raise RPSAError(f"{row.where}: {error}{hint}") from None
-    return SafetyExample(prompt, response)
-
-
-def _without_question(refusal: str) -> str:
-    """TianshengHuang/DirectRefusal writes the refusal as `Question: <prompt>\\nAnswer: <refusal>`."""
-    question, answer, rest = refusal.partition("\nAnswer:")
-    return rest.lstrip() if answer and question.startswith("Question:") else refusal
-
-
-def _first_exchange(row: Row) -> tuple[str, str]:
-    """The user's and the assistant's text of a chat of exactly these two turns."""
-    messages: Any = row.fields.get("messages")
-    try:
-        roles = [message["role"] for message in messages]
-        contents = [str(message["content"]) for message in messages]
-    except (TypeError, KeyError):
-        raise RPSAError(f"{row.where}: messages must be a list of objects with role and content") from None
-    if roles != ["user", "assistant"]:
-        raise RPSAError(
-            f"{row.where} has turns {', '.join(map(str, roles))}: one user, one assistant turn expected"
-        )
-    return contents[0], contents[1]
 
 
 def _rendered(

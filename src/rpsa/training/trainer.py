@@ -6,6 +6,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
+from rpsa.artifacts import AUDIT_FILE
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.freezer import Freezer
@@ -16,8 +17,6 @@ from rpsa.training.config import RPSAArguments
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
 from rpsa.training.reasoning_trainer import ReasoningMixin
-
-AUDIT_FILE = "rpsa_audit.json"
 
 
 class RPSAMixin(ReasoningMixin):
