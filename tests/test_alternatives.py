@@ -482,6 +482,18 @@ def test_nothing_is_measured_that_an_alternative_does_not_use(tmp_path: Path) ->
     assert again == {"fft+l2sp"}
 
 
+def test_a_projection_is_done_again_when_its_traces_are_cut_elsewhere(tmp_path: Path) -> None:
+    from rpsa.pipeline import run
+    from rpsa.pipeline.tasks import tasks_of, unfinished
+
+    methods = "matrix.methods=[fft+agem, fft+rehearsal]"
+    run(recipe(tmp_path, methods, "evaluate.tasks=[]"))
+    changed = recipe(tmp_path, methods, "evaluate.tasks=[]", "reference.reference_max_length=32")
+    assert [task.name.partition("/")[0] for task in unfinished(changed, tasks_of(changed, "align"))] == [
+        "fft+agem"
+    ]
+
+
 def test_freezing_goes_with_rehearsal_alone(tmp_path: Path) -> None:
     both = "matrix.methods={fft+rpsa: {alternatives: {rehearsal_share: 0.25}}}"
     [cell] = recipe(tmp_path, both).cells()

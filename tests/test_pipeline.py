@@ -141,6 +141,19 @@ def test_a_study_has_sweeps_and_analyses_of_its_fishers(recipe_file: Path) -> No
     }
 
 
+def test_a_recipe_without_tasks_trains_and_says_that_nothing_was_measured(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(small(recipe_file, "evaluate.tasks=[]", "matrix.methods=[fft+rpsa]"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"No report: evaluate.tasks names nothing, so nothing was measured. Models: {folder}/align" in shown
+    )
+    assert (folder / "align" / "fft+rpsa" / "tiny-0" / "seed0" / "model.safetensors").is_file()
+    assert not (folder / "evaluate").exists()
+    assert not (folder / "report").exists()
+
+
 def test_a_changed_file_is_found(recipe_file: Path) -> None:
     folder = run(small(recipe_file, "matrix.methods=[original, fft]"))
     samples = next(folder.glob("evaluate/fft/**/samples.jsonl"))

@@ -235,6 +235,7 @@ MISTAKES = [
     ),
     ("reference.problems=null", "reference.problems: missing"),
     ("evaluate.tasks=[tiy]", "evaluate.tasks: 'tiy' is unknown; did you mean 'tiny'?"),
+    ("analysis.perturb.draws=1", "evaluate.tasks: empty; sweeps and analysis.perturb show what is measured"),
     ("version=2", "version: 2 is not a valid value; valid: 1"),
     ("name=a/b", "name: 'a/b' does not match"),
     ("safety.data=${data}", "${data} is unknown; the only variable is ${data_dir}"),
@@ -248,7 +249,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("override", "expected"), MISTAKES)
 def test_mistakes_are_one_readable_line(override: str, expected: str) -> None:
     with pytest.raises(RPSAError) as caught:
-        load_recipe(DEMO, [override])
+        load_recipe(DEMO, [override, *(["evaluate.tasks=[]"] if "perturb" in override else [])])
     message = str(caught.value)
     assert expected in message
     assert "\n" not in message
@@ -335,6 +336,7 @@ def test_the_schema_admits_the_shipped_recipes_keys() -> None:
 
 
 SWEPT = """
+evaluate: {tasks: [tiny]}
 sweeps:
   rank:
     methods: [lora, lora+constant]

@@ -159,6 +159,13 @@ def test_a_mistake_is_one_line_before_anything_runs(recipe_file: Path, over: lis
     assert not out.exists()
 
 
+def test_a_sweep_over_nothing_that_is_measured_is_refused(recipe_file: Path) -> None:
+    out = recipe_file.parent / "sweep"
+    with pytest.raises(RPSAError, match=r"evaluate\.tasks: empty; a sweep shows what is measured on tasks"):
+        sweep(SweepConfig(recipe_file, ["lora.r=1,2"], [METHODS, "evaluate.tasks=[]"], out))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("launcher", "message"),
     [

@@ -149,6 +149,11 @@ class _Performer:
 
 
 def _report(recipe: Recipe) -> None:
+    if not recipe.evaluate.tasks:
+        print(
+            f"\nNo report: evaluate.tasks names nothing, so nothing was measured. Models: {recipe.folder / 'align'}"
+        )
+        return
     from rpsa.pipeline.cards import write_cards
     from rpsa.pipeline.results import analysis_figures, collect, provenance, report_inputs
     from rpsa.report import render_console, write_report

@@ -81,6 +81,8 @@ def points_of(
             f"output_dir={json.dumps(str(folder / name))}",
         ]
         point = Point({key: value.label for key, value in chosen.items()}, own, load_recipe(recipe, own))
+        if not point.recipe.evaluate.tasks:
+            raise RPSAError(f"{recipe}: evaluate.tasks: empty; a sweep shows what is measured on tasks")
         for other in points:
             if other.name == name:
                 raise RPSAError(f"--over: two points are called {name}; give each value once")

@@ -40,6 +40,8 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
     """The tasks of a stage, without repetition. Nothing is measured that no method of the matrix uses."""
     if stage == "analyse":
         return analysis_tasks(recipe)
+    if stage == "evaluate" and not recipe.evaluate.tasks:
+        return []
     makers: dict[Stage, Callable[[Recipe, Cell], Task | None]] = {
         "reference": reference_task,
         "fisher": fisher_task,
@@ -175,9 +177,11 @@ def _alternatives(recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """The inputs of a method that does something else than freezing, or beside it."""
     assert cell.alternatives is not None
     reference = reference_task(recipe, cell) if cell.alternatives.needs_reference else None
+    projects = cell.alternatives.projection is not None
     return {
         "alternatives": cell.alternatives.model_dump(),
         "reference": upstream(reference) if reference else None,
+        "reference_max_length": recipe.reference.reference_max_length if projects else None,
     }
 
 

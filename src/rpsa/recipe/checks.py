@@ -35,6 +35,8 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
+    if not recipe.evaluate.tasks and (recipe.sweeps or recipe.analysis.perturb):
+        yield "evaluate.tasks: empty; sweeps and analysis.perturb show what is measured on tasks"
 
 
 def _settings(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
