@@ -36,7 +36,9 @@ def render_card(metadata: Mapping[str, Any]) -> str:
         f"What was done {'beside' if metadata['freezing'] else 'instead of'} freezing": alternatives_section(
             metadata
         ),
-        "Where the Fisher information comes from": provenance(metadata),
+        f"Where the {'Fisher information' if metadata['fisher'] else 'reasoning data'} comes from": provenance(
+            metadata
+        ),
         "Training": _training(metadata),
         "Results": _NOT_MEASURED,
         "Limits": _limits(metadata),
@@ -150,8 +152,9 @@ def _limits(metadata: Mapping[str, Any]) -> str:
 def _lora(metadata: Mapping[str, Any]) -> str | None:
     if metadata["fisher"] is None or metadata["fisher"]["lora_a_nonzero"] is not False:
         return None
-    fate = "always trained" if metadata["freezing"]["zero_fisher"] == "trainable" else "was frozen whole"
+    freezing = metadata["freezing"]
+    fate = "was frozen whole" if freezing and freezing["zero_fisher"] == "frozen" else "always trained"
     return (
         "LoRA: B was 0 when the Fisher information was measured, so that only elements of B have any and could be "
-        f"frozen by it; A {fate}."
+        f"{'frozen' if freezing else 'protected'} by it; A {fate}."
     )

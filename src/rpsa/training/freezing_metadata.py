@@ -10,19 +10,27 @@ from rpsa.parameters import fingerprint
 from rpsa.training.names import CardNames, public_name
 
 if TYPE_CHECKING:
+    from rpsa.fisher.diagonal import FisherDiagonal
     from rpsa.reference import ReferenceDataset
+    from rpsa.training.reasoning_trainer import ReasoningMixin
     from rpsa.training.trainer import RPSAMixin
 
 
-def freezing_metadata(trainer: "RPSAMixin", names: CardNames) -> dict[str, Any]:
-    """The facts `freezing`, `fisher`, `reference`, `trajectory` and `audit`; None where there is no such thing."""
-    reference = trainer.reference_dataset
+def freezing_metadata(trainer: "RPSAMixin") -> dict[str, Any]:
+    """The facts `freezing`, `trajectory` and `audit`; None where there is no such thing."""
     return {
         "freezing": _freezing(trainer),
-        "fisher": _fisher(trainer),
-        "reference": _reference(reference, names.problems) if reference is not None else None,
         "trajectory": _trajectory(trainer.rpsa.trajectory),
         "audit": _audit(trainer),
+    }
+
+
+def measured_metadata(trainer: "ReasoningMixin", names: CardNames) -> dict[str, Any]:
+    """The facts `fisher` and `reference`; None where the trainer was given no such thing."""
+    reference = trainer.reference_dataset
+    return {
+        "fisher": _fisher(trainer.fisher) if trainer.fisher is not None else None,
+        "reference": _reference(reference, names.problems) if reference is not None else None,
     }
 
 
@@ -43,17 +51,17 @@ def _freezing(trainer: "RPSAMixin") -> dict[str, Any]:
     }
 
 
-def _fisher(trainer: "RPSAMixin") -> dict[str, Any]:
-    manifest = trainer.fisher.manifest
+def _fisher(fisher: "FisherDiagonal") -> dict[str, Any]:
+    manifest = fisher.manifest
     estimation = manifest.get("estimation") or {}
     known = ("estimator", "probes", "seed", "scope", "samples", "tokens", "split_half")
     return {
         **{name: estimation.get(name) for name in known},
         "skipped": len(estimation.get("skipped", [])),
-        "lora_a_nonzero": _lora_a_nonzero(trainer.fisher.scores),
+        "lora_a_nonzero": _lora_a_nonzero(fisher.scores),
         "weights_fingerprint": manifest.get("fingerprint"),
         "data_fingerprint": manifest.get("data_fingerprint"),
-        "fingerprint": fingerprint(trainer.fisher.scores),
+        "fingerprint": fingerprint(fisher.scores),
     }
 
 

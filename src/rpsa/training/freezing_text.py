@@ -85,7 +85,13 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
 
 def provenance(metadata: Mapping[str, Any]) -> str:
     fisher, reference = metadata["fisher"], metadata["reference"]
-    return bullets(*_fisher(fisher), *_reference(reference)) if fisher else ""
+    return bullets(
+        *(_fisher(fisher) if fisher else []),
+        *(_reference(reference) if reference else []),
+        "The trainer was given no reasoning data of its own: the ratio does not depend on it."
+        if metadata["freezing"] and not reference
+        else None,
+    )
 
 
 def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
@@ -105,9 +111,7 @@ def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
     ]
 
 
-def _reference(reference: Mapping[str, Any] | None) -> list[str | None]:
-    if reference is None:
-        return ["The trainer was given no reasoning data of its own: the ratio does not depend on it."]
+def _reference(reference: Mapping[str, Any]) -> list[str | None]:
     sampled = f", sampled from `{reference['sampled_from']}`" if reference["sampled_from"] else ""
     problems = f" to problems of `{reference['problems']}`" if reference["problems"] else ""
     settings = "" if reference["temperature"] is None else (

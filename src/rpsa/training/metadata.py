@@ -15,7 +15,7 @@ from rpsa.artifacts import package_versions, sha256_of
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import is_sharded
 from rpsa.training.alternatives_card import alternatives_metadata
-from rpsa.training.freezing_metadata import freezing_metadata
+from rpsa.training.freezing_metadata import freezing_metadata, measured_metadata
 from rpsa.training.names import CardNames, hub_id, public_name
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
     thing, as all are after plain fine-tuning. Calls no collective: one rank can do it alone.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    frozen = freezing_metadata(trainer, names) if hasattr(trainer, "rpsa") else {}
+    measured = measured_metadata(trainer, names) if hasattr(trainer, "reference_dataset") else {}
+    frozen = freezing_metadata(trainer) if hasattr(trainer, "rpsa") else {}
     return {
         "format": FORMAT,
         "model_name": names.model,
@@ -46,6 +47,7 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
         "reference": None,
         "trajectory": None,
         "audit": None,
+        **measured,
         **frozen,
         "alternatives": alternatives_metadata(trainer, names),
         "safety_data": _safety_data(trainer.train_dataset, names.dataset),
