@@ -185,7 +185,8 @@ def check_settings(recipe: Recipe) -> None:
     anything runs."""
     checked = set()
     for cell in recipe.cells():
-        key = sha256_of([dict(cell.train), cell.align.model_dump() if cell.align else None])
+        protection = [own.model_dump() if own else None for own in (cell.align, cell.alternatives)]
+        key = sha256_of([dict(cell.train), protection])
         if cell.paradigm != "none" and key not in checked:
             training_arguments(recipe, cell, recipe.folder, quiet=True)
             checked.add(key)

@@ -62,11 +62,13 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("Eq. 7 with 2 sigma pays less than with 4", "Eq. 7", "fft+rpsa", "fft+sigma4"),
     Claim("Squares of tokens pay less than squares of sums", "Eq. 4", "fft+constant", "fft+per_sequence"),
     Claim("RPSA pays less than a penalty that goes by the Fisher (EWC)", "beyond", "fft+rpsa", "fft+ewc"),
+    Claim("and in LoRA", "beyond", "lora+rpsa", "lora+ewc"),
     Claim("RPSA pays less than rehearsal of reasoning", "beyond", "fft+rpsa", "fft+rehearsal"),
     Claim("RPSA pays less than projected gradients (A-GEM)", "beyond", "fft+rpsa", "fft+agem"),
     Claim("RPSA pays less than interpolation after training", "beyond", "fft+rpsa", "fft+interpolation"),
     Claim("Freezing pays less than putting back afterwards", "beyond", "fft+constant", "fft+restored"),
     Claim("A penalty by the Fisher pays less than a uniform one", "beyond", "fft+ewc", "fft+l2sp"),
+    Claim("and is safer (ASR)", "beyond", "fft+ewc", "fft+l2sp", "ASR"),
     Claim("RPSA with rehearsal pays less than RPSA", "beyond", "fft+rpsa+rehearsal", "fft+rpsa"),
 )  # fmt: skip
 

@@ -38,8 +38,8 @@ _VARIANTS: dict[str, _Marker] = {
     "rehearsal": "H",
     "agem": (4, 1, 0),
     "sign_projection": (4, 1, 45),
-    "interpolation": (3, 1, 0),
-    "restored": (3, 1, 60),
+    "interpolation": (6, 1, 0),
+    "restored": (5, 0, 36),
 }
 _OTHER = (8, 1, 0)
 _WIDTH = 4.8
