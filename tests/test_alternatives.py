@@ -66,6 +66,8 @@ def random_fisher(model: nn.Module) -> FisherDiagonal:
 def test_the_penalty_is_the_gradient_of_its_loss(kind: str) -> None:
     model, start = moved()
     fisher = random_fisher(model) if kind == "fisher" else None
+    if fisher:
+        fisher["first.weight"][:2] = 0  # the mean is over all elements
     penalty = WeightPenalty(model, start, fisher, strength=0.7)
     x = torch.randn(5, 4, dtype=torch.float64)
     model(x).square().mean().backward()
@@ -87,18 +89,19 @@ def test_the_penalty_is_the_gradient_of_its_loss(kind: str) -> None:
     assert penalty.loss() == pytest.approx(float(explicit), rel=1e-5)
 
 
-def test_a_fisher_of_some_parameters_pulls_at_those_alone() -> None:
+def test_what_has_no_fisher_is_not_pulled_at() -> None:
     model, start = moved()
-    model.first.bias.requires_grad_(False)
     scores = {n: torch.ones_like(p) for n, p in trainable_parameters(model).items()}
+    scores["first.bias"].zero_()
     penalty = WeightPenalty(model, start, FisherDiagonal(scores), strength=1.0)
+    weight = sum(s.numel() for s in scores.values()) / sum(int(s.sum()) for s in scores.values())
     model(torch.zeros(1, 4, dtype=torch.float64)).sum().backward()
     before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     penalty.add_gradients()
-    assert "first.bias" not in before
-    assert torch.allclose(
-        model.second.weight.grad - before["second.weight"], model.second.weight - start["second.weight"]
-    )
+    for name, parameter in model.named_parameters():
+        if name in before:
+            pulled = 0 if name == "first.bias" else weight * (parameter - start[name])
+            torch.testing.assert_close(parameter.grad, (before[name] + pulled).detach())
 
 
 def test_a_fisher_of_zeros_is_refused() -> None:
@@ -203,6 +206,32 @@ def test_interpolating_lora_scales_its_update() -> None:
         torch.testing.assert_close(layer.weight.detach(), before + 0.3 * update.detach())
 
 
+def test_interpolating_an_adapter_that_starts_elsewhere_is_refused_before_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "llama+lora", interpolation=0.5)
+    with torch.no_grad():
+        next(p for n, p in trainable_parameters(trainer.model).items() if "lora_B" in n)[0, 0] = 1e-3
+    with pytest.raises(RPSAError, match="does not start at B = 0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(RPSAError, match="does not start at B = 0"):
+        interpolate(trainer.model, starting_weights(trainer.model), 0.5)
+
+
+def test_g_r_survives_gradients_that_are_views_of_buckets() -> None:
+    """As under DDP with `gradient_as_bucket_view`: the next pass fills the same memory."""
+    model, reasoning, safety = two_gradients(1)
+    used = [p for n, p in model.named_parameters() if "unused" not in n]
+    buckets = [p.grad for p in used]
+    projection = Projection(model, "agem")
+    projection.capture_reference()
+    for p, bucket, gradient in zip(used, buckets, safety, strict=True):
+        assert bucket is not None
+        p.grad = bucket.copy_(gradient)
+    projection.project_gradients()
+    s, r = (torch.cat([g.flatten() for g in gradients]) for gradients in (safety, reasoning))
+    assert projection.cosine == pytest.approx(float(s @ r / s.norm() / r.norm()))
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
 def test_restoring_puts_back_what_freezing_would_have_kept(ratio: float) -> None:
     model, start = moved()
@@ -229,7 +258,7 @@ def safety_rows(n: int = 12) -> Dataset:
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 4), (0.5, 12), (0.75, 36)])
 def test_rehearsal_adds_the_models_own_traces(share: float, count: int) -> None:
     data, traces = safety_rows(), reference()
-    mixed = rehearse(data, traces, share, 64, seed=3)
+    mixed = rehearse(data, traces, share, 64, seed=3).dataset
     own = {tuple(row) for row in data["input_ids"]}
     known = {(*t.prompt_ids, *t.response_ids): len(t.prompt_ids) for t in traces.traces}
     added = [row for row in mixed if tuple(row["input_ids"]) not in own]
@@ -241,13 +270,26 @@ def test_rehearsal_adds_the_models_own_traces(share: float, count: int) -> None:
     # each trace as often as any other, give or take one
     times = [sum(tuple(row["input_ids"]) == ids for row in added) for ids in known]
     assert max(times) - min(times) <= 1
-    assert mixed["input_ids"] == rehearse(data, traces, share, 64, seed=3)["input_ids"]
+    assert mixed["input_ids"] == rehearse(data, traces, share, 64, seed=3).dataset["input_ids"]
 
 
-def test_rehearsal_keeps_to_the_longest_sequence() -> None:
-    mixed = rehearse(safety_rows(), reference(), 0.5, 6)
-    shortened = [row for row in mixed if row["labels"][1] == IGNORED_LABEL and len(row["input_ids"]) <= 6]
-    assert len(shortened) >= 12
+def test_which_traces_are_rehearsed_is_the_seeds(caplog: pytest.LogCaptureFixture) -> None:
+    own = {tuple(row) for row in safety_rows()["input_ids"]}
+
+    def added(seed: int) -> set[tuple[int, ...]]:
+        mixed = rehearse(safety_rows(), reference(), 0.25, 64, seed).dataset
+        return {tuple(row) for row in mixed["input_ids"]} - own
+
+    assert len({frozenset(added(seed)) for seed in range(5)}) > 1
+    assert not caplog.records
+
+
+def test_rehearsal_keeps_to_the_longest_sequence(caplog: pytest.LogCaptureFixture) -> None:
+    rehearsal = rehearse(safety_rows(), reference(), 0.5, 6)
+    longer = sum(trace.length > 6 for trace in reference().traces)
+    assert (rehearsal.rehearsed, len(rehearsal.dataset)) == (12, 24)
+    assert rehearsal.truncated in (longer, longer + 1)  # 11 traces, one of which comes twice
+    assert f"max_length 6 cuts {rehearsal.truncated} of 12 rehearsed traces" in caplog.text
     with pytest.raises(RPSAError, match="max_length 2 leaves no response token"):
         rehearse(safety_rows(), reference(), 0.5, 2)
     with pytest.raises(RPSAError, match="rehearsal share is 1"):
@@ -355,6 +397,19 @@ def test_a_step_is_what_the_definitions_say(tmp_path: Path) -> None:
     for name in safety:
         expected = safety[name] - product / norm * reasoning[name]
         torch.testing.assert_close((start[name] - projected[name]) / 1e-2, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_each_step_projects_against_the_next_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    rotating_batch = ReferenceDataset.rotating_batch
+
+    def listening(self: ReferenceDataset, step: int, size: int, max_length: int | None) -> Any:
+        asked.append((step, size))
+        return rotating_batch(self, step, size, max_length)
+
+    monkeypatch.setattr(ReferenceDataset, "rotating_batch", listening)
+    trained(tmp_path, projection="agem")
+    assert asked == [(step, 4) for step in range(4)]
 
 
 def test_a_penalty_keeps_weights_near_and_its_value_is_logged(tmp_path: Path) -> None:
@@ -478,8 +533,8 @@ def test_nothing_is_measured_that_an_alternative_does_not_use(tmp_path: Path) ->
     assert (folder / "reference").exists()
     assert not (folder / "fisher").exists()
     before = {p: p.stat().st_mtime_ns for p in (folder / "align").rglob("stage.json")}
-    # what the section says counts for all that have alternatives, but where a method says it, too
-    run(recipe(tmp_path, "matrix.methods=[fft, fft+l2sp, fft+rehearsal]", "alternatives.rehearsal_share=0.5"))
+    stronger = "matrix.methods={fft: , fft+l2sp: {alternatives: {penalty_strength: 2.0}}, fft+rehearsal: }"
+    run(recipe(tmp_path, stronger))
     again = {p.parent.parent.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert again == {"fft+l2sp"}
 
@@ -513,9 +568,49 @@ def test_freezing_goes_with_rehearsal_alone(tmp_path: Path) -> None:
     assert cell.alternatives.rehearsal_share == 0.25
     with pytest.raises(RPSAError, match=r"fft\+rpsa: only rehearsal_share goes together with align"):
         recipe(tmp_path, "matrix.methods={fft+rpsa: {alternatives: {penalty: fisher}}}")
+    with pytest.raises(RPSAError, match=r"fft\+rpsa: only rehearsal_share goes together with align"):
+        recipe(
+            tmp_path,
+            both,
+            "matrix.grid={alternatives.rehearsal_share: [0.1], alternatives.interpolation: [0.5, 1.0]}",
+            "matrix.methods={fft+rpsa: {alternatives: {interpolation: 1.0}}}",
+        )
     with pytest.raises(RPSAError, match=r"reference.problems: missing; fft\+agem needs"):
         recipe(tmp_path, "matrix.methods=[fft+agem]", "reference.problems=null")
     assert recipe(tmp_path, "matrix.methods=[fft+l2sp]", "reference.problems=null")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("{mine: {paradigm: fft, alternatives: {}}}", "matrix.methods.mine.alternatives: does nothing"),
+        (
+            "{mine: {paradigm: fft, alternatives: {penalty_strength: 3.0}}}",
+            "matrix.methods.mine.alternatives: does nothing",
+        ),
+        (
+            "{fft+agem: {alternatives: {penalty_strength: 3.0}}}",
+            "matrix.methods.fft+agem.alternatives.penalty_strength: of no penalty",
+        ),
+        (
+            "{original: {alternatives: {penalty: fisher}}}",
+            "matrix.methods.original.alternatives: the untouched model is not trained",
+        ),
+        ("{fft+ewc: {alternatives: {penalty: fishr}}}", "did you mean 'fisher'?"),
+    ],
+)
+def test_an_alternative_that_would_do_nothing_is_one_line(tmp_path: Path, methods: str, message: str) -> None:
+    with pytest.raises(RPSAError) as error:
+        recipe(tmp_path, f"matrix.methods={methods}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_with_nothing_behind_it_stays_what_it_is(tmp_path: Path) -> None:
+    for name in ("fft+ewc", "fft+rpsa"):
+        section = "alternatives" if name == "fft+ewc" else "align"
+        empty = recipe(tmp_path, f"matrix.methods={{{name}: {{{section}: }}}}").cells()
+        assert empty == recipe(tmp_path, f"matrix.methods=[{name}]").cells()
 
 
 def test_a_grid_over_an_alternative_concerns_those_who_have_it(tmp_path: Path) -> None:

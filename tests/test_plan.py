@@ -374,6 +374,14 @@ def test_steps_are_the_trainers(batch: int, accumulation: int, epochs: float, tm
     assert count_steps(args, 16, gpus=1).steps == trainer.state.max_steps == trainer.state.global_step
 
 
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (RECIPES / "tiny").glob("*.yaml")))
+def test_every_tiny_recipe_has_a_plan(recipe: str) -> None:
+    checked = load_recipe(RECIPES / "tiny" / recipe, [*TINY, "sweeps={}"])
+    plan = make_plan(checked, gpus=[1])
+    methods = {cell.method for cell in checked.cells() if cell.paradigm != "none"}
+    assert {method.method for method in plan.methods} == methods
+
+
 def test_rehearsal_and_projection_cost_what_they_do(tmp_path: Path) -> None:
     """Steps as the trainer makes them: a quarter more rows and a reasoning gradient at every step."""
     recipe = load_recipe(

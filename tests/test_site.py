@@ -25,7 +25,7 @@ from rpsa.cli import app
 from rpsa.recipe import load_recipe
 from rpsa.recipe.methods import WELL_KNOWN
 from rpsa.recipe.schema import Recipe
-from rpsa.recipe.sections import Section
+from rpsa.recipe.sections import Alternatives, Section
 from rpsa.training.config import RPSAArguments
 
 ROOT = Path(__file__).parent.parent
@@ -252,7 +252,7 @@ def sections() -> dict[str, type[Section]]:
 
 def test_the_tables_of_settings_are_the_schema() -> None:
     shown = tables(TEXTS["recipes.md"])
-    for name, section in sections().items():
+    for name, section in (sections() | {"alternatives": Alternatives}).items():
         if not section.model_fields:
             continue
         fields = section.model_fields
@@ -271,7 +271,7 @@ def choices(annotation: Any) -> Iterator[str]:
 
 
 def test_every_choice_of_a_setting_is_on_the_page() -> None:
-    for section in sections().values():
+    for section in (*sections().values(), Alternatives):
         for field in section.model_fields.values():
             for choice in choices(field.annotation):
                 assert f"`{choice}`" in TEXTS["recipes.md"], choice

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import trainable_parameters
-from rpsa.sharding import local, shard_like
+from rpsa.sharding import local, on_any_rank, shard_like
 
 
 def starting_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
@@ -26,16 +27,29 @@ def starting_weights(model: nn.Module, device: torch.device | str | None = None)
 def interpolate(model: nn.Module, start: Mapping[str, Tensor], weight: float) -> None:
     """theta <- theta* + weight (theta - theta*), in place (WiSE-FT: Wortsman et al., 2022).
 
-    A LoRA adapter's A stays as it is trained: B starts at 0, so that it is the update B A that is scaled.
+    A LoRA adapter's A stays as it is trained: where B starts at 0, it is the update B A that is scaled.
 
     Args:
         start: theta*, from `starting_weights`.
         weight: 0 is the model before training, 1 the trained one.
+
+    Raises:
+        RPSAError: as `check_start`.
     """
+    check_start(start)
     for name, parameter in trainable_parameters(model).items():
         if "lora_A" not in name and "lora_embedding_A" not in name:
             weights = local(parameter)
             weights.copy_(torch.lerp(start[name].to(weights), weights, weight))
+
+
+def check_start(start: Mapping[str, Tensor]) -> None:
+    """Raise RPSAError if a LoRA adapter does not start at B = 0; of a sharded model all ranks must ask."""
+    if on_any_rank(any(bool(weights.any()) for name, weights in start.items() if "lora_B" in name)):
+        raise RPSAError(
+            "interpolation scales a LoRA adapter's update B A, and this one does not start at B = 0: leave "
+            "init_lora_weights and fisher.warmup_steps at their defaults"
+        )
 
 
 @torch.no_grad()

@@ -46,7 +46,6 @@ class WeightPenalty:
 
     def _over_mean(self, fisher: FisherDiagonal) -> dict[str, Tensor]:
         scores = {name: shard_like(fisher.scores[name], self.parameters[name]).float() for name in fisher}
-        self.parameters = {name: self.parameters[name] for name in fisher}  # a scope may leave some out
         sums = torch.stack([score.sum(dtype=torch.float64).cpu() for score in scores.values()])
         total = float(sum_over_shards(sums.sum(), sharded=self._sharded))
         if total == 0:

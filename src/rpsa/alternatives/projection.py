@@ -44,7 +44,8 @@ class Projection:
         self._reference = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                self._reference[name] = local(parameter.grad)
+                # a copy: DDP may keep gradients as views of its buckets, which the next pass fills anew
+                self._reference[name] = local(parameter.grad).clone()
                 parameter.grad = None
 
     @torch.no_grad()

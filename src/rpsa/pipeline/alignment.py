@@ -53,11 +53,12 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     if cell.safety.validation_share:
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
     dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length)
-    reference = reference_task(recipe, cell)
+    reference, rehearsal = reference_task(recipe, cell), None
     if cell.alternatives and cell.alternatives.rehearsal_share:
         assert reference is not None
         traces, share = ReferenceDataset.load(reference.folder), cell.alternatives.rehearsal_share
-        dataset = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
+        rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
+        dataset = rehearsal.dataset
     validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length)[0] if held else None
     trainer = make_trainer(
         recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
@@ -73,7 +74,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     if rank() > 0:
         return
     tokenizer.save_pretrained(folder)
-    rehearsed = len(dataset) - counts.examples
+    rehearsed = rehearsal.rehearsed if rehearsal else 0
     write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed)))
     atomic_write(
         folder / LOG,
@@ -85,6 +86,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
                 "processes": trainer.accelerator.num_processes,
                 "safety_data": asdict(counts),
                 "rehearsed": rehearsed,
+                "rehearsed_truncated": rehearsal.truncated if rehearsal else 0,
                 "contamination": [asdict(c) for c in contaminated(recipe, examples)],
             }
         ),

@@ -1,5 +1,6 @@
 """What a recipe asks for, as tasks: each fills one folder of the run, and is done again only if its inputs change."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from rpsa.artifacts import is_current, read_manifest, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.loading import local_benchmarks
+from rpsa.evaluation.sources import DATA_DIR
 from rpsa.pipeline.models import identity, training_dtype
 from rpsa.recipe.schema import Cell, Recipe, slug
 from rpsa.recipe.sections import Fisher, Safety
@@ -221,8 +223,12 @@ def source_identity(source: str, kind: str) -> Any:
 
 
 def tasks_identity(tasks: Sequence[str], data_dir: str | None) -> list[Any]:
-    """What the tasks read: their names, the user's own files and the benchmarks' files in `data_dir` by content."""
-    files = local_benchmarks(tasks, data_dir) if data_dir else {}
+    """What the tasks read: their names, the user's own files and the benchmarks' files in `data_dir` by content.
+
+    Without a `data_dir`, files are looked for in $RPSA_DATA_DIR.
+    """
+    folder = data_dir or os.environ.get(DATA_DIR)
+    files = local_benchmarks(tasks, folder) if folder else {}
     return [
         *(source_identity(source, "task") for source in tasks),
         *({"benchmark": name, "sha256": sha256_of(path)} for name, path in files.items()),

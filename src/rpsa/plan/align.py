@@ -60,10 +60,7 @@ class _Planner:
         dtype = training_dtype(cell.train, cell.paradigm, self.base.recipe.model)
         safety = safety_tokens(cell, self.base.count_tokens)
         if cell.alternatives and cell.alternatives.rehearsal_share:
-            share = cell.alternatives.rehearsal_share
-            safety = with_rehearsal(
-                safety, share, self.base.mean_reference_tokens, self.base.reference_tokens
-            )
+            safety = with_rehearsal(safety, cell, self.base.recipe)
         freezing = _freezing(args) if cell.align else None
         model = self.base.model(dtype, cell.lora)
         run = _DryRun(cell, args, model, Shape(args.per_device_train_batch_size, safety.longest))
@@ -159,7 +156,7 @@ def _instead(args: Any) -> Instead | None:
 
 
 def _freezing(args: Any) -> Freezing:
-    dynamic = args.frozen_ratio == "dynamic"
+    dynamic = args.frozen_ratio in ("dynamic", "noise")
     return Freezing(
         dynamic=dynamic,
         control=args.mask != "fisher",

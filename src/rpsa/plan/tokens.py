@@ -94,8 +94,13 @@ def safety_tokens(cell: Cell, count_tokens: Callable[[str], int]) -> SafetyToken
     return SafetyTokens(count, min(limit, expected), limit, False)
 
 
-def with_rehearsal(safety: SafetyTokens, share: float, mean: int, longest: int) -> SafetyTokens:
-    """The same with as many traces of D_ref, of `mean` and at most `longest` tokens, as make up `share` of it."""
+def with_rehearsal(safety: SafetyTokens, cell: Cell, recipe: Recipe) -> SafetyTokens:
+    """The same with as many traces of D_ref as the cell rehearses, which are cut like the safety data."""
+    assert cell.alternatives is not None
+    assert cell.safety is not None
+    share, limit = cell.alternatives.rehearsal_share, cell.safety.max_length or 1 << 20
+    prompt, responses = prompt_tokens(recipe.reference.problems), reference_responses(recipe)
+    mean, longest = min(limit, prompt + responses.tokens), min(limit, prompt + responses.limit)
     return replace(
         safety,
         examples=None if safety.examples is None else round(safety.examples / (1 - share)),

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rpsa.recipe.methods import Method
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.problems import dataclass_problems, validation_problems
 from rpsa.recipe.schema import Recipe, slug
@@ -102,13 +103,35 @@ def _name_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
-    methods = {cell.method: cell for cell in recipe.cells() if cell.alternatives}
-    for name, cell in methods.items():
-        assert cell.alternatives is not None
-        if cell.align is not None and cell.alternatives.changes_training:
-            yield f"{name}: only rehearsal_share goes together with align; take the other alternatives, or align, out"
-        if cell.align is None and cell.needs_reference and recipe.reference.problems is None:
+    for path, method in _methods(recipe):
+        chosen = method.alternatives
+        if chosen is None:
+            continue
+        if method.paradigm == "none":
+            yield f"{path}.alternatives: the untouched model is not trained; take it out"
+        elif not chosen.model_fields_set - {"penalty_strength"}:
+            yield f"{path}.alternatives: does nothing; set penalty, projection, rehearsal_share, ... or take it out"
+        elif "penalty_strength" in chosen.model_fields_set and chosen.penalty is None:
+            yield f"{path}.alternatives.penalty_strength: of no penalty; set penalty, too"
+    cells = [cell for cell in recipe.cells() if cell.alternatives]
+    both = [
+        cell.method
+        for cell in cells
+        if cell.align and cell.alternatives and cell.alternatives.changes_training
+    ]
+    for name in dict.fromkeys(both):
+        yield f"{name}: only rehearsal_share goes together with align; take the other alternatives, or align, out"
+    if recipe.reference.problems is None:
+        for name in dict.fromkeys(cell.method for cell in cells if cell.needs_reference and not cell.align):
             yield f"reference.problems: missing; {name} needs the model's own reasoning"
+
+
+def _methods(recipe: Recipe) -> Iterator[tuple[str, Method]]:
+    for name, method in recipe.matrix.methods.items():
+        yield f"matrix.methods.{name}", method
+    for sweep, swept in recipe.sweeps.items():
+        for name, method in swept.methods.items():
+            yield f"sweeps.{sweep}.methods.{name}", method
 
 
 def _grid_problems(recipe: Recipe) -> Iterator[str]:

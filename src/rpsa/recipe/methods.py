@@ -73,17 +73,14 @@ class Settings(Section):
     train: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     align: Align | None = None
-    alternatives: Alternatives | None = None
     safety: Safety | None = None
 
 
 class Method(Settings):
-    """One way to align. Without `align` it is plain fine-tuning; `align: {}` is RPSA as section `align` says.
-
-    `alternatives` likewise: what the section of that name says counts where a method has it.
-    """
+    """One way to align. Without `align` it is plain fine-tuning; `align: {}` is RPSA as section `align` says."""
 
     paradigm: Paradigm
+    alternatives: Alternatives | None = None
     fisher: Fisher | None = None
 
 
@@ -115,6 +112,6 @@ def _method(name: str, own: Any) -> Any:
         return own
     merged = WELL_KNOWN[name] | own
     for section in ("align", "alternatives"):
-        if isinstance(own.get(section), dict):
-            merged[section] = WELL_KNOWN[name].get(section, {}) | own[section]
+        if section in own and isinstance(own[section], dict | None):
+            merged[section] = WELL_KNOWN[name].get(section, {}) | (own[section] or {})
     return merged

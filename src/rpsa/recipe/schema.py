@@ -123,7 +123,6 @@ class Recipe(Section):
     reference: Reference = Reference()
     fisher: Fisher = field(default_factory=Fisher)
     align: Align = Align()
-    alternatives: Alternatives = Alternatives()
     safety: Safety = Safety()
     train: dict[str, Any] = Field(default={}, description="Any field of trl.SFTConfig.")
     lora: dict[str, Any] = Field(default={}, description="Any field of peft.LoraConfig.")
@@ -175,12 +174,7 @@ class Recipe(Section):
         own = self.matrix.paradigms.lora if method.paradigm == "lora" else self.matrix.paradigms.fft
         safety = Safety(**_set(self.safety) | _set(own.safety) | _set(method.safety) | _part(point, "safety"))
         align = Align(**_set(self.align) | _set(own.align) | _set(method.align) | _part(point, "align"))
-        alternatives = Alternatives(
-            **_set(self.alternatives)
-            | _set(own.alternatives)
-            | _set(method.alternatives)
-            | _part(point, "alternatives")
-        )
+        alternatives = Alternatives(**_set(method.alternatives) | _part(point, "alternatives"))
         train = TRAIN_DEFAULTS | PARADIGM_DEFAULTS[method.paradigm]
         train |= self.train | own.train | method.train | _part(point, "train")
         lora = LORA_DEFAULTS | self.lora | own.lora | method.lora | _part(point, "lora")
@@ -216,9 +210,12 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _concerns(key: str, method: Method) -> bool:
-    section = key.partition(".")[0]
-    if section in ("align", "alternatives"):
-        return getattr(method, section) is not None
+    section, _, name = key.partition(".")
+    if section == "align":
+        return method.align is not None
+    if section == "alternatives":
+        own = method.alternatives.model_fields_set if method.alternatives else set()
+        return name in own or (name == "penalty_strength" and "penalty" in own)
     return section != "lora" or method.paradigm == "lora"
 
 

@@ -110,7 +110,7 @@ class Align(Section):
 
 
 class Alternatives(Section):
-    """What one can do instead of freezing: for comparison. Only rehearsal goes together with `align`.
+    """What a method does instead of freezing: for comparison. Only rehearsal goes together with `align`.
 
     `penalty`: `fisher` (EWC) or `uniform` (L2-SP), on what moves away from the start. `projection`: what of the
     safety gradient opposes the reasoning gradient is taken out of it at every step. `rehearsal_share`: of the rows
@@ -132,6 +132,10 @@ class Alternatives(Section):
     @property
     def needs_reference(self) -> bool:
         return self.projection is not None or self.rehearsal_share > 0
+
+    @property
+    def does_something(self) -> bool:
+        return self.changes_training or self.rehearsal_share > 0
 
     @property
     def changes_training(self) -> bool:

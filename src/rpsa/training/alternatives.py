@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rpsa.alternatives.after_training import interpolate, restore, starting_weights
+from rpsa.alternatives.after_training import check_start, interpolate, restore, starting_weights
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.alternatives.projection import Projection
 from rpsa.errors import RPSAError
@@ -118,9 +118,15 @@ class AlternativesMixin(ReasoningMixin):
 
     def keep_start(self) -> None:
         """Remember the present weights (of a sharded model, this rank's shards) as those before training."""
-        if self.args.needs_start:
+        if self.args.needs_start and self.start is None:
             on = None if self.args.penalty else "cpu"  # the others need them only once
             self.start = starting_weights(self.accelerator.unwrap_model(self.model_wrapped), on)
+            if self.args.interpolation < 1:
+                check_start(self.start)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.start = None
+        return super().train(*args, **kwargs)
 
     def on_gradients_complete(self) -> None:
         if self.gradient_projection is not None:

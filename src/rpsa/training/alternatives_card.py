@@ -18,6 +18,11 @@ def alternatives_metadata(trainer: Any, names: CardNames) -> dict[str, Any] | No
     return {**settings, "penalty_strength": strength, "rehearsed": names.rehearsed}
 
 
+def changed_afterwards(done: Mapping[str, Any]) -> bool:
+    """Whether the weights are not those that training ended with."""
+    return bool(done["interpolation"] < 1 or done["restored_ratio"])
+
+
 def alternatives_section(metadata: Mapping[str, Any]) -> str:
     """The lines under "What was done instead of freezing"; empty where there was nothing."""
     done = metadata["alternatives"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rpsa.training.alternatives_card import alternatives_section
+from rpsa.training.alternatives_card import alternatives_section, changed_afterwards
 from rpsa.training.freezing_text import bullets, frozen, provenance
 
 METADATA = "rpsa_metadata.json"
@@ -103,6 +103,8 @@ def _training(metadata: Mapping[str, Any]) -> str:
     digest = f", SHA-256 of the rows as trained on `{data['sha256']}`" if data["sha256"] else ""
     unfinished = training["steps"] < training["planned_steps"]
     best = f"; the weights are those of step {training['best_step']}, with the best evaluation"
+    done = metadata["alternatives"]
+    later = ", before what was done after training" if done and changed_afterwards(done) else ""
     losses = [f"{what} {float(training[key]):.4f}" for what, key in (("training", "loss"), ("evaluation", "eval_loss"))
               if training[key] is not None]  # fmt: skip
     autocast = f" with {training['autocast']} autocast" if training["autocast"] else ""
@@ -110,7 +112,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
         f"Safety data: {name}{examples}{digest}.",
         f"{training['trainer']}, {training['steps']:,} optimizer steps"
         + (f" of {training['planned_steps']:,} planned: unfinished" if unfinished else "")
-        + (best if training["best_step"] else "")
+        + (best + later if training["best_step"] else "")
         + f". {training['trainable_parameters']:,} of {training['parameters']:,} parameters were trainable.",
         f"Adapter: {adapter['type']}, r {adapter['r']}, alpha {adapter['lora_alpha']}, dropout "
         f"{adapter['lora_dropout']}, on `{adapter['target_modules']}`."
@@ -120,7 +122,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
         f"({training['lr_scheduler']}, {training['warmup_steps']} warmup steps), {training['optimizer']}, weight decay "
         f"{training['weight_decay']:g}, gradients clipped at {training['max_grad_norm']:g}, maximal length "
         f"{training['max_length']}, seed {training['seed']}, {', '.join(training['dtype'])} weights{autocast}.",
-        f"Last loss: {', '.join(losses)}." if losses else None,
+        f"Last loss{later}: {', '.join(losses)}." if losses else None,
         "Versions: "
         + ", ".join(f"{package} {version}" for package, version in metadata["versions"].items())
         + ".",

@@ -1,6 +1,8 @@
 """Rehearsal: the model's own reasoning among the safety data, so that training goes on practising it."""
 
+import logging
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rpsa.chat import IGNORED_LABEL
@@ -11,13 +13,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """`dataset` is what to train on; `rehearsed` of its rows are D_ref's, and `truncated` of these are cut."""
+
+    dataset: "Dataset"
+    rehearsed: int
+    truncated: int
+
+
 def rehearse(
     dataset: "Dataset", reference: ReferenceDataset, share: float, max_length: int | None, seed: int = 42
-) -> "Dataset":
+) -> Rehearsal:
     """All rows of `dataset` and as many traces of D_ref as make up `share` of the whole, shuffled together.
 
     Traces come in a seeded order, and again where there are too few, with their exact token ids; labels are on
-    the response. `max_length` (tokens, prompt included) keeps their beginning; one whose prompt fills it is out.
+    the response. `max_length` (tokens, prompt included) keeps their beginning; one whose prompt fills it is out. What
+    it cuts is logged.
 
     Args:
         dataset: with the columns `input_ids` and `labels`.
@@ -41,4 +56,7 @@ def rehearse(
         for trace, row in zip(chosen, ids, strict=True)
     ]
     rows = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=dataset.features)
-    return concatenate_datasets([dataset, rows]).shuffle(seed=seed)
+    truncated = sum(trace.length > len(row) for trace, row in zip(chosen, ids, strict=True))
+    if truncated:
+        log.warning("max_length %s cuts %d of %d rehearsed traces", max_length, truncated, count)
+    return Rehearsal(concatenate_datasets([dataset, rows]).shuffle(seed=seed), count, truncated)
