@@ -596,6 +596,7 @@ def test_freezing_goes_with_rehearsal_alone(tmp_path: Path) -> None:
             "{original: {alternatives: {penalty: fisher}}}",
             "matrix.methods.original.alternatives: the untouched model is not trained",
         ),
+        ("{fft+ewc: {alternatives: {penalty: null}}}", "matrix.methods.fft+ewc.alternatives: does nothing"),
         ("{fft+ewc: {alternatives: {penalty: fishr}}}", "did you mean 'fisher'?"),
     ],
 )
@@ -604,6 +605,16 @@ def test_an_alternative_that_would_do_nothing_is_one_line(tmp_path: Path, method
         recipe(tmp_path, f"matrix.methods={methods}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_method_may_do_nothing_at_one_point_of_a_grid(tmp_path: Path) -> None:
+    methods = "matrix.methods={mine: {paradigm: fft, alternatives: {interpolation: 1.0}}}"
+    with pytest.raises(RPSAError, match=r"mine\.alternatives: does nothing"):
+        recipe(tmp_path, methods)
+    cells = recipe(tmp_path, methods, "matrix.grid={alternatives.interpolation: [0.5, 1.0]}").cells()
+    assert [cell.alternatives.interpolation for cell in cells] == [0.5, 1.0]
+    with pytest.raises(RPSAError, match=r"alternatives: not a section; a method has them"):
+        recipe(tmp_path, "alternatives.penalty_strength=2")
 
 
 def test_a_name_with_nothing_behind_it_stays_what_it_is(tmp_path: Path) -> None:

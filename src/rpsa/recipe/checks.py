@@ -103,13 +103,16 @@ def _name_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
+    varied = {
+        key.partition(".")[2] for _, grid in _grids(recipe) for key in grid if key.startswith("alternatives.")
+    }
     for path, method in _methods(recipe):
         chosen = method.alternatives
         if chosen is None:
             continue
         if method.paradigm == "none":
             yield f"{path}.alternatives: the untouched model is not trained; take it out"
-        elif not chosen.model_fields_set - {"penalty_strength"}:
+        elif not chosen.does_something and not (chosen.model_fields_set - {"penalty_strength"}) & varied:
             yield f"{path}.alternatives: does nothing; set penalty, projection, rehearsal_share, ... or take it out"
         elif "penalty_strength" in chosen.model_fields_set and chosen.penalty is None:
             yield f"{path}.alternatives.penalty_strength: of no penalty; set penalty, too"

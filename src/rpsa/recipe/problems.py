@@ -75,6 +75,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden" and error["loc"] == ("alternatives",):
+        return "not a section; a method has them: matrix.methods.NAME.alternatives"
     if kind == "extra_forbidden":
         return f"unknown key{did_you_mean(str(error['loc'][-1]), _keys_at(model, error['loc'][:-1]))}"
     if kind == "missing":
