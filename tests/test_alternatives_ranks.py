@@ -11,6 +11,7 @@ from ranks import run_ranks
 from test_alternatives import trained, weights_of
 from test_ddp import make_model, save_fisher
 from test_fsdp2 import STEPS, accumulate, batches, shard
+from test_trainer_fsdp2 import shard_on_cpus
 from torch.nn.utils import clip_grad_norm_
 
 from rpsa.alternatives.after_training import interpolate, restore, starting_weights
@@ -18,7 +19,7 @@ from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.alternatives.projection import Projection
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import trainable_parameters
-from rpsa.sharding import full
+from rpsa.sharding import full, is_sharded
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: float) -> None:
@@ -45,6 +46,37 @@ def test_ddp_through_the_trainer(tmp_path: Path) -> None:
     for ours in two:
         for way, expected in zip(ours, alone, strict=True):
             same(way, expected, 1e-9)
+
+
+SHARDED_WAYS: list[dict[str, Any]] = [
+    {"penalty": "fisher", "interpolation": 0.5},
+    {"projection": "agem", "restored_ratio": 0.5},
+]
+
+
+def through_fsdp2(folder: Path, resume: Path | None) -> list[dict[str, torch.Tensor]]:
+    if "RANK" in os.environ:
+        shard_on_cpus()
+    alone = "RANK" not in os.environ
+    results = []
+    for number, way in enumerate(SHARDED_WAYS):
+        settings: dict[str, Any] = {"gradient_accumulation_steps": 4 if alone else 2, **way}
+        settings |= {"save_strategy": "steps", "save_steps": 2, "dtype": torch.float64}
+        checkpoint = str(resume / str(number) / "checkpoint-2") if resume else None
+        trainer = trained(folder / str(number), "llama", checkpoint, **settings)
+        parameters = trainable_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        assert is_sharded(parameters) != alone
+        results.append({n: full(p).detach().clone() for n, p in parameters.items()})
+    return results
+
+
+def test_fsdp2_through_the_trainer_and_resumed(tmp_path: Path) -> None:
+    [alone] = run_ranks(1, through_fsdp2, tmp_path / "one", tmp_path / "runs-1", None)
+    whole = run_ranks(2, through_fsdp2, tmp_path / "two", tmp_path / "runs-2", None)[0]
+    resumed = run_ranks(2, through_fsdp2, tmp_path / "three", tmp_path / "runs-3", tmp_path / "runs-2")[0]
+    for number in range(len(SHARDED_WAYS)):
+        same(whole[number], alone[number], 1e-9)
+        same(resumed[number], whole[number], 1e-12)
 
 
 def in_a_loop(way: str, fisher_folder: Path) -> dict[str, Any]:
