@@ -438,6 +438,33 @@ def test_after_training_means_after_training(tmp_path: Path) -> None:
         assert torch.equal(weights_of(restored)[name], expected)
 
 
+def test_a_smaller_batch_after_running_out_of_memory_starts_where_the_first_did(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, interpolation=0.0, auto_find_batch_size=True)
+    start, steps = weights_of(trainer), []
+    training_step = trainer.training_step
+
+    def runs_out_of_memory_once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        steps.append(trainer.state.global_step)
+        if len(steps) == 4:
+            raise RuntimeError("CUDA out of memory.")
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = runs_out_of_memory_once
+    trainer.train()
+    assert steps[3:5] == [1, 0]  # it had moved, and began again
+    assert all(torch.equal(start[name], weights) for name, weights in weights_of(trainer).items())
+
+
+def test_training_twice_starts_afresh(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, interpolation=0.0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.1)
+    between = weights_of(trainer)
+    trainer.train()
+    assert all(torch.equal(between[name], weights) for name, weights in weights_of(trainer).items())
+
+
 def test_what_is_missing_or_impossible_is_one_line(tmp_path: Path) -> None:
     def fails(message: str, **settings: Any) -> None:
         with pytest.raises(RPSAError, match=message):
@@ -626,10 +653,10 @@ def test_a_name_with_nothing_behind_it_stays_what_it_is(tmp_path: Path) -> None:
 
 def test_a_grid_over_an_alternative_concerns_those_who_have_it(tmp_path: Path) -> None:
     grid = "matrix.grid={alternatives.penalty_strength: [0.1, 1.0]}"
-    cells = recipe(tmp_path, "matrix.methods=[fft, fft+ewc]", grid).cells()
-    strengths = [cell.alternatives.penalty_strength for cell in cells if cell.alternatives]
+    cells = recipe(tmp_path, "matrix.methods=[fft, fft+ewc, fft+agem]", grid).cells()
+    strengths = [cell.alternatives.penalty_strength for cell in cells if cell.method == "fft+ewc"]
     assert strengths == [0.1, 1.0]
-    assert len(cells) == 3
+    assert len(cells) == 4
     with pytest.raises(RPSAError, match=r"alternatives\.penalty_strenth"):
         recipe(tmp_path, "matrix.grid={alternatives.penalty_strenth: [1.0]}")
 

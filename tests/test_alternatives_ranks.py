@@ -81,8 +81,10 @@ def test_fsdp2_through_the_trainer_and_resumed(tmp_path: Path) -> None:
 
 def in_a_loop(way: str, fisher_folder: Path) -> dict[str, Any]:
     model: Any = make_model("llama", torch.float64)
-    if dist.is_initialized():
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
         model = shard(model)
+        assert is_sharded(trainable_parameters(model))
     fisher = FisherDiagonal.load(fisher_folder)
     start = starting_weights(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-6)
