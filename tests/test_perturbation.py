@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -261,6 +261,7 @@ def test_impossible_settings_are_refused(settings: Any, message: str) -> None:
 
 
 @given(st.integers(0, 50), st.integers(1, 50))
+@example(0, 15)  # the lower limit was -3e-17
 def test_wilson_limits_solve_the_score_equation(right: int, more: int) -> None:
     n = right + more
     share = right / n

@@ -130,7 +130,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """95% score interval of a share of `count` problems; scores between 0 and 1 make it wider than need be."""
     middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    return min(share, middle - half), max(share, middle + half)
+    # at a share of 0 or 1 rounding may put a limit outside
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def newcombe(first: Sequence[float], second: Sequence[float]) -> Estimate:
