@@ -15,6 +15,7 @@ from typing import Any
 
 from rpsa.analysis.perturbation import ORIGINAL, Outcome
 from rpsa.evaluation.statistics import mean_interval
+from rpsa.evaluation.statistics.rates import wilson_limits
 
 Samples = Mapping[str, Sequence[Sequence[float]]]
 """Benchmark -> draw -> problem -> score in [0, 1]."""
@@ -128,10 +129,7 @@ def difference(first: Samples, second: Samples) -> dict[str, Estimate]:
 
 def wilson(share: float, count: int) -> tuple[float, float]:
     """95% score interval of a share of `count` problems; scores between 0 and 1 make it wider than need be."""
-    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    # at a share of 0 or 1 rounding may put a limit outside
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+    return wilson_limits(share, count, _Z)
 
 
 def newcombe(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -35,6 +35,11 @@ class Trace:
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
+    def labelled(self, max_length: int | None) -> tuple[list[int], list[int]]:
+        """Its first `max_length` token ids (None: all), and their labels: the response's, -100 on the prompt."""
+        ids = [*self.prompt_ids, *self.response_ids][:max_length]
+        return ids, [IGNORED_LABEL] * len(self.prompt_ids) + ids[len(self.prompt_ids) :]
+
 
 class ReferenceDataset:
     """D_ref: `traces` in the order of the problems, and a `manifest` of how they came about."""
@@ -101,11 +106,7 @@ class ReferenceDataset:
             )  # fmt: skip
 
     def _collate(self, traces: list[Trace], max_length: int | None) -> dict[str, Any]:
-        ids = [[*trace.prompt_ids, *trace.response_ids][:max_length] for trace in traces]
-        labels = [
-            [IGNORED_LABEL] * len(trace.prompt_ids) + row[len(trace.prompt_ids) :]
-            for trace, row in zip(traces, ids, strict=True)
-        ]
+        ids, labels = zip(*(trace.labelled(max_length) for trace in traces), strict=True)
         return {
             "input_ids": _right_padded(ids, self.manifest.get("pad_token_id") or 0),
             "attention_mask": _right_padded([[1] * len(row) for row in ids], 0),
@@ -124,6 +125,6 @@ def trace_of(row: Row) -> Trace:
         ) from error
 
 
-def _right_padded(rows: list[list[int]], value: int) -> Tensor:
+def _right_padded(rows: Sequence[list[int]], value: int) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])

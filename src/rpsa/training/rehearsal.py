@@ -5,7 +5,6 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpsa.chat import IGNORED_LABEL
 from rpsa.errors import RPSAError
 from rpsa.reference import ReferenceDataset
 
@@ -50,13 +49,10 @@ def rehearse(
     random.Random(seed).shuffle(traces)
     count = round(len(dataset) * share / (1 - share))
     chosen = [traces[i % len(traces)] for i in range(count)]
-    ids = [[*trace.prompt_ids, *trace.response_ids][:max_length] for trace in chosen]
-    labels = [
-        [IGNORED_LABEL] * len(trace.prompt_ids) + row[len(trace.prompt_ids) :]
-        for trace, row in zip(chosen, ids, strict=True)
-    ]
-    rows = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=dataset.features)
-    truncated = sum(trace.length > len(row) for trace, row in zip(chosen, ids, strict=True))
+    rows = [trace.labelled(max_length) for trace in chosen]
+    columns = {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+    added = Dataset.from_dict(columns, features=dataset.features)
+    truncated = sum(max_length is not None and trace.length > max_length for trace in chosen)
     if truncated:
         log.warning("max_length %s cuts %d of %d rehearsed traces", max_length, truncated, count)
-    return Rehearsal(concatenate_datasets([dataset, rows]).shuffle(seed=seed), count, truncated)
+    return Rehearsal(concatenate_datasets([dataset, added]).shuffle(seed=seed), count, truncated)

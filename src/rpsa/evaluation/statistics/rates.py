@@ -29,17 +29,17 @@ def rate(problems: Problems) -> Estimate:
     squares = math.fsum((mean - value) ** 2 for mean in means)
     error = math.sqrt(squares / (n * (n - 1))) if n > 1 else math.nan
     if n == 1 or samples == n or not 0 < value < 1:
-        return Estimate(value, error, _wilson(value, n, NORMAL.inv_cdf(UPPER)))
+        return Estimate(value, error, wilson_limits(value, n, NORMAL.inv_cdf(UPPER)))
     most_alike = value * (1 - value) * n  # the squares, if the samples of each problem were all the same
     effective = min(n * most_alike / squares, samples) if squares else samples
-    return Estimate(value, error, _wilson(value, max(effective, n), student_quantile(n - 1)))
+    return Estimate(value, error, wilson_limits(value, max(effective, n), student_quantile(n - 1)))
 
 
 def wilson_interval(successes: int, n: int) -> Interval:
     """Wilson's score interval of a binomial proportion (Wilson 1927)."""
     if not 0 <= successes <= n or n == 0:
         raise RPSAError(f"wilson_interval: {successes} of {n} is no proportion")
-    return _wilson(successes / n, n, NORMAL.inv_cdf(UPPER))
+    return wilson_limits(successes / n, n, NORMAL.inv_cdf(UPPER))
 
 
 def pass_at_k(problems: Problems, k: int) -> Estimate:
@@ -58,7 +58,8 @@ def pass_at_k(problems: Problems, k: int) -> Estimate:
     return rate([[1 - math.comb(n - c, k) / math.comb(n, k)] for n, c in right])
 
 
-def _wilson(p: float, n: float, z: float) -> Interval:
+def wilson_limits(p: float, n: float, z: float) -> Interval:
+    """The limits of `wilson_interval` for any share p and number n, at the normal quantile z."""
     shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
