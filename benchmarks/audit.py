@@ -53,15 +53,11 @@ def audit_share() -> float:
             freezer.capture_reference()
         model(input_ids=ids.flip(1), labels=ids.flip(1)).loss.backward()
         measuring = freezer.reference_captured
-        before = time.perf_counter()
-        if measuring:
-            audit.close()
-        middle = time.perf_counter()
         freezer.mask_gradients()
-        after = time.perf_counter()
         if measuring:
-            audit.open()
-            auditing += middle - before + time.perf_counter() - after
+            before = time.perf_counter()
+            audit.next_interval()
+            auditing += time.perf_counter() - before
         optimizer.step()
         optimizer.zero_grad()
     before = time.perf_counter()

@@ -153,11 +153,9 @@ def run(
         backward(model, tokens(arguments, device, seed=step + 2))
         if freezer is not None and audit is not None:
             is_measuring = freezer.reference_captured
-            if is_measuring:
-                audit.close()
             freezer.mask_gradients()
             if is_measuring:
-                audit.open()
+                audit.next_interval()
         clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -96,10 +96,8 @@ def main(folder: Path) -> None:
             accumulate(model, reference[step], device)
             freezer.capture_reference()
         loss = accumulate(model, safety[step], device)
-        if freezer.reference_captured:
-            audit.close()  # the mask is about to change
         freezer.mask_gradients()
-        audit.open()
+        audit.next_interval()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -89,9 +89,8 @@ def train(
         accumulate(model, reasoning[step], accumulation)
         freezer.capture_reference()
         accumulate(model, safety[step], accumulation)
-        audit.close()
         freezer.mask_gradients()
-        audit.open()
+        audit.next_interval()
         trajectory.append({"c": freezer.conflict, "k": freezer.frozen_ratio, "tau": freezer.threshold})
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -195,6 +194,7 @@ def what_moved() -> dict[str, Any]:
     model = shard(nn.Linear(8, 7))  # an odd number of rows: the shards differ in size
     scores = {"weight": torch.rand(7, 8, generator=torch.Generator().manual_seed(1)) + 0.1}
     freezer = Freezer(model, FisherDiagonal(scores | {"bias": torch.zeros(7)}), ConstantRatio(0.5))
+    freezer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     audit = Audit(freezer)
     audit.open()
     frozen = freezer.frozen("weight")

@@ -21,6 +21,7 @@ from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimation import Estimation
 from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.quantile import CPU_BLOCK
 from rpsa.fisher.samples import read_samples
 from rpsa.parameters import trainable_parameters
 from rpsa.plan import make_plan
@@ -161,10 +162,10 @@ def live_run(
         return parts, parts["weights"] + live.peak
     if method == "rpsa":
         freezer, audit = trainer.freezer, trainer.rpsa.audit
-        parts["Fisher"] = size_of(freezer._fisher.values())
-        values = [*audit._initial.values(), *audit._opened[2].values()]
+        parts["masks"] = size_of(b.packed for b in [*freezer._support.values(), *freezer.mask.values()])
+        values = [*audit._initial.values(), *audit._opened.values.values()]
         parts["audit"] = size_of(values)
-    return parts, parts["weights"] + parts.get("Fisher", 0) + live.peak
+    return parts, parts["weights"] + live.peak
 
 
 def size_of(tensors: Any) -> int:
@@ -177,9 +178,7 @@ def planned_run(
 ) -> StageMemory:
     shape = Shape(SEQUENCES, LENGTH)
     reference = Shape(SEQUENCES, THOUGHT) if method in ("rpsa", "agem") else None
-    freezing = Freezing(
-        dynamic=True, control=False, raw_moments=False, gradient_only=False, audit=True, largest_k=1.0
-    )
+    freezing = Freezing(dynamic=True, raw_moments=False, gradient_only=False, audit=True)
     with fake_tensors():
         model = build_model(config, "bfloat16" if lora and bf16 else "float32", LORA if lora else None)
         passes = dry_passes(model, shape, reference, Precision(bf16, checkpointing), accumulated=False)
@@ -197,7 +196,11 @@ def planned_run(
 @pytest.mark.parametrize("method", ["plain", "rpsa", "penalty", "agem"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_memory_is_what_is_alive(name: str, lora: bool, method: str, tmp_path: Path) -> None:
+def test_training_memory_is_what_is_alive(
+    name: str, lora: bool, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpsa.freezing.exact.KEPT_ON", ())  # as on a GPU, but in the blocks of a CPU
+    monkeypatch.setattr("rpsa.plan.memory.DEVICE_BLOCK", CPU_BLOCK)
     how: dict[str, Any] = {"lora": lora, "method": method, "bf16": True, "checkpointing": name == "deep"}
     parts, peak = live_run(CONFIGS[name], folder=tmp_path, **how)
     planned = planned_run(CONFIGS[name], **how)
@@ -316,22 +319,20 @@ def test_generation_memory_is_what_is_alive() -> None:
 
 
 def test_what_is_kept_is_shared_out() -> None:
-    freezing = Freezing(
-        dynamic=True, control=True, raw_moments=False, gradient_only=False, audit=False, largest_k=1.0
-    )
+    freezing = Freezing(dynamic=True, raw_moments=False, gradient_only=False, audit=False)
     n = 1 << 30
     plain = AlignMemory(n, n, 4 * n, 4 * n, 1000, "adamw_torch_fused", Passes(5 * n, 7 * n), None)
     assert dict(plain.on(1, "one GPU").kept) == {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
     assert plain.on(1, "one GPU").work == n  # g_R is not measured
     rpsa = dataclasses.replace(plain, freezing=freezing)
-    assert rpsa.on(1, "one GPU").kept["Fisher"] == 8 * n  # with the control's ranking
-    assert rpsa.on(1, "one GPU").work == 3 * n
+    assert rpsa.on(1, "one GPU").kept["masks"] == n // 4
+    assert rpsa.on(1, "one GPU").work == 4 * n + 12 * 1000  # the copy of the weights in a step
     assert rpsa.on(8, "DDP").total == rpsa.on(1, "one GPU").total + 4 * n
     sharded = dataclasses.replace(rpsa, passes=Passes(n, n, gathered=n // 2)).on(4, "FSDP2")
     assert dict(sharded.kept) == {
-        "weights": n, "gradients": n, "optimizer": 2 * n, "Fisher": 2 * n, "audit": 0
+        "weights": n, "gradients": n, "optimizer": 2 * n, "masks": n // 16, "audit": 0
     }  # fmt: skip
-    assert sharded.work == n + n // 4 + n // 2  # the pass, a quarter of the signs, what is gathered
+    assert sharded.work == n + n // 16 + n // 2  # the pass, a quarter of the signs, what is gathered
     assert dataclasses.replace(plain, optimizer="sgd").on(1, "one GPU").kept["optimizer"] == 0
 
 
@@ -436,7 +437,7 @@ def test_an_8b_model_on_80_gib(eight_billion: Path) -> None:
     assert method.parameters == method.trainable == 8_030_261_248
     one, four = method.layouts
     n = method.parameters
-    assert [one.memory.kept[part] for part in ("gradients", "optimizer", "Fisher")] == [4 * n, 8 * n, 4 * n]
+    assert [one.memory.kept[part] for part in ("gradients", "optimizer", "masks")] == [4 * n, 8 * n, n // 4]
     assert (one.fits, four.fits, four.sharding) == (False, True, "FSDP2")
     assert four.memory.kept["optimizer"] == 2 * n
     assert four.steps is not None

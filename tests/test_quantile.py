@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.quantile import order_statistic, threshold_rank
+from rpsa.fisher.quantile import Ranking, order_statistic, threshold_rank
 
 RATIOS = [0.0, 0.01, 0.1, 0.3, 0.5, 0.6, 0.7, 0.9, 0.99, 1.0]
 
@@ -75,6 +75,43 @@ def test_extreme_ratios_freeze_nothing_and_all_but_the_minimum() -> None:
 def test_a_million_values_match_a_sort() -> None:
     values = torch.randn(1_000_003, generator=torch.Generator().manual_seed(1)).exp()
     assert order_statistic([values], 600_000) == values.sort().values[599_999].item()
+
+
+@settings(max_examples=50, deadline=None)
+@given(score_tensors(), st.sampled_from(RATIOS), st.booleans())
+def test_histograms_on_a_device_find_the_same(tensors: list[torch.Tensor], k: float, half: bool) -> None:
+    tensors = [t.bfloat16() if half else t for t in tensors]
+    ranking = Ranking(tensors)
+    if ranking.nonzero:
+        rank = threshold_rank(ranking.nonzero, k)
+        assert ranking._by_histograms(rank) == ranking.value(rank) == kth_threshold(tensors, repr(k))
+
+
+@pytest.mark.parametrize("kind", ["spread", "equal", "mostly equal", "mostly zero", "two values"])
+def test_a_sample_brackets_the_value_or_all_are_searched(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(1_500_000, generator=generator)  # enough for a sample to be drawn
+    values = {
+        "spread": values.exp(),
+        "equal": torch.ones_like(values),
+        "mostly equal": torch.where(values < 0.9, 0.5, values),
+        "mostly zero": values * (values > 0.99),
+        "two values": torch.where(values < 0.5, 1.0, 2.0),
+    }[kind]
+    ranking = Ranking([values[:1000], values[1000:]])
+    ordered = values[values > 0].sort().values
+    assert len(ranking._sample) > 1000
+    for k in RATIOS:
+        rank = threshold_rank(ranking.nonzero, k)
+        assert ranking.value(rank) == ordered[rank - 1].item()
+    ranking.__dict__["_sample"] = ranking._sample * 0.1  # a sample that misleads
+    assert ranking.value(rank) == ordered[rank - 1].item()
+
+
+def test_negative_zero_is_zero() -> None:
+    values = torch.tensor([-0.0, 0.0, 1.0, 2.0])
+    assert FisherDiagonal({"a": values}).threshold(0.5) == 1.0
+    assert Ranking([values])._by_histograms(1) == 1.0
 
 
 def test_nothing_to_rank_is_said() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
-from rpsa.fisher.quantile import count_nonzero, order_statistic, threshold_rank
+from rpsa.fisher.quantile import Ranking, threshold_rank
 from rpsa.parameters import fingerprint, trainable_parameters
 from rpsa.sharding import barrier, full, is_sharded, local, rank
 
@@ -37,7 +37,7 @@ class FisherDiagonal:
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._sharded = is_sharded(self.scores)
         for name, score in self.scores.items():
-            if not bool(torch.isfinite(local(score)).all()) or bool((local(score) < 0).any()):
+            if not _finite_and_not_negative(local(score)):
                 raise RPSAError(f"Fisher scores of {name!r} must be finite and not negative")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,9 +51,13 @@ class FisherDiagonal:
         return len(self.scores)
 
     @cached_property
+    def _ranking(self) -> Ranking:
+        return Ranking(map(local, self.scores.values()), sharded=self._sharded)
+
+    @property
     def nonzero(self) -> int:
         """How many elements have F > 0: only these can be frozen."""
-        return count_nonzero(map(local, self.scores.values()), sharded=self._sharded)
+        return self._ranking.nonzero
 
     def threshold(self, k: float) -> float:
         """tau_k = Q_{1-k}({F_i | F_i > 0}): elements above it are frozen.
@@ -63,8 +67,7 @@ class FisherDiagonal:
         """
         if self.nonzero == 0:
             raise RPSAError("every Fisher score is zero: nothing can be frozen; check the labels of D_ref")
-        shards = map(local, self.scores.values())
-        return order_statistic(shards, threshold_rank(self.nonzero, k), sharded=self._sharded)
+        return self._ranking.value(threshold_rank(self.nonzero, k))
 
     def mask(self, k: float) -> dict[str, Tensor]:
         """M = 1[F <= tau_k]: bool tensors, True = trainable."""
@@ -163,3 +166,10 @@ class FisherDiagonal:
             if name not in scores or list(scores[name].shape) != shape:
                 raise RPSAError(f"{folder}: scores of {name!r} are missing or not of shape {tuple(shape)}")
         return cls({name: scores[name] for name in manifest["shapes"]}, manifest)
+
+
+def _finite_and_not_negative(score: Tensor) -> bool:
+    if score.numel() == 0:
+        return True
+    low, high = torch.aminmax(score)  # one read; NaN is passed on, and fails both comparisons
+    return bool((low >= 0) & (high < torch.inf))

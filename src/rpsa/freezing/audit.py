@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpsa.fisher.quantile import blocks
+from rpsa.freezing.bits import BitMask, as_words
+from rpsa.freezing.exact import Mask
 from rpsa.freezing.freezer import Freezer
 from rpsa.parameters import module_group
 from rpsa.sharding import local, sum_over_shards
 
 SAMPLED_ELEMENTS = 1 << 22
-_CHUNK = 1 << 20
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no bit of a value is lost mod 2^64
 
 
@@ -36,8 +38,24 @@ class Interval:
     tensors_changed: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What `open` saw."""
+
+    step: int
+    mask: Mask
+    frozen_ratio: float
+    threshold: float
+    frozen: int
+    checksums: list[int]
+    values: dict[str, Tensor]
+
+
 class Audit:
-    """Watches one `Freezer`: `open` after its mask changed, `close` before it changes again and at the end."""
+    """Watches one `Freezer`: `open` after its mask changed, `close` before it changes again and at the end.
+
+    `next_interval` does both in one reading of the weights, after the mask has changed or at any time.
+    """
 
     def __init__(self, freezer: Freezer, seed: int = 42) -> None:
         self.freezer = freezer
@@ -45,57 +63,95 @@ class Audit:
         self._sample = _sampled_indices(freezer, seed)
         self._initial = {name: self._sampled(name) for name in freezer.parameters}
         self._initial_step = freezer.step
-        self._opened: tuple[int, dict[str, int], dict[str, Tensor]] | None = None
+        self._opened: _Opened | None = None
 
-    @torch.no_grad()
     def open(self) -> None:
-        sums = {name: checksum(local(p), self.freezer.frozen(name)) for name, p in self._parameters()}
-        self._opened = (
-            self.freezer.step,
-            sums,
-            {name: self._sampled(name) for name, _ in self._parameters()},
-        )
+        """Remember the frozen set, its values and its checksums.
 
-    @torch.no_grad()
+        Raises:
+            RPSAError: no optimizer is attached: what it does to frozen elements would not be checked.
+        """
+        self.freezer.check_attached()
+        [sums] = self._checksums(self.freezer.mask)
+        self._open(sums)
+
     def close(self) -> None:
         """Check the frozen set against what `open` saw; nothing to do if no step was taken since."""
-        if self._opened is None or self._opened[0] == self.freezer.step:
+        if self._opened is not None and self._opened.step != self.freezer.step:
+            [sums] = self._checksums(self._opened.mask)
+            self._close(self._opened, sums)
+
+    def next_interval(self) -> None:
+        """`close` and `open`. Weights must not have changed since the mask did."""
+        before, mask = self._opened, self.freezer.mask
+        if before is None or before.step == self.freezer.step:
+            self.open()
             return
-        start, sums, values = self._opened
+        old, *new = self._checksums(before.mask, *([mask] if mask is not before.mask else []))
+        self._close(before, old)
+        self._open(new[0] if new else old)
+
+    def _open(self, sums: list[int]) -> None:
+        freezer = self.freezer
+        self._opened = _Opened(
+            freezer.step,
+            freezer.mask,
+            freezer.frozen_ratio,
+            freezer.threshold,
+            sum(freezer.frozen_counts().values()),
+            sums,
+            {name: self._sampled(name) for name in freezer.parameters},
+        )
+
+    def _close(self, opened: _Opened, sums: list[int]) -> None:
         self._opened = None
         # what is sharded may have moved on another rank: counts by tensor, summed over shards
-        moved = torch.zeros(len(sums), dtype=torch.int64)
-        for place, (name, p) in enumerate(self._parameters()):
-            if checksum(local(p), self.freezer.frozen(name)) != sums[name]:
-                moved[place] = max(1, self._moved(name, values[name]))
-        moved = sum_over_shards(moved, sharded=self.freezer.sharded).cpu()
+        counts = [
+            0 if now == before else max(1, self._moved(name, opened))
+            for name, now, before in zip(self.freezer.parameters, sums, opened.checksums, strict=True)
+        ]
+        moved = sum_over_shards(torch.tensor(counts), sharded=self.freezer.sharded).tolist()
         self.intervals.append(
             Interval(
-                start=start,
+                start=opened.step,
                 end=self.freezer.step,
-                frozen_ratio=self.freezer.frozen_ratio,
-                threshold=self.freezer.threshold,
-                frozen=sum(self.freezer.frozen_counts().values()),
-                moved=int(moved.sum()),
-                tensors_changed=tuple(name for name, n in zip(sums, moved.tolist(), strict=True) if n),
+                frozen_ratio=opened.frozen_ratio,
+                threshold=opened.threshold,
+                frozen=opened.frozen,
+                moved=sum(moved),
+                tensors_changed=tuple(n for n, m in zip(self.freezer.parameters, moved, strict=True) if m),
             )
         )
+
+    def _checksums(self, *masks: Mask) -> list[list[int]]:
+        """Of each mask's frozen elements, by parameter; the device is waited for once."""
+        sums = [
+            checksums(local(p.detach()), *(mask[name] for mask in masks))
+            for name, p in self.freezer.parameters.items()
+        ]
+        device = sums[0].device
+        by_parameter: list[list[int]] = torch.stack([each.to(device) for each in sums]).tolist()
+        return [list(column) for column in zip(*by_parameter, strict=True)]
 
     def report(self) -> dict[str, Any]:
         """JSON-able. `frozen_elements_moved` must be 0, unless only gradients were masked.
 
-        Of a sharded model all ranks must ask for it.
+        It is None where no frozen element was checked over any step: then nothing is proved. Of a sharded model
+        all ranks must ask for it.
         """
         elements = sum(p.numel() for _, p in self._parameters())
         held = torch.tensor(sum(initial.numel() for initial in self._initial.values()))
         sampled = int(sum_over_shards(held, sharded=self.freezer.sharded))
+        checked = sum(i.frozen * (i.end - i.start) for i in self.intervals)
+        found = self.freezer.non_finite
         return {
             "gradient_only": self.freezer.gradient_only,
-            "frozen_element_steps_checked": sum(i.frozen * (i.end - i.start) for i in self.intervals),
-            "frozen_elements_moved": sum(i.moved for i in self.intervals),
+            "frozen_element_steps_checked": checked,
+            "frozen_elements_moved": sum(i.moved for i in self.intervals) if checked else None,
             "moved_counted_on": "every element"
             if sampled == elements
             else f"{sampled} sampled elements; checksums cover all",
+            "non_finite_gradients": asdict(found) if found else None,
             "drift": {"since_step": self._initial_step, "groups": self.drift()},
             "intervals": [asdict(interval) for interval in self.intervals],
         }
@@ -134,28 +190,31 @@ class Audit:
         indices = self._sample[name]
         return values.clone() if indices is None else values[indices]
 
-    def _moved(self, name: str, before: Tensor) -> int:
-        frozen = self.freezer.frozen(name).flatten()
+    def _moved(self, name: str, opened: _Opened) -> int:
+        frozen = opened.mask[name].unpack().flatten()
         indices = self._sample[name]
         if indices is not None:
             frozen = frozen[indices]
-        return int(((_bits(self._sampled(name)) != _bits(before)) & frozen).sum())
+        now, before = self._sampled(name), opened.values[name]
+        return int(((as_words(now) != as_words(before)) & frozen).sum())
 
 
-def checksum(values: Tensor, frozen: Tensor) -> int:
-    """64 bits over the bits and positions of the frozen elements; any single change alters it."""
-    total = 0
-    for start in range(0, values.numel(), _CHUNK):
-        bits = _bits(values.flatten()[start : start + _CHUNK]).to(torch.int64)
+@torch.no_grad()
+def checksums(values: Tensor, *masks: BitMask) -> Tensor:
+    """64 bits over the bits and positions of each mask's elements; any single change alters it.
+
+    Returns:
+        int64, one for each mask, on the device of `values`.
+    """
+    words = as_words(values.contiguous())
+    sums = torch.zeros(len(masks), dtype=torch.int64, device=words.device)
+    for start, stop in blocks(words.numel(), words.device):
         # an element moved by one ulp up and another by one down must not cancel: weigh by position
-        weights = torch.arange(start, start + bits.numel(), device=bits.device).mul_(2).add_(1)
-        weights.mul_(_MULTIPLIER)
-        total += int((bits * weights * frozen.flatten()[start : start + _CHUNK]).sum())
-    return total & ((1 << 64) - 1)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+        weights = torch.arange(start, stop, device=words.device).mul_(2).add_(1).mul_(_MULTIPLIER)
+        for place, mask in enumerate(masks):
+            held = words[start:stop] & mask.words(start, stop, words.dtype)
+            sums[place] += (held * weights).sum()
+    return sums
 
 
 def _sampled_indices(freezer: Freezer, seed: int) -> dict[str, Tensor | None]:

@@ -1,46 +1,62 @@
 """Eq. 6: the share of parameters whose reasoning and safety gradients point in opposite directions."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rpsa.sharding import local, sum_over_shards
+from rpsa.freezing.bits import BitMask
+from rpsa.sharding import local
 
 
-def signs(gradients: Mapping[str, Tensor | None], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """int8 signs (-1, 0, 1) of this rank's gradient shards; 0 where F = 0, where Eq. 6 does not look."""
+@dataclass(frozen=True)
+class Signs:
+    """Where a gradient is above and where it is below 0: two bits an element."""
+
+    positive: BitMask
+    negative: BitMask
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> "Signs":
+        gradient = local(gradient).detach()
+        return cls(BitMask.compare(gradient, "greater", 0.0), BitMask.compare(gradient, "less", 0.0))
+
+    def within(self, support: BitMask) -> "Signs":
+        """Neither above nor below where `support` is not set."""
+        return Signs(self.positive & support, self.negative & support)
+
+    def opposed(self, other: "Signs") -> Tensor:
+        """How many elements have opposite signs: an int64 scalar on the gradients' device."""
+        return ((self.positive & other.negative) | (self.negative & other.positive)).count()
+
+
+def signs(gradients: Mapping[str, Tensor | None], support: Mapping[str, BitMask]) -> dict[str, Signs]:
+    """The signs of this rank's gradient shards, where F > 0: nowhere else does Eq. 6 look.
+
+    Args:
+        support: where F > 0.
+    """
     return {
-        name: _sign(local(gradient)).mul_(scores[name] > 0)
+        name: Signs.of(gradient).within(support[name])
         for name, gradient in gradients.items()
         if gradient is not None
     }
 
 
-def conflict(
-    reasoning_signs: Mapping[str, Tensor],
-    safety_gradients: Mapping[str, Tensor | None],
-    nonzero: int,
-    *,
-    sharded: bool = False,
-) -> float:
-    """c = |{j : F_j > 0, g_R,j g_S,j < 0}| / |{j : F_j > 0}|.
+def opposed(reasoning_signs: Mapping[str, Signs], safety_gradients: Mapping[str, Tensor | None]) -> Tensor:
+    """|{j : F_j > 0, g_R,j g_S,j < 0}| of this rank's shards, the numerator of Eq. 6: an int64 scalar.
 
-    Signs are compared, not products, which can underflow to 0.
+    Signs are compared, not products, which can underflow to 0. c is this, summed over ranks, over the number of
+    elements with F > 0.
 
     Args:
         reasoning_signs: from `signs`.
         safety_gradients: unmasked and accumulated, of the same parameters.
-        nonzero: |{j : F_j > 0}| over all ranks.
     """
-    opposed = torch.zeros((), dtype=torch.int64)
-    for name, reasoning in reasoning_signs.items():
-        gradient = safety_gradients[name]
-        if gradient is not None:
-            opposed += torch.count_nonzero(reasoning * _sign(local(gradient)) < 0).cpu()
-    return int(sum_over_shards(opposed, sharded=sharded)) / nonzero
-
-
-def _sign(tensor: Tensor) -> Tensor:
-    # torch.sign keeps the wide dtype and passes NaN on
-    return (tensor > 0).to(torch.int8).sub_((tensor < 0).to(torch.int8))
+    counts = [
+        reasoning.opposed(Signs.of(gradient))
+        for name, reasoning in reasoning_signs.items()
+        if (gradient := safety_gradients[name]) is not None
+    ]
+    return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)

@@ -1,90 +1,134 @@
-"""Keeping frozen elements bit-identical across an optimizer's step.
+"""Keeping frozen elements bit-identical across an optimizer's step, whatever it does.
 
-A zero gradient does not do it: weight decay and stale momentum still move a parameter. Two ways, same result:
-`Snapshot` puts frozen elements back after any optimizer's step; `MaskedDecay` leaves AdamW nothing to move
-them by, and needs no copy of the weights.
+A zero gradient does not do it: weight decay and stale momentum still move a parameter, clipping can turn the zero
+into NaN, and some optimizers mix elements. So the weights are copied before a step and the frozen ones are put back
+after it, also where the step raised.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from functools import wraps
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rpsa.errors import RPSAError
+from rpsa.freezing.bits import BitMask
 from rpsa.sharding import local
 
-FrozenMask = Callable[[str], Tensor]
-"""Parameter name -> bool tensor of the local shard, True = frozen."""
+Mask = Mapping[str, BitMask]
+"""By parameter name, of the local shard; set = frozen."""
+
+KEPT_ON = ("cpu",)
+"""Where the memory of the copy is kept between steps: fresh pages cost more than the copy there."""
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+_MARK = "_rpsa_freezer"
 
 
-class ExactFreeze(Protocol):
-    def before_step(self, optimizer: Optimizer) -> None: ...
+class ExactSteps:
+    """One optimizer's steps, between which frozen elements do not change.
 
-    def after_step(self, optimizer: Optimizer) -> None: ...
+    Args:
+        parameters: those of the optimizer that may be frozen, by name.
+        mask: the present one; None = nothing is put back.
+        finished: called after each step that did not raise.
 
+    Raises:
+        RPSAError: another Freezer is attached to the optimizer.
+    """
 
-def exact_freeze_for(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], frozen: FrozenMask
-) -> ExactFreeze:
-    if type(optimizer) is torch.optim.AdamW:
-        return MaskedDecay(parameters, frozen)
-    return Snapshot(parameters, frozen)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        mask: Callable[[], Mask | None],
+        finished: Callable[["ExactSteps"], None],
+    ) -> None:
+        if hasattr(optimizer, _MARK):
+            raise RPSAError("a Freezer is attached to this optimizer already; detach() it first")
+        self.optimizer, self.parameters = optimizer, parameters
+        self._mask, self._finished = mask, finished
+        self._guarding, self._depth = False, 0
+        self._saved: dict[str, Tensor] = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_post_hook(lambda *_: self._after()),
+        ]
+        self._unguarded = vars(optimizer).get("step")
+        self._guarded = self._guard(optimizer.step)
+        optimizer.step = self._guarded  # type: ignore[method-assign]
+        setattr(optimizer, _MARK, self)
 
+    def detach(self) -> None:
+        """Remove every trace from the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        if (
+            vars(self.optimizer).get("step") is self._guarded
+        ):  # else a scheduler holds it, and it does nothing
+            del self.optimizer.step
+            if self._unguarded is not None:
+                self.optimizer.step = self._unguarded  # type: ignore[method-assign]
+        delattr(self.optimizer, _MARK)
 
-def clear_first_moments(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], frozen: FrozenMask
-) -> None:
-    """Momentum gathered before an element was frozen must neither move it nor wait for the day it thaws."""
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        for key in _FIRST_MOMENTS:
-            if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape:
-                local(state[key]).masked_fill_(frozen(name), 0)
+    @torch.no_grad()
+    def clear_first_moments(self, mask: Mask) -> None:
+        """Momentum gathered before an element was frozen must neither move it nor wait for the day it thaws."""
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            for key in _FIRST_MOMENTS:
+                if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape:
+                    mask[name].clear_(local(state[key]))
 
+    def _guard(self, step: Any) -> Any:
+        """`step`, after which frozen elements are put back if it raises: torch has no hook for that."""
 
-class Snapshot:
-    """Any optimizer: copy frozen elements before the step, put them back after it (k times the weights)."""
+        @wraps(step)
+        def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._guarding, self._depth = True, 0
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                if self._depth:
+                    self._put_back()
+                raise
+            finally:
+                self._guarding, self._depth = False, 0
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], frozen: FrozenMask) -> None:
-        self.parameters, self.frozen = parameters, frozen
-        self.saved: dict[str, Tensor] = {}
+        return MethodType(guarded, self.optimizer)  # schedulers look for a method's function
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        self.saved = {name: local(p.data)[self.frozen(name)] for name, p in self.parameters.items()}
+    def _before(self) -> None:
+        # A subclass that calls super().step() runs its hooks twice: the outer pair counts. Who kept the unguarded
+        # step (accelerate does, for a gradient scaler) and saw it raise left a depth that means nothing.
+        self._depth = self._depth + 1 if self._guarding else 1
+        if self._depth == 1:
+            self._save()
 
-    def after_step(self, optimizer: Optimizer) -> None:
-        for name, values in self.saved.items():
-            local(self.parameters[name].data)[self.frozen(name)] = values
-        self.saved = {}
+    def _after(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._put_back()
+            self._finished(self)
 
+    @torch.no_grad()
+    def _save(self) -> None:
+        if self._mask() is None:
+            return
+        for name, parameter in self.parameters.items():
+            weights = local(parameter.detach())
+            if name in self._saved:
+                self._saved[name].copy_(weights)
+            else:
+                self._saved[name] = weights.clone()
 
-class MaskedDecay:
-    """AdamW: once gradient and first moment are zero, only decay moves an element: decay by mask."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], frozen: FrozenMask) -> None:
-        self.frozen = frozen
-        self.names = {parameter: name for name, parameter in parameters.items()}
-        self.decays: list[float] = []
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
-        for group, decay in zip(optimizer.param_groups, self.decays, strict=True):
-            if decay:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._decay(parameter, 1 - group["lr"] * decay)
-            group["weight_decay"] = 0.0
-
-    def _decay(self, parameter: nn.Parameter, factor: float) -> None:
-        weights = local(parameter.data)
-        decayed = weights * factor
-        if parameter in self.names:
-            decayed = torch.where(self.frozen(self.names[parameter]), weights, decayed)
-        weights.copy_(decayed)
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        for group, decay in zip(optimizer.param_groups, self.decays, strict=True):
-            group["weight_decay"] = decay
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        mask = self._mask()  # as it is now: a closure may have changed it since the step began
+        if mask is None:
+            return
+        for name, saved in self._saved.items():
+            mask[name].copy_(saved, into=local(self.parameters[name].detach()))
+        self._saved = {name: saved for name, saved in self._saved.items() if saved.device.type in KEPT_ON}

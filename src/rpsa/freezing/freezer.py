@@ -1,24 +1,28 @@
 """Sections 3.2 and 3.3 around any PyTorch optimizer: mask gradients, freeze exactly, follow the conflict."""
 
+import copy
+import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.quantile import count_nonzero, order_statistic, threshold_rank
-from rpsa.freezing.conflict import conflict, signs
-from rpsa.freezing.exact import ExactFreeze, clear_first_moments, exact_freeze_for
+from rpsa.fisher.quantile import Ranking, threshold_rank
+from rpsa.freezing.bits import BitMask
+from rpsa.freezing.conflict import Signs, opposed, signs
+from rpsa.freezing.exact import ExactSteps, Mask
+from rpsa.freezing.gradients import GradientWatch, NonFinite
 from rpsa.freezing.moments import RawSecondMoments
 from rpsa.freezing.ratio import ConflictRatio, FrozenRatio
 from rpsa.parameters import trainable_parameters
 from rpsa.sharding import is_sharded, local, shard_like, sum_over_shards
 
-_MARK = "_rpsa_freezer"
+log = logging.getLogger(__name__)
 
 
 class Freezer:
@@ -48,7 +52,7 @@ class Freezer:
         zero_fisher: what happens to elements with F = 0.
 
     Raises:
-        RPSAError: the scores do not fit the model.
+        RPSAError: the scores do not fit the model, or a parameter's gradient would be sparse.
     """
 
     def __init__(
@@ -63,28 +67,40 @@ class Freezer:
         zero_fisher: Literal["trainable", "frozen"] = "trainable",
     ) -> None:
         fisher.check(model)
-        parameters = trainable_parameters(model)
-        self.parameters = {name: parameters[name] for name in fisher}
+        _refuse_sparse_gradients(model)
+        self._trainable = trainable_parameters(model)
+        self.parameters = {name: self._trainable[name] for name in fisher}
         self.sharded = is_sharded(self.parameters)
         self.ratio: FrozenRatio = ConflictRatio() if ratio is None else ratio
         self.gradient_only = gradient_only
         self.zero_fisher = zero_fisher
         self.step = 0
         self.conflict: float | None = None
-        self._fisher = {name: shard_like(fisher.scores[name], p) for name, p in self.parameters.items()}
-        self._scores = self._fisher
-        if ranking is not None:
-            self._scores = {name: shard_like(ranking.scores[name], p) for name, p in self.parameters.items()}
-        self._fisher_nonzero = count_nonzero(self._fisher.values(), sharded=self.sharded)
-        self._nonzero = count_nonzero(self._scores.values(), sharded=self.sharded)
-        if self._nonzero == 0:
+        """c of the last measurement; None before the first, and where a gradient was not finite."""
+        device = next(iter(self.parameters.values())).device
+        scores = self._shards(fisher)
+        self._support = {
+            name: BitMask.compare(score.to(self.parameters[name].device), "greater", 0.0)
+            for name, score in scores.items()
+        }
+        self._scores = scores if ranking is None else self._shards(ranking)
+        self._ranking = Ranking(self._scores.values(), sharded=self.sharded, device=device)
+        self._fisher_nonzero = (
+            self._ranking if ranking is None else Ranking(scores.values(), sharded=self.sharded)
+        ).nonzero
+        if self._ranking.nonzero == 0:
             raise RPSAError("every Fisher score is zero: nothing can be frozen; check the labels of D_ref")
-        self._raw = RawSecondMoments(self.parameters, self.frozen) if frozen_moments == "raw" else None
-        self._reference: dict[str, Tensor] | None = None
+        self._raw = RawSecondMoments(self.parameters) if frozen_moments == "raw" else None
+        self._watch = GradientWatch(list(self.parameters), device, sharded=self.sharded)
+        self._reference: dict[str, Signs] | None = None
         self._captured_at = -1
-        self._handles: list[RemovableHandle] = []
-        self._optimizer: Optimizer | None = None
+        self._attached: list[ExactSteps] = []
+        self._stepped: set[Optimizer] = set()
         self._set_ratio(self.ratio.initial())
+
+    def _shards(self, scores: FisherDiagonal) -> dict[str, Tensor]:
+        """This rank's part of the scores, where they are: only a change of k reads them."""
+        return {name: shard_like(scores.scores[name], p) for name, p in self.parameters.items()}
 
     # What is frozen
 
@@ -101,24 +117,34 @@ class Freezer:
     @property
     def nonzero(self) -> int:
         """Elements that could be frozen, over all ranks."""
-        return self._nonzero
+        return self._ranking.nonzero
+
+    @property
+    def mask(self) -> Mask:
+        """What is frozen, by parameter, of this rank's shard: F > tau, one bit an element. A new one for each k."""
+        return self._mask
 
     def frozen(self, name: str) -> Tensor:
-        """Bool, of this rank's shard of the parameter; True = frozen. Never stored: it is F > tau."""
-        scores = self._scores[name]
-        frozen = scores > self._tau
-        return frozen | (scores == 0) if self.zero_fisher == "frozen" else frozen
+        """Bool, of this rank's shard of the parameter; True = frozen."""
+        return self._mask[name].unpack()
 
     def frozen_counts(self) -> dict[str, int]:
         """Frozen elements of each parameter, over all ranks."""
-        counts = torch.stack([self.frozen(name).sum().cpu() for name in self.parameters])
-        return dict(zip(self.parameters, sum_over_shards(counts, sharded=self.sharded).tolist(), strict=True))
+        counts = torch.stack([bits.count().cpu() for bits in self._mask.values()])
+        return dict(zip(self._mask, sum_over_shards(counts, sharded=self.sharded).tolist(), strict=True))
 
     def _set_ratio(self, k: float) -> None:
         self._k = k
-        rank = threshold_rank(self._nonzero, k)
-        self._tau = order_statistic(self._scores.values(), rank, sharded=self.sharded)
-        self._mask_changed = True
+        self._tau = self._ranking.value(threshold_rank(self.nonzero, k))
+        self._mask = {name: self._above(score, name) for name, score in self._scores.items()}
+        if not self.gradient_only:
+            for steps in self._attached:
+                steps.clear_first_moments(self._mask)
+
+    def _above(self, score: Tensor, name: str) -> BitMask:
+        score = score.to(self.parameters[name].device)
+        frozen = BitMask.compare(score, "greater", self._tau)
+        return frozen | BitMask.pack(score == 0) if self.zero_fisher == "frozen" else frozen
 
     # Gradients
 
@@ -135,98 +161,208 @@ class Freezer:
 
     @torch.no_grad()
     def capture_reference(self) -> None:
-        """Keep the signs of the gradients that are there now (g_R, int8) and set the gradients to None."""
-        self._reference = signs(self._gradients(), self._fisher)
+        """Keep the signs of the gradients that are there now (g_R), and set all of the model's gradients to None.
+
+        Parameters without scores are among them: nothing is to be trained on D_ref.
+        """
+        gradients = self._gradients()
+        self._reference = signs(gradients, self._support)
+        self._reference_norm = _norm(gradients)
         self._captured_at = self.step
-        for parameter in self.parameters.values():
+        for parameter in self._trainable.values():
             parameter.grad = None
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Measure c and update k, if g_R was captured for this step; then zero frozen elements' gradients.
 
-        Call it once a step, on the complete gradient g_S, before clipping.
-        """
-        gradients = self._gradients()
-        if self._reference is not None:
-            self.conflict = conflict(self._reference, gradients, self._fisher_nonzero, sharded=self.sharded)
-            self._reference = None
-            self._set_ratio(self.ratio.update(self.conflict))
-        if self._raw is not None:
-            self._raw.keep(gradients)
-        for name, gradient in gradients.items():
-            if gradient is not None:
-                # not a product: inf x 0 is NaN
-                local(gradient).masked_fill_(self.frozen(name), 0)
-
-    def _gradients(self) -> dict[str, Tensor | None]:
-        return {name: parameter.grad for name, parameter in self.parameters.items()}
-
-    # The optimizer
-
-    def attach(self, optimizer: Any) -> None:
-        """Hook into `optimizer.step` (wrappers such as accelerate's are looked through).
+        Call it once a step, on the complete gradient g_S, before clipping. A gradient that is not finite is logged
+        and counted (`non_finite`), and c is not measured on it.
 
         Raises:
-            RPSAError: another Freezer is attached, or `frozen_moments` is not for this optimizer.
+            RPSAError: no optimizer is attached, or a gradient is sparse.
         """
-        while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        if hasattr(optimizer, _MARK):
-            raise RPSAError("a Freezer is attached to this optimizer already; detach() it first")
+        self.check_attached()
+        gradients = self._gradients()
+        self._watch.see(gradients, self.step)
+        if self._reference is not None:
+            self._measure(gradients, self._reference)
+            self._reference = None
+        if self._raw is not None:
+            self._raw.keep(gradients, self._mask)
+        else:
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    self._mask[name].clear_(local(gradient))  # not a product: inf x 0 is NaN
+
+    def _measure(self, gradients: Mapping[str, Tensor | None], reference: Mapping[str, Signs]) -> None:
+        broken = torch.stack([~self._reference_norm.isfinite(), ~self._watch.norm.isfinite()])
+        counts = torch.cat([opposed(reference, gradients).reshape(1), broken.to(torch.int64)])
+        count, *broken_here = sum_over_shards(counts, sharded=self.sharded).tolist()
+        if any(broken_here):
+            self.conflict = None
+            which = " and ".join(n for n, b in zip(("reasoning", "safety"), broken_here, strict=True) if b)
+            log.warning(
+                "step %d: the %s gradient is not finite: c is not measured, k stays %g",
+                self.step,
+                which,
+                self._k,
+            )
+            return
+        self.conflict = count / self._fisher_nonzero
+        self._set_ratio(self.ratio.update(self.conflict))
+
+    def _gradients(self) -> dict[str, Tensor | None]:
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        for name, gradient in gradients.items():
+            if gradient is not None and gradient.is_sparse:
+                raise RPSAError(f"the gradient of {name!r} is sparse: build its module with sparse=False")
+        return gradients
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the last complete gradient before it was masked: a scalar, on its device."""
+        return self._watch.norm
+
+    @property
+    def non_finite(self) -> NonFinite | None:
+        """The steps whose gradient held a NaN or an infinity; None if there was none."""
+        return self._watch.non_finite
+
+    # Optimizers
+
+    def attach(self, *optimizers: Any) -> None:
+        """Hook into each optimizer's `step`: all that train this model, which together make one iteration.
+
+        Wrappers (accelerate's, Lightning's) and containers of optimizers are looked through.
+
+        Raises:
+            RPSAError: a Freezer is attached already; the optimizer has no parameter of the model, or moves weights
+                outside of `step`; or `frozen_moments` is not for it.
+        """
+        inner = [found for optimizer in optimizers for found in _unwrapped(optimizer)]
+        for optimizer in inner:
+            self._check(optimizer)
+        for optimizer in inner:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            ours = {name: p for name, p in self.parameters.items() if id(p) in held}
+            steps = ExactSteps(
+                optimizer, ours, lambda: None if self.gradient_only else self._mask, self._after_step
+            )
+            self._attached.append(steps)
+            if not self.gradient_only:
+                steps.clear_first_moments(self._mask)
+
+    def _check(self, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self._trainable.values()):
+            raise RPSAError(
+                f"this {type(optimizer).__name__} trains no parameter of the freezer's model: build it from "
+                "model.parameters() of the same model, after the model was wrapped or moved"
+            )
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise RPSAError(
+                f"{type(optimizer).__name__} swaps the weights outside of step(), in train() and eval(), where "
+                "frozen elements would move: use one that does not, such as torch.optim.AdamW"
+            )
         if self._raw is not None:
             self._raw.check(optimizer)
-        exact = None if self.gradient_only else exact_freeze_for(optimizer, self.parameters, self.frozen)
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda opt, args, kwargs: self._before_step(opt, exact)),
-            optimizer.register_step_post_hook(lambda opt, args, kwargs: self._after_step(opt, exact)),
-        ]
-        setattr(optimizer, _MARK, self)
-        self._optimizer = optimizer
-        self._mask_changed = True
 
     def detach(self) -> None:
-        """Remove every trace from the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._optimizer is not None:
-            delattr(self._optimizer, _MARK)
-            self._optimizer = None
+        """Remove every trace from the optimizers."""
+        for steps in self._attached:
+            steps.detach()
+        self._attached = []
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, exact: ExactFreeze | None) -> None:
+    def check_attached(self) -> None:
+        """Raise RPSAError unless optimizers are attached that hold every parameter that has a gradient."""
+        if not self._attached:
+            raise RPSAError(
+                "no optimizer is attached, so that weight decay and momentum would move frozen elements: call "
+                "freezer.attach(optimizer) first"
+            )
+        held = {name for steps in self._attached for name in steps.parameters}
+        for name, parameter in self.parameters.items():
+            if name not in held and parameter.grad is not None:
+                raise RPSAError(
+                    f"{name!r} has a gradient and is in none of the attached optimizers: give attach() all of "
+                    "them, or set requires_grad to False where nothing is to be trained"
+                )
+
+    def _after_step(self, steps: ExactSteps) -> None:
         if self._raw is not None:
-            self._raw.before_step()
-        if exact is not None:
-            if self._mask_changed:
-                clear_first_moments(optimizer, self.parameters, self.frozen)
-                self._mask_changed = False
-            exact.before_step(optimizer)
+            with torch.no_grad():
+                self._raw.add(steps.optimizer)
+        # several optimizers step once each in an iteration: it is a new one when the first of them steps again
+        if not self._stepped or steps.optimizer in self._stepped:
+            self.step += 1
+            self._stepped = set()
+        self._stepped.add(steps.optimizer)
 
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, exact: ExactFreeze | None) -> None:
-        if exact is not None:
-            exact.after_step(optimizer)
-        if self._raw is not None:
-            self._raw.after_step(optimizer)
-        self.step += 1
-
-    # Checkpoints
+    # Checkpoints and copies
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; between two optimizer steps."""
+        found = self.non_finite
         return {
             "step": self.step,
             "frozen_ratio": self._k,
             "threshold": self._tau,
             "conflict": self.conflict,
             "ratio": self.ratio.state_dict(),
+            "non_finite": asdict(found) if found else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
         self.conflict = state["conflict"]
         self.ratio.load_state_dict(state["ratio"])
+        found = state.get("non_finite")
+        self._watch.load(NonFinite(**found) if found else None)
         self._set_ratio(state["frozen_ratio"])
-        self._reference, self._captured_at = None, -1
+        self._reference, self._captured_at, self._stepped = None, -1, set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Freezer":
+        """A Freezer of the copied model, attached to the copied optimizers: copy all three at once."""
+        copied = object.__new__(Freezer)
+        memo[id(self)] = copied
+        attributes = {
+            name: value for name, value in vars(self).items() if name not in ("_attached", "_stepped")
+        }
+        vars(copied).update(copy.deepcopy(attributes, memo), _attached=[], _stepped=set())
+        copied.attach(*(copy.deepcopy(steps.optimizer, memo) for steps in self._attached))
+        return copied
+
+    def __getstate__(self) -> Any:
+        raise RPSAError("a Freezer is not pickled: save its state_dict(), and make a new one")
+
+
+def _unwrapped(optimizer: Any) -> list[Optimizer]:
+    """What steps by itself: torch optimizers with hooks, inside of wrappers and containers."""
+    if inner := getattr(optimizer, "optimizers", None):
+        return [found for part in inner for found in _unwrapped(part)]
+    if isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
+        return [optimizer]
+    if hasattr(optimizer, "optimizer"):
+        return _unwrapped(optimizer.optimizer)
+    raise RPSAError(
+        f"{type(optimizer).__name__} is not a torch.optim.Optimizer, and wraps none: attach() needs one"
+    )
+
+
+def _refuse_sparse_gradients(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and module.sparse
+            and module.weight.requires_grad
+        ):
+            raise RPSAError(f"the gradient of {name!r} would be sparse: build it with sparse=False")
+
+
+def _norm(gradients: Mapping[str, Tensor | None]) -> Tensor:
+    """Of this rank's shards, to see whether they are finite: a scalar on their device."""
+    norms = torch._foreach_norm([local(g) for g in gradients.values() if g is not None])
+    return (
+        torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
+    )

@@ -35,8 +35,8 @@ class ConstantRatio:
     every: None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:
-            raise RPSAError(f"frozen_ratio {self.value!r} is not between 0 and 1")
+        if not _is_number(self.value) or not 0 <= self.value <= 1:
+            raise RPSAError(f"frozen_ratio {self.value!r} is not a number from 0 to 1")
 
     def initial(self) -> float:
         return self.value
@@ -66,9 +66,12 @@ class ConflictRatio:
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("window", "every", "sigma_scale"):
-            if getattr(self, name) <= 0:
-                raise RPSAError(f"{name} must be greater than 0, not {getattr(self, name)!r}")
+        for name in ("window", "every"):
+            value = getattr(self, name)
+            if not _is_number(value) or value != int(value) or value < 1:
+                raise RPSAError(f"{name} must be a whole number greater than 0, not {value!r}")
+        if not _is_number(self.sigma_scale) or self.sigma_scale <= 0:
+            raise RPSAError(f"sigma_scale must be a number greater than 0, not {self.sigma_scale!r}")
 
     def initial(self) -> float:
         return 0.5
@@ -110,3 +113,7 @@ class NoiseRatio(ConflictRatio):
 
     def update(self, conflict: float) -> float:
         return super().update(random.Random(f"{self.seed}:{len(self.history)}").gauss())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

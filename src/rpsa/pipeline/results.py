@@ -109,7 +109,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known)
 
 
-def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 

@@ -156,14 +156,11 @@ def _instead(args: Any) -> Instead | None:
 
 
 def _freezing(args: Any) -> Freezing:
-    dynamic = args.frozen_ratio in ("dynamic", "noise")
     return Freezing(
-        dynamic=dynamic,
-        control=args.mask != "fisher",
+        dynamic=args.frozen_ratio in ("dynamic", "noise"),
         raw_moments=args.frozen_moments == "raw",
         gradient_only=args.gradient_only,
         audit=args.audit,
-        largest_k=1.0 if dynamic else float(args.frozen_ratio),
     )
 
 

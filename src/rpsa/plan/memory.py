@@ -3,9 +3,10 @@
 What stays in a training step with trainable parameters of b bytes each (4, as they are kept in fp32):
 
     weights b (and the frozen base's under LoRA) + gradients b + AdamW's moments 2 b
-    + Fisher 4 + a control's ranking 4 + signs of g_R 1 (only from its measurement to the mask)
+    + masks 1/4 (where F > 0, and what is frozen) + signs of g_R 1/4 (only from its measurement to the mask)
 
-and of an alternative: a penalty's starting weights b and Fisher 4, or a projection's g_R b (until it is used).
+(the scores stay on the host), and of an alternative: a penalty's starting weights b and Fisher 4, or a projection's
+g_R b (until it is used).
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from rpsa.fisher.overlap import SAMPLED_ELEMENTS
+from rpsa.fisher.quantile import DEVICE_BLOCK
 from rpsa.freezing.audit import SAMPLED_ELEMENTS as AUDITED_ELEMENTS
 from rpsa.parameters import trainable_parameters
 from rpsa.plan.dry_run import (
@@ -35,8 +37,6 @@ _STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
 _GIB = 1 << 30
 _CONTEXT_BYTES = _GIB
 _FRAGMENTATION = 0.05
-_THRESHOLD_CHUNK = 1 << 24
-_CHECKSUM_BYTES = 40 << 20
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,12 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Freezing:
-    """What of RPSA costs memory; `largest_k` is the largest share of elements that may be frozen at once."""
+    """What of RPSA costs memory."""
 
     dynamic: bool
-    control: bool
     raw_moments: bool
     gradient_only: bool
     audit: bool
-    largest_k: float
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,9 @@ class AlignMemory:
         if self.instead and self.instead.projection:
             signs = self.trainable_bytes // parts
         if self.freezing:
-            kept["Fisher"] = 4 * self.trainable * (2 if self.freezing.control else 1) // parts
+            kept["masks"] = self.trainable // 4 // parts
             kept["audit"] = self._audit_bytes(parts)
-            signs = self.trainable // parts if self.freezing.dynamic else 0
+            signs = self.trainable // 4 // parts if self.freezing.dynamic else 0
         passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r else 0)
         passes += self.passes.gathered if sharding == "FSDP2" else -self.trainable_bytes
         return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
@@ -147,7 +145,7 @@ class AlignMemory:
         return AUDITED_ELEMENTS * (2 * 4 + 8)
 
     def _masking_bytes(self) -> int:
-        """The threshold's histograms of one chunk (bits, digits, their int64), or the mask of the largest tensor.
+        """The threshold's histogram of one block (values, bits, bins and counts in int64), or a checksum's.
 
         Of an alternative: products of the largest tensor in float64, with their factors where it is a projection.
         """
@@ -155,20 +153,21 @@ class AlignMemory:
             return self.largest * (8 * 3 if self.instead.projection else 8 * 2 if self.instead.penalty else 0)
         if self.freezing is None:
             return 0
-        threshold = min(self.largest, _THRESHOLD_CHUNK) * (4 + 1 + 4 + 8) if self.freezing.dynamic else 0
-        checksum = min(self.largest * 40, _CHECKSUM_BYTES) if self.freezing.audit else 0
-        return max(threshold, self.largest + checksum)
+        block = min(self.largest, DEVICE_BLOCK)
+        threshold = block * (4 + 4 + 8 + 8) if self.freezing.dynamic else 0
+        checksum = (
+            block * (8 + 4 + 4 + 8) if self.freezing.audit else 0
+        )  # weights, two of words, their product
+        return max(threshold, checksum)
 
     def _update_bytes(self, parts: int) -> int:
         if self.freezing is None:
             return 0
-        raw = int(self.freezing.largest_k * self.trainable_bytes) if self.freezing.raw_moments else 0
-        if self.freezing.gradient_only:
-            return raw // parts
-        if "adamw_torch" in self.optimizer:
-            # the decayed weights, the mask and the two joined, one tensor at a time
-            return raw // parts + self.largest * (4 + 1 + 4)
-        return (raw + int(self.freezing.largest_k * self.trainable_bytes)) // parts + self.largest
+        raw = self.trainable_bytes if self.freezing.raw_moments else 0
+        copy = 0 if self.freezing.gradient_only else self.trainable_bytes
+        return (raw + copy) // parts + min(self.largest, DEVICE_BLOCK) * (
+            4 + 4 + 4
+        )  # words of mask and change
 
 
 def dry_passes(

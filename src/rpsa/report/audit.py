@@ -11,7 +11,10 @@ def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
 
     console = console or Console(highlight=False)
     checked, moved = audit["frozen_element_steps_checked"], audit["frozen_elements_moved"]
-    console.print(f"{moved:,} frozen elements moved in {checked:,} element-steps checked.", style="bold")
+    if moved is None:
+        console.print("Nothing was frozen over any step, so nothing was checked.", style="bold")
+    else:
+        console.print(f"{moved:,} frozen elements moved in {checked:,} element-steps checked.", style="bold")
     if moved and audit["gradient_only"]:
         console.print("Only gradients were masked (gradient_only), so weight decay and momentum moved them.")
     elif moved:

@@ -105,8 +105,8 @@ def _draw_trajectories(axes: Axes, runs: Sequence[RunResult], what: str, method:
         for index, run in enumerate(runs):
             assert run.trajectory is not None
             axes.plot(
-                run.trajectory["step"],
-                run.trajectory[what],
+                np.array(run.trajectory["step"], dtype=float),
+                np.array(run.trajectory[what], dtype=float),  # None, where c was not finite, is NaN
                 drawstyle="steps-post" if what == "k" else "default",
                 color=_LINES[index % len(_LINES)][0],
                 linestyle=_LINES[index % len(_LINES)][1],
@@ -121,7 +121,8 @@ def _quantiles(series: Sequence[Any], what: str) -> tuple[list[float], ...]:
     values: dict[float, list[float]] = {}
     for one in series:
         for step, value in zip(one["step"], one[what], strict=True):
-            values.setdefault(step, []).append(value)
+            if value is not None:
+                values.setdefault(step, []).append(value)
     steps = sorted(values)
     return steps, *([float(np.quantile(values[step], q)) for step in steps] for q in (0.1, 0.5, 0.9))
 

@@ -42,7 +42,7 @@ class RunResult:
     over_refusal: Mapping[str, float]
     truncated: float = 0.0
     safety: str | None = None
-    trajectory: Mapping[str, Sequence[float]] | None = None
+    trajectory: Mapping[str, Sequence[float | None]] | None = None
     audit: Mapping[str, Any] | None = None
     seconds: float | None = None
     sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

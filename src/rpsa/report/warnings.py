@@ -61,14 +61,16 @@ def audit_line(results: Sequence[RunResult]) -> str | None:
     if not audits:
         return None
     checked = sum(audit["frozen_element_steps_checked"] for audit in audits)
-    moved = sum(audit["frozen_elements_moved"] for audit in audits)
+    moved = sum(audit["frozen_elements_moved"] or 0 for audit in audits)
+    if not checked:
+        return f"nothing was frozen over any step, so nothing was checked ({len(audits)} runs)"
     return f"{moved:,} frozen elements moved in {checked:,} element-steps checked ({len(audits)} runs)"
 
 
 def _concerns(summary: Summary, summaries: Sequence[Summary]) -> Iterator[tuple[str, str]]:
     """The kinds of concern that one summary gives, each with its number."""
     runs = summary.runs
-    moved = sum(run.audit["frozen_elements_moved"] for run in runs if run.audit)
+    moved = sum(run.audit["frozen_elements_moved"] or 0 for run in runs if run.audit)
     if moved:
         gradient_only = any(run.audit and run.audit["gradient_only"] for run in runs)
         yield "gradient_only" if gradient_only else "failed", f"{moved:,} moves"

@@ -10,7 +10,6 @@ import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -21,7 +20,6 @@ from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.parameters import module_group, trainable_parameters
-from rpsa.sharding import full
 
 if TYPE_CHECKING:
     from rpsa.training.trainer import RPSAMixin
@@ -36,11 +34,11 @@ class RPSACallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.freezer: Freezer | None = None
         self.audit: Audit | None = None
-        self.trajectory: list[dict[str, float | int]] = []
+        self.trajectory: list[dict[str, float | None]] = []
+        """Step, k, c and tau of each measurement; c is None where a gradient was not finite."""
         self.reported: dict[str, Any] | None = None
         self._frozen_fraction = 0.0
         self._shares: dict[str, float] = {}
-        self._unmasked_norm = torch.zeros(())
         self._between_steps: dict[str, Any] = {}
 
     # The life of the freezer
@@ -100,8 +98,7 @@ class RPSACallback(TrainerCallback, ExportableState):
     def end_interval(self) -> None:
         """Check what is frozen now, and go on in a new interval."""
         if self.audit is not None:
-            self.audit.close()
-            self.audit.open()
+            self.audit.next_interval()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.freezer is not None
@@ -120,25 +117,21 @@ class RPSACallback(TrainerCallback, ExportableState):
     def on_gradients_complete(self) -> None:
         """g_S is in `.grad`: measure the conflict if it is due, mask."""
         assert self.freezer is not None
-        freezer, audit = self.freezer, self.audit
-        gradients = [p.grad for p in freezer.parameters.values() if p.grad is not None]
-        self._unmasked_norm = full(nn.utils.get_total_norm(gradients))
+        freezer = self.freezer
         measuring = freezer.reference_captured
-        if measuring and audit is not None:
-            audit.close()
         freezer.mask_gradients()
         if measuring:
             self.trajectory.append(
                 {
                     "step": freezer.step,
                     "k": freezer.frozen_ratio,
-                    "c": freezer.conflict or 0.0,
+                    "c": freezer.conflict,
                     "tau": freezer.threshold,
                 }
             )
             self._measure_shares()
-            if audit is not None:
-                audit.open()
+            if self.audit is not None:
+                self.audit.next_interval()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.freezer is not None
@@ -170,12 +163,13 @@ class RPSACallback(TrainerCallback, ExportableState):
             "rpsa/k": self.freezer.frozen_ratio,
             "rpsa/tau": self.freezer.threshold,
             "rpsa/frozen_fraction": self._frozen_fraction,
-            "rpsa/grad_norm_unmasked": float(self._unmasked_norm),
+            "rpsa/grad_norm_unmasked": float(self.freezer.gradient_norm),
             **self._shares,
         }
         self._shares = {}  # said once, and again when the mask has changed
         if ks:
-            logs["rpsa/c"] = float(self.trajectory[-1]["c"])
+            if (c := self.trajectory[-1]["c"]) is not None:
+                logs["rpsa/c"] = c
             logs["rpsa/share_k_0"] = ks.count(0.0) / len(ks)
             logs["rpsa/share_k_1"] = ks.count(1.0) / len(ks)
         return logs

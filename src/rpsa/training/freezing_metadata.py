@@ -95,18 +95,18 @@ def _sha256_of_tokens(rows: Iterable[list[int]]) -> str:
     return digest.hexdigest()
 
 
-def _trajectory(trajectory: list[dict[str, float | int]]) -> dict[str, Any] | None:
+def _trajectory(trajectory: list[dict[str, float | None]]) -> dict[str, Any] | None:
     """Of the k and c that were measured; None where nothing was, as with a constant ratio."""
     if not trajectory:
         return None
-    ks, conflicts = ([entry[name] for entry in trajectory] for name in ("k", "c"))
+    ks, conflicts = ([v for entry in trajectory if (v := entry[name]) is not None] for name in ("k", "c"))
     return {
         "measurements": len(ks),
         "k": {"min": min(ks), "median": median(ks), "max": max(ks)},
         "share_k_0": ks.count(0.0) / len(ks),
         "share_k_1": ks.count(1.0) / len(ks),
         "left_half": any(k != 0.5 for k in ks),
-        "c": {"min": min(conflicts), "mean": fmean(conflicts), "max": max(conflicts)},
+        "c": {"min": min(conflicts), "mean": fmean(conflicts), "max": max(conflicts)} if conflicts else None,
     }
 
 

@@ -53,10 +53,15 @@ def _trajectory(trajectory: Mapping[str, Any] | None) -> str:
     if not trajectory["left_half"]:
         return f"k never left 0.5 in {trajectory['measurements']} measurements: in effect a constant ratio of 0.5."
     k, c = trajectory["k"], trajectory["c"]
+    conflict = (
+        f"The conflict c was {c['min']:.3f} to {c['max']:.3f}, mean {c['mean']:.3f}."
+        if c
+        else "The conflict c was never measured: no gradient was finite."
+    )
     return (
         f"Over {trajectory['measurements']} measurements k was {k['min']:.3f} to {k['max']:.3f}, median "
         f"{k['median']:.3f}; it was 0 in {trajectory['share_k_0']:.1%} and 1 in {trajectory['share_k_1']:.1%} of "
-        f"them. The conflict c was {c['min']:.3f} to {c['max']:.3f}, mean {c['mean']:.3f}."
+        f"them. {conflict}"
     )
 
 
@@ -76,6 +81,8 @@ def _fraction(freezing: Mapping[str, Any], audit: Mapping[str, Any] | None) -> s
 def _audit(audit: Mapping[str, Any] | None) -> str:
     if audit is None:
         return "Audit: none was kept."
+    if audit["frozen_elements_moved"] is None:
+        return "Audit: nothing was frozen over any step, so nothing was checked."
     return (
         f"Audit: {audit['frozen_elements_moved']:,} frozen elements moved in "
         f"{audit['frozen_element_steps_checked']:,} element-steps checked (moves counted on "
