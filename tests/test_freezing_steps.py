@@ -610,7 +610,7 @@ def test_bits_are_the_mask(n: int) -> None:
     bits = BitMask.pack(mask)
     assert bits.packed.numel() == math.ceil(n / 8)
     assert torch.equal(bits.unpack(), mask)
-    assert int(bits.count()) == int(mask.sum())
+    assert int(bits.counts().sum()) == int(mask.sum())
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         values, source = (torch.randn(n, generator=generator).to(dtype) for _ in range(2))
         values[: n // 3], source[n // 2 :] = math.nan, math.inf

@@ -7,7 +7,7 @@ they stay in the cache; words of ones and zeros clear or select whatever an elem
 operation waits for the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Literal
 
@@ -31,19 +31,22 @@ class BitMask:
 
     def __init__(self, packed: Tensor, shape: torch.Size) -> None:
         self.packed, self.shape = packed, shape
+        self._block_counts: list[int] | None = None
 
     @classmethod
     def pack(cls, mask: Tensor) -> "BitMask":
         """From a bool tensor."""
         flat = mask.reshape(-1)
-        packed = [_pack(flat[start:stop]) for start, stop in _blocks(flat)]
+        packed = [_pack(flat[start:stop]) for start, stop in blocks(flat.numel(), flat.device)]
         return cls(torch.cat(packed) if packed else flat.to(torch.uint8), mask.shape)
 
     @classmethod
     def compare(cls, tensor: Tensor, relation: Literal["greater", "less"], value: float) -> "BitMask":
         """Of `tensor > value` or `tensor < value`; False where the tensor is NaN."""
         flat = tensor.reshape(-1)
-        packed = [_compare(flat[start:stop], relation, value) for start, stop in _blocks(flat)]
+        packed = [
+            _compare(flat[start:stop], relation, value) for start, stop in blocks(flat.numel(), flat.device)
+        ]
         return cls(torch.cat(packed) if packed else flat.to(torch.uint8), tensor.shape)
 
     def __and__(self, other: "BitMask") -> "BitMask":
@@ -58,21 +61,63 @@ class BitMask:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Bool, elements [start, stop) of the flattened mask; `start` is a multiple of 8."""
-        bytes_ = self.packed[start // 8 : -(-stop // 8)].int()
-        return _bool_table(bytes_.device).index_select(0, bytes_).view(torch.bool)[: stop - start]
+        table = _bool_table(self.packed.device)
+        return table.index_select(0, self._bytes(start, stop)).view(torch.bool)[: stop - start]
 
     def words(self, start: int, stop: int, dtype: torch.dtype, *, where: bool = True) -> Tensor:
         """Integers of `dtype` with all bits set where the mask is `where`, and none elsewhere; as `block`."""
-        bytes_ = self.packed[start // 8 : -(-stop // 8)].int()
-        return _word_table(dtype, bytes_.device, where).index_select(0, bytes_).view(-1)[: stop - start]
+        table = _word_table(dtype, self.packed.device, where)
+        return table.index_select(0, self._bytes(start, stop)).view(-1)[: stop - start]
 
-    def count(self) -> Tensor:
-        """How many bits are set: int64 scalar, on the mask's device."""
+    def _bytes(self, start: int, stop: int) -> Tensor:
+        return self.packed[start // 8 : -(-stop // 8)].int()
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        return blocks(self.shape.numel(), self.packed.device)
+
+    def counts(self) -> Tensor:
+        """How many bits are set in each block of elements: int64, on the mask's device."""
         ones = _bool_table(self.packed.device).view(torch.int8).view(256, 8).sum(1)
-        total = torch.zeros((), dtype=torch.int64, device=self.packed.device)
-        for start, stop in _blocks(self.packed):
-            total += ones.index_select(0, self.packed[start:stop].int()).sum()
-        return total
+        counts = [ones.index_select(0, self._bytes(start, stop)).sum() for start, stop in self._blocks()]
+        return torch.stack(counts) if counts else self.packed.long()
+
+    def select(self, tensor: Tensor, *, where: bool = True) -> Tensor:
+        """The elements of `tensor` at which the mask is `where`, 1-D. `know_counts` must have been called."""
+        flat = tensor.detach().reshape(-1)
+        result = flat.new_empty(self.number(where))
+        end = 0
+        for (start, stop), indices in self._indices(where):
+            begin, end = end, end + len(indices)
+            torch.index_select(flat[start:stop], 0, indices, out=result[begin:end])
+        return result
+
+    def scatter_(self, values: Tensor, into: Tensor, *, where: bool = True) -> None:
+        """Write 1-D values into the elements of a tensor at which the mask is `where`: undoes `select`."""
+        flat = into.detach().view(-1) if into.is_contiguous() else into.detach().reshape(-1)
+        end = 0
+        for (start, stop), indices in self._indices(where):
+            begin, end = end, end + len(indices)
+            flat[start:stop].scatter_(0, indices, values[begin:end].to(flat.dtype))
+        if not into.is_contiguous():
+            into.copy_(flat.view(into.shape))
+
+    def number(self, where: bool = True) -> int:
+        """How many elements `select` gives."""
+        assert self._block_counts is not None, "know_counts() first"
+        return sum(self._block_counts) if where else self.shape.numel() - sum(self._block_counts)
+
+    def _indices(self, where: bool) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Of each block, where it lies and int64 indices into it; the device is not waited for."""
+        assert self._block_counts is not None, "know_counts() first"
+        for (start, stop), count in zip(self._blocks(), self._block_counts, strict=True):
+            if self.packed.device.type == "cpu":
+                packed = self.packed[start // 8 : -(-stop // 8)].numpy()
+                bits = np.unpackbits(packed if where else ~packed, count=stop - start, bitorder="little")
+                yield (start, stop), torch.from_numpy(np.flatnonzero(bits))
+            else:
+                block = self.block(start, stop) if where else ~self.block(start, stop)
+                size = count if where else stop - start - count
+                yield (start, stop), torch.nonzero_static(block, size=size).view(-1)
 
     def clear_(self, tensor: Tensor) -> None:
         """Set `tensor` to 0 where the mask is set."""
@@ -80,7 +125,7 @@ class BitMask:
             tensor.masked_fill_(self.unpack(), 0)
             return
         bits = as_words(tensor)
-        for start, stop in _blocks(bits):
+        for start, stop in self._blocks():
             bits[start:stop].bitwise_and_(self.words(start, stop, bits.dtype, where=False))
 
     def copy_(self, source: Tensor, into: Tensor) -> None:
@@ -89,14 +134,19 @@ class BitMask:
             into.copy_(torch.where(self.unpack(), source, into))
             return
         old, bits = as_words(source), as_words(into)
-        for start, stop in _blocks(bits):
+        for start, stop in self._blocks():
             # x ^= (x ^ y) & mask: two passes less than torch.where makes on a CPU
             changed = (bits[start:stop] ^ old[start:stop]).bitwise_and_(self.words(start, stop, bits.dtype))
             bits[start:stop].bitwise_xor_(changed)
 
 
-def _blocks(flat: Tensor) -> Iterator[tuple[int, int]]:
-    return blocks(flat.numel(), flat.device)
+def know_counts(masks: Iterable[BitMask]) -> None:
+    """Let masks know how many bits are set, which `select` and `scatter_` need; the device is waited for once."""
+    masks = list(masks)
+    counts = [mask.counts() for mask in masks]
+    known = torch.cat(counts).tolist() if counts else []
+    for mask, count in zip(masks, counts, strict=True):
+        mask._block_counts, known = known[: len(count)], known[len(count) :]
 
 
 def as_words(tensor: Tensor) -> Tensor:

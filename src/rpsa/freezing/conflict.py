@@ -28,7 +28,7 @@ class Signs:
 
     def opposed(self, other: "Signs") -> Tensor:
         """How many elements have opposite signs: an int64 scalar on the gradients' device."""
-        return ((self.positive & other.negative) | (self.negative & other.positive)).count()
+        return ((self.positive & other.negative) | (self.negative & other.positive)).counts().sum()
 
 
 def signs(gradients: Mapping[str, Tensor | None], support: Mapping[str, BitMask]) -> dict[str, Signs]:

@@ -8,7 +8,7 @@ after it, also where the step raised.
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,22 @@ KEPT_ON = ("cpu",)
 """Where the memory of the copy is kept between steps: fresh pages cost more than the copy there."""
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-_MARK = "_rpsa_freezer"
+MARK = "_rpsa_freezer"
+
+
+class AttachedSteps(Protocol):
+    """What a Freezer asks of the hooks around one optimizer's steps."""
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Those of the model that it trains and that may be frozen, by name."""
+
+    def mask_changed(self, before: Mask, now: Mask) -> None: ...
+
+    def detach(self) -> None: ...
 
 
 class ExactSteps:
@@ -45,9 +60,9 @@ class ExactSteps:
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         mask: Callable[[], Mask | None],
-        finished: Callable[["ExactSteps"], None],
+        finished: Callable[[Optimizer], None],
     ) -> None:
-        if hasattr(optimizer, _MARK):
+        if hasattr(optimizer, MARK):
             raise RPSAError("a Freezer is attached to this optimizer already; detach() it first")
         self.optimizer, self.parameters = optimizer, parameters
         self._mask, self._finished = mask, finished
@@ -60,7 +75,7 @@ class ExactSteps:
         self._unguarded = vars(optimizer).get("step")
         self._guarded = self._guard(optimizer.step)
         optimizer.step = self._guarded  # type: ignore[method-assign]
-        setattr(optimizer, _MARK, self)
+        setattr(optimizer, MARK, self)
 
     def detach(self) -> None:
         """Remove every trace from the optimizer."""
@@ -72,16 +87,18 @@ class ExactSteps:
             del self.optimizer.step
             if self._unguarded is not None:
                 self.optimizer.step = self._unguarded  # type: ignore[method-assign]
-        delattr(self.optimizer, _MARK)
+        delattr(self.optimizer, MARK)
 
     @torch.no_grad()
-    def clear_first_moments(self, mask: Mask) -> None:
+    def mask_changed(self, before: Mask, now: Mask) -> None:
         """Momentum gathered before an element was frozen must neither move it nor wait for the day it thaws."""
+        if self._mask() is None:
+            return
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
             for key in _FIRST_MOMENTS:
                 if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape:
-                    mask[name].clear_(local(state[key]))
+                    now[name].clear_(local(state[key]))
 
     def _guard(self, step: Any) -> Any:
         """`step`, after which frozen elements are put back if it raises: torch has no hook for that."""
@@ -111,7 +128,7 @@ class ExactSteps:
         self._depth -= 1
         if self._depth == 0:
             self._put_back()
-            self._finished(self)
+            self._finished(self.optimizer)
 
     @torch.no_grad()
     def _save(self) -> None:

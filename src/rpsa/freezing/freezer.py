@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import Ranking, threshold_rank
 from rpsa.freezing.bits import BitMask
 from rpsa.freezing.conflict import Signs, opposed, signs
-from rpsa.freezing.exact import ExactSteps, Mask
+from rpsa.freezing.exact import AttachedSteps, ExactSteps, Mask
 from rpsa.freezing.gradients import GradientWatch, NonFinite
 from rpsa.freezing.moments import RawSecondMoments
 from rpsa.freezing.ratio import ConflictRatio, FrozenRatio
@@ -94,8 +95,10 @@ class Freezer:
         self._watch = GradientWatch(list(self.parameters), device, sharded=self.sharded)
         self._reference: dict[str, Signs] | None = None
         self._captured_at = -1
-        self._attached: list[ExactSteps] = []
+        self._attached: list[AttachedSteps] = []
         self._stepped: set[Optimizer] = set()
+        self._k = math.nan
+        self._mask: Mask = {}
         self._set_ratio(self.ratio.initial())
 
     def _shards(self, scores: FisherDiagonal) -> dict[str, Tensor]:
@@ -130,21 +133,27 @@ class Freezer:
 
     def frozen_counts(self) -> dict[str, int]:
         """Frozen elements of each parameter, over all ranks."""
-        counts = torch.stack([bits.count().cpu() for bits in self._mask.values()])
+        device = self._watch.norm.device
+        counts = torch.stack([bits.counts().sum().to(device) for bits in self._mask.values()])
         return dict(zip(self._mask, sum_over_shards(counts, sharded=self.sharded).tolist(), strict=True))
 
     def _set_ratio(self, k: float) -> None:
+        if k == self._k:
+            return
         self._k = k
         self._tau = self._ranking.value(threshold_rank(self.nonzero, k))
-        self._mask = {name: self._above(score, name) for name, score in self._scores.items()}
-        if not self.gradient_only:
-            for steps in self._attached:
-                steps.clear_first_moments(self._mask)
+        before, self._mask = self._mask, self._new_mask()
+        for steps in self._attached:
+            steps.mask_changed(before, self._mask)
 
-    def _above(self, score: Tensor, name: str) -> BitMask:
-        score = score.to(self.parameters[name].device)
-        frozen = BitMask.compare(score, "greater", self._tau)
-        return frozen | BitMask.pack(score == 0) if self.zero_fisher == "frozen" else frozen
+    def _new_mask(self) -> Mask:
+        mask = {}
+        for name, score in self._scores.items():
+            score = score.to(self.parameters[name].device)
+            mask[name] = BitMask.compare(score, "greater", self._tau)
+            if self.zero_fisher == "frozen":
+                mask[name] |= BitMask.pack(score == 0)
+        return mask
 
     # Gradients
 
@@ -246,12 +255,14 @@ class Freezer:
         for optimizer in inner:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             ours = {name: p for name, p in self.parameters.items() if id(p) in held}
-            steps = ExactSteps(
-                optimizer, ours, lambda: None if self.gradient_only else self._mask, self._after_step
-            )
-            self._attached.append(steps)
-            if not self.gradient_only:
-                steps.clear_first_moments(self._mask)
+            self._attached.append(self._hooked(optimizer, ours))
+
+    def _hooked(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> AttachedSteps:
+        steps = ExactSteps(
+            optimizer, parameters, lambda: None if self.gradient_only else self._mask, self._after_step
+        )
+        steps.mask_changed({}, self._mask)
+        return steps
 
     def _check(self, optimizer: Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -267,6 +278,20 @@ class Freezer:
             )
         if self._raw is not None:
             self._raw.check(optimizer)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients of all that the attached optimizers train to a joint norm of at most `max_norm`.
+
+        Returns:
+            The norm before, over all ranks: a scalar on the gradients' device.
+        """
+        parameters = [
+            p for steps in self._attached for group in steps.optimizer.param_groups for p in group["params"]
+        ]
+        norms = nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
+        norm = sum_over_shards(norms.square(), sharded=self.sharded).sqrt().to(norms.device)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     def detach(self) -> None:
         """Remove every trace from the optimizers."""
@@ -289,15 +314,15 @@ class Freezer:
                     "them, or set requires_grad to False where nothing is to be trained"
                 )
 
-    def _after_step(self, steps: ExactSteps) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         if self._raw is not None:
             with torch.no_grad():
-                self._raw.add(steps.optimizer)
+                self._raw.add(optimizer)
         # several optimizers step once each in an iteration: it is a new one when the first of them steps again
-        if not self._stepped or steps.optimizer in self._stepped:
+        if not self._stepped or optimizer in self._stepped:
             self.step += 1
             self._stepped = set()
-        self._stepped.add(steps.optimizer)
+        self._stepped.add(optimizer)
 
     # Checkpoints and copies
 
