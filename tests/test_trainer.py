@@ -324,6 +324,26 @@ def test_a_checkpoint_without_rpsa_is_refused(
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_training_starts_where_the_fisher_was_measured_or_goes_on(
+    tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    fisher = fisher_of(make_model(), reference)
+    args = config(tmp_path, save_strategy="steps", save_steps=4, learning_rate=1e-3)
+    trained = make_model()
+    make_trainer(trained, args, safety_data, tokenizer, reference, fisher=fisher).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+
+    with pytest.raises(RPSAError, match="measured on other weights"):
+        make_trainer(trained, args, safety_data, tokenizer, reference, fisher=fisher).train()
+    for model, own in ((trained, fisher), (trained, fisher.for_any_weights()), (make_model(), fisher)):
+        trainer = make_trainer(model, args, safety_data, tokenizer, reference, fisher=own)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 8
+    other_model = LlamaForCausalLM(make_model().config)
+    with pytest.raises(RPSAError, match="measured on another model"):
+        make_trainer(other_model, args, safety_data, tokenizer, reference, fisher=fisher)
+
+
 def test_logs_say_what_is_frozen_and_what_trains(
     tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
 ) -> None:

@@ -165,9 +165,9 @@ def perturb(
         on_cell: called with each cell that was not run before, when it is finished.
 
     Raises:
-        RPSAError: the Fisher does not fit the model, or `store` holds cells of other inputs.
+        RPSAError: the Fisher was not measured on this model, or `store` holds cells of other inputs.
     """
-    fisher.check(model)
+    fisher.check_weights(model)
     done = _stored(store, inputs)
     parameters = trainable_parameters(model)
     role_of = roles({name: tuple(parameter.shape) for name, parameter in parameters.items()})

@@ -1,18 +1,23 @@
 """The Fisher diagonal of Eq. 4 as a value: scores by parameter, section 3.2's threshold and mask, files."""
 
+import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
+from rpsa.fisher.origin import Origin, origin_of
 from rpsa.fisher.quantile import count_nonzero, order_statistic, threshold_rank
-from rpsa.parameters import fingerprint, trainable_parameters
+from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import barrier, full, is_sharded, local, rank
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _SHARD_BYTES = 4 << 30
@@ -72,6 +77,31 @@ class FisherDiagonal:
         return {name: score.float() <= tau for name, score in self.scores.items()}
 
     def check(self, model: nn.Module) -> None:
+        """Raise RPSAError unless the scores are those of `model`'s trainable parameters: names, shapes, weights.
+
+        Weights that may have been trained since are let through with a warning: a run that goes on has such. Of a
+        sharded model all ranks must ask.
+        """
+        if self.check_related(model) == "trained":
+            log.warning(
+                "this Fisher was measured on other weights: right if training has made these of them, wrong if it "
+                "starts here"
+            )
+
+    def check_related(self, model: nn.Module) -> Origin:
+        """`check` without its warning; says whether the weights are the same or trained since."""
+        self.check_shapes(model)
+        origin, what = self.origin(model)
+        if origin == "other":
+            raise RPSAError(f"this Fisher was measured on another {what}; {_what_to_do(what)}")
+        return origin
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raise RPSAError unless the scores were measured on the weights that `model` has, in whatever dtype."""
+        if self.check_related(model) == "trained":
+            raise RPSAError(f"this Fisher was measured on other weights; {_what_to_do('model')}")
+
+    def check_shapes(self, model: nn.Module) -> None:
         """Raise RPSAError unless the scores are those of `model`'s trainable parameters, by name and shape."""
         parameters = trainable_parameters(model)
         for name, score in self.scores.items():
@@ -92,17 +122,34 @@ class FisherDiagonal:
                 f"({len(missing)} such parameters); give zeros for what may always train"
             )
 
-    def check_adapter(self, model: nn.Module) -> None:
-        """Raise RPSAError unless `model`'s LoRA adapter is the one that the scores were measured on.
+    def origin(self, model: nn.Module) -> tuple[Origin, str]:
+        """What `model`'s weights are to those that were measured, and what it is about: the model, or its adapter.
 
-        F depends on A's random start (B = 0 makes A's own gradients 0).
+        "same" where nothing is known of the measured weights, and where `for_any_weights` was asked for.
         """
-        measured_on = self.manifest.get("adapter_fingerprint")
-        if measured_on and measured_on != fingerprint(trainable_parameters(model)):
-            raise RPSAError(
-                "this Fisher was measured on another LoRA initialisation; "
-                "load the adapter that was saved with it before training"
-            )
+        every = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        adapter = trainable_parameters(model) if hasattr(model, "peft_config") else {}
+        base = {name: parameter for name, parameter in every.items() if name not in adapter}
+        kind = "LoRA initialisation" if any("lora_" in name for name in adapter) else "adapter"
+        if self.manifest.get("any_weights"):
+            return "same", "model"
+        if "weights" not in self.manifest:
+            known = self.manifest.get("fingerprint")
+            return ("same" if known in (None, fingerprint(every)) else "other"), "model"
+        found: list[tuple[Origin, str]] = [
+            (origin_of(self.manifest["weights"], parameters), what)
+            for parameters, what in ((base, "model"), (adapter, kind))
+        ]
+        return max(found, key=lambda one: get_args(Origin).index(one[0]))
+
+    def for_any_weights(self) -> "FisherDiagonal":
+        """These scores for a model with other weights than they were measured on, which is refused else.
+
+        For studies of just that: of transfer, or of an aligned model by the Fisher of its base.
+        """
+        result = copy.copy(self)
+        result.manifest = self.manifest | {"any_weights": True}
+        return result
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write sharded safetensors and `manifest.json` into `folder`; bf16 halves the size.
@@ -163,3 +210,9 @@ class FisherDiagonal:
             if name not in scores or list(scores[name].shape) != shape:
                 raise RPSAError(f"{folder}: scores of {name!r} are missing or not of shape {tuple(shape)}")
         return cls({name: scores[name] for name in manifest["shapes"]}, manifest)
+
+
+def _what_to_do(what: str) -> str:
+    if what == "model":
+        return "estimate it on these, or say that you mean it: fisher.for_any_weights()"
+    return "load the adapter that was saved with it before training, or say that you mean it: fisher.for_any_weights()"

@@ -31,6 +31,7 @@ from rpsa.evaluation_mode import evaluation_mode, is_checkpointed
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimation import Estimation
+from rpsa.fisher.origin import sampled_weights
 from rpsa.fisher.overlap import split_half_overlap
 from rpsa.fisher.samples import Samples, data_fingerprint, read_samples
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
@@ -53,7 +54,8 @@ def estimate_fisher(
 
     Args:
         model: called as `model(input_ids=..., attention_mask=..., use_cache=False)`, its result read from
-            `.logits`, with dropout off. Parameters, gradients and flags are the same afterwards.
+            `.logits`, (B, T, V), with dropout off; the virtual tokens of PEFT's prompt tuning and P-tuning are left
+            out. Parameters, gradients and flags are the same afterwards.
         batches: dicts of `input_ids`, `attention_mask` and `labels`, (B, T) integer tensors, right-padded;
             labels are unshifted and -100 where a token is not part of the response. |y| counts labels at
             positions >= 1. Optional `sample_ids`, B strings; the default is the running index. All batches
@@ -66,8 +68,9 @@ def estimate_fisher(
         several k the overlap between the top k of even-numbered and of odd-numbered samples (chance: k).
 
     Raises:
-        RPSAError: no parameter is in scope, a sample has no response token, gradient checkpointing is
-            reentrant, a sample is not finite and `on_nonfinite` is "stop", or ranks have different samples.
+        RPSAError: the model's logits are not those of the ids, token by token, and of nothing later; no parameter is
+            in scope, a sample has no response token, gradient checkpointing is reentrant, a sample is not finite
+            and `on_nonfinite` is "stop", or ranks have different samples.
     """
     started = time.perf_counter()
     model = without_ddp(model)
@@ -89,9 +92,11 @@ def estimate_fisher(
         "seconds": round(time.perf_counter() - started, 3),
     }
     logger.info("Fisher estimation: %s", summary)
+    weights = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     manifest = {
         "estimation": summary,
-        "fingerprint": fingerprint((canonical_name(n), p) for n, p in model.named_parameters()),
+        "fingerprint": fingerprint(weights),
+        "weights": sampled_weights(weights),
         "adapter_fingerprint": _adapter_fingerprint(model),
         "data_fingerprint": data_fingerprint(data),
         "versions": {"torch": torch.__version__, "rpsa": version("rpsa")},

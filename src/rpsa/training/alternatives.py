@@ -161,7 +161,10 @@ class _AlternativesCallback(TrainerCallback):
             trainer.keep_start()
         if settings.penalty:
             assert trainer.start is not None
-            fisher = trainer.fisher if settings.penalty == "fisher" else None
+            fisher = None
+            if settings.penalty == "fisher":
+                assert trainer.fisher is not None
+                fisher = trainer.fisher.for_any_weights()  # the trainer has compared them
             trainer.weight_penalty = WeightPenalty(model, trainer.start, fisher, settings.penalty_strength)
         if settings.projection:
             trainer.gradient_projection = Projection(model, settings.projection)
@@ -177,7 +180,7 @@ class _AlternativesCallback(TrainerCallback):
         if settings.restored_ratio > 0:
             assert trainer.start is not None
             assert trainer.fisher is not None
-            restore(model, trainer.start, trainer.fisher, settings.restored_ratio)
+            restore(model, trainer.start, trainer.fisher.for_any_weights(), settings.restored_ratio)
         if settings.interpolation < 1:
             assert trainer.start is not None
             interpolate(model, trainer.start, settings.interpolation)

@@ -71,7 +71,7 @@ class RPSACallback(TrainerCallback, ExportableState):
             ranking = control_scores(args.mask, fisher, trainable_parameters(model), args.seed)
         return Freezer(
             model,
-            fisher,
+            fisher.for_any_weights(),  # the trainer has compared them
             args.ratio(),
             ranking=ranking,
             gradient_only=args.gradient_only,

@@ -105,6 +105,9 @@ def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
     return [
         f"Estimated on {fisher['samples']:,} samples{skipped} with {fisher['tokens']:,} response tokens, by "
         f"`{fisher['estimator']}` (probes {fisher['probes']}, seed {fisher['seed']}{scope}), once, before training.",
+        "Used on other weights than it was measured on, which was asked for."
+        if fisher["any_weights"]
+        else None,
         f"Agreement of its two halves (chance is the share itself): {overlap}." if overlap else None,
         f"Fingerprints: scores `{fisher['fingerprint']}`, samples `{fisher['data_fingerprint']}`, measured on the "
         f"weights `{fisher['weights_fingerprint']}`.",

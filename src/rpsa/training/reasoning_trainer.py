@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rpsa.errors import RPSAError
+from rpsa.evaluation_mode import evaluation_mode
 from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.fisher.log_probs import check_causal
+from rpsa.fisher.samples import read_samples
 from rpsa.reference import ReferenceDataset
 from rpsa.training.engines import refuse_accelerator, refuse_model
 from rpsa.training.reasoning_gradient import reasoning_backward
@@ -47,12 +50,20 @@ class ReasoningMixin(_Trainer):
             fisher = FisherDiagonal.load(fisher)
         if isinstance(reference_dataset, str | Path):
             reference_dataset = ReferenceDataset.load(reference_dataset)
+        self._starts_elsewhere = False
         if fisher is not None:
-            fisher.check(self.model)
+            fisher.check_shapes(self.model)
             if self.accelerator.is_main_process:  # the others may not have read the weights yet
-                fisher.check_adapter(self.model)
+                # trained weights are what a run has that goes on, and only `train` knows whether one does
+                self._starts_elsewhere = fisher.check_related(self.model) == "trained"
         self.fisher = fisher
         self.reference_dataset = reference_dataset
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._starts_elsewhere and not resume_from_checkpoint:
+            assert self.fisher is not None
+            self.fisher.check_weights(self.model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -75,4 +86,8 @@ class ReasoningMixin(_Trainer):
         )
         first = self.accelerator.process_index * ours
         part = {key: batch[key][first : first + ours] for key in ("input_ids", "attention_mask", "labels")}
+        if measurement == 0:
+            [samples] = read_samples([part])
+            with evaluation_mode(self.model_wrapped):
+                check_causal(self.model_wrapped, samples, self.accelerator.device)
         reasoning_backward(self.model_wrapped, part, self.accelerator, micro)
