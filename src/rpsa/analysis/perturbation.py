@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rpsa.analysis.structure import Role, roles
 from rpsa.artifacts import append_line, recover_lines
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_fields
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.masks import Mask, control_scores, keep_top
 from rpsa.parameters import trainable_parameters
@@ -49,6 +49,7 @@ class PerturbationConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise RPSAError(f"fraction {fraction!r} is not above 0 and at most 1")

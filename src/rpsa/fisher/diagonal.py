@@ -11,7 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from rpsa.errors import RPSAError
+from rpsa.artifacts import reading
+from rpsa.errors import RPSAError, check_type
 from rpsa.fisher.origin import Origin, origin_of
 from rpsa.fisher.quantile import count_nonzero, order_statistic, threshold_rank
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
@@ -36,6 +37,9 @@ class FisherDiagonal:
     """
 
     def __init__(self, scores: Mapping[str, Tensor], manifest: Mapping[str, Any] | None = None) -> None:
+        check_type("scores", scores, Mapping, "tensors by parameter name")
+        for name, score in scores.items():
+            check_type(f"scores[{name!r}]", score, Tensor, "a tensor of the parameter's shape")
         dtypes = {score.dtype for score in scores.values()}
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
         self.scores = {name: score.detach().to(dtype) for name, score in scores.items()}
@@ -197,19 +201,23 @@ class FisherDiagonal:
         """
         from safetensors.torch import load_file
 
+        check_type("folder", folder, str | Path, "the folder of a saved Fisher")
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise RPSAError(f"{folder}: no Fisher here ({MANIFEST} is missing)")
-        manifest = json.loads((folder / MANIFEST).read_text())
         scores: dict[str, Tensor] = {}
-        for filename in manifest["files"]:
-            if not (folder / filename).is_file():
-                raise RPSAError(f"{folder}: {filename} is missing; estimate the Fisher again")
-            scores |= load_file(folder / filename)
-        for name, shape in manifest["shapes"].items():
-            if name not in scores or list(scores[name].shape) != shape:
-                raise RPSAError(f"{folder}: scores of {name!r} are missing or not of shape {tuple(shape)}")
-        return cls({name: scores[name] for name in manifest["shapes"]}, manifest)
+        with reading(f"Fisher {folder}"):
+            manifest = json.loads((folder / MANIFEST).read_text())
+            for filename in manifest["files"]:
+                if not (folder / filename).is_file():
+                    raise RPSAError(f"{folder}: {filename} is missing; estimate the Fisher again")
+                scores |= load_file(folder / filename)
+            for name, shape in manifest["shapes"].items():
+                if name not in scores or list(scores[name].shape) != shape:
+                    raise RPSAError(
+                        f"{folder}: scores of {name!r} are missing or not of shape {tuple(shape)}"
+                    )
+            return cls({name: scores[name] for name in manifest["shapes"]}, manifest)
 
 
 def _what_to_do(what: str) -> str:

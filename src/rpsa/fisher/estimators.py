@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
 from rpsa.evaluation_mode import evaluation_mode, is_checkpointed
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimation import Estimation
 from rpsa.fisher.origin import sampled_weights
 from rpsa.fisher.overlap import split_half_overlap
-from rpsa.fisher.samples import Samples, data_fingerprint, read_samples
+from rpsa.fisher.samples import Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import gather_objects, without_ddp
 
@@ -68,16 +68,20 @@ def estimate_fisher(
         several k the overlap between the top k of even-numbered and of odd-numbered samples (chance: k).
 
     Raises:
-        RPSAError: the model's logits are not those of the ids, token by token, and of nothing later; no parameter is
-            in scope, a sample has no response token, gradient checkpointing is reentrant, a sample is not finite
-            and `on_nonfinite` is "stop", or ranks have different samples.
+        RPSAError: an argument has not the form above; the model's logits are not those of the ids, token by
+            token, and of nothing later; no parameter is in scope, a sample has no response token, gradient
+            checkpointing is reentrant, a sample is not finite and `on_nonfinite` is "stop", or ranks have different
+            samples.
     """
     started = time.perf_counter()
+    check_type("model", model, nn.Module, "a loaded model")
+    check_type("config", config, FisherConfig, "a FisherConfig")
     model = without_ddp(model)
     parameters = _in_scope(model, config.scope)
     _refuse_reentrant_checkpointing(model)
     data = read_samples(batches)
     _refuse_different_data(data)
+    refuse_foreign_ids(model, "the samples", max(int(samples.input_ids.max()) for samples in data))
     estimation = Estimation(model, parameters, data, config)
     with evaluation_mode(model), torch.enable_grad():
         estimation.run()

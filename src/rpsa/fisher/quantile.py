@@ -7,6 +7,7 @@ histograms of shards are summed.
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def threshold_rank(n: int, k: float) -> int:
 
     k is read as the decimal that was written, so that 0.7 of 10 elements is 7 and not 6.
     """
-    if not 0 <= k <= 1:
+    if not isinstance(k, Real) or not 0 <= k <= 1:
         raise RPSAError(f"frozen ratio {k!r} is not between 0 and 1")
     return max(1, n - int(Fraction(repr(float(k))) * n))
 

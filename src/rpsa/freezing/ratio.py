@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_fields
 
 
 class FrozenRatio(Protocol):
@@ -35,6 +35,7 @@ class ConstantRatio:
     every: None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.value <= 1:
             raise RPSAError(f"frozen_ratio {self.value!r} is not between 0 and 1")
 
@@ -66,6 +67,7 @@ class ConflictRatio:
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("window", "every", "sigma_scale"):
             if getattr(self, name) <= 0:
                 raise RPSAError(f"{name} must be greater than 0, not {getattr(self, name)!r}")
