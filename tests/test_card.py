@@ -1,5 +1,6 @@
 """The model card and its metadata: what they say is what the trainer did, and every saved or pushed model has them."""
 
+import copy
 import json
 import math
 import re
@@ -18,6 +19,7 @@ import torch
 from datasets import Dataset, DatasetInfo
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from peft import PromptTuningConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -25,8 +27,10 @@ from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import fingerprint, trainable_parameters
 from rpsa.pipeline import run, verify
+from rpsa.pipeline.results import estimated
+from rpsa.reference import ReferenceDataset
 from rpsa.training.card import CARD, add_results, card_with_results, write_card
-from rpsa.training.card_text import METADATA
+from rpsa.training.card_text import METADATA, render_card
 from rpsa.training.config import RPSAArguments
 from rpsa.training.metadata import _license, model_metadata
 from rpsa.training.names import CardNames, hub_id, public_name
@@ -143,6 +147,77 @@ def test_a_saved_model_carries_what_its_trainer_did(pieces: Any, tmp_path: Path)
         assert said in card.text
     for unsaid in ("never left 0.5", "gradients only", "LoRA", "unfinished", "control", str(tmp_path)):
         assert unsaid not in card.content
+
+
+# Where metadata have None by their own documentation
+NOTHING: list[tuple[str, ...]] = [
+    ("freezing",), ("trajectory",), ("audit",), ("fisher",), ("reference",), ("weights_fingerprint",),
+    ("fisher", "samples"), ("fisher", "tokens"), ("fisher", "scope"), ("fisher", "split_half"),
+    ("fisher", "lora_a_nonzero"), ("fisher", "weights_fingerprint"), ("fisher", "data_fingerprint"),
+    *(("fisher", "split_half", k) for k in ("0.01", "0.1", "0.5", "0.6")),
+    *(("reference", name) for name in ("sampled_from", "problems", "problems_sha256", "temperature", "top_p",
+                                       "max_new_tokens", "only_correct")),
+    ("base_model", "hub_id"), ("base_model", "revision"),
+    ("safety_data", "hub_id"), ("safety_data", "examples"), ("safety_data", "sha256"),
+    *(("training", name) for name in ("best_step", "autocast", "max_length", "loss", "eval_loss", "nonfinite")),
+    ("alternatives",),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def facts_of_a_run(pieces: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    trainer = trained(pieces, tmp_path_factory.mktemp("run"), max_steps=2)
+    facts = model_metadata(trainer, CardNames(model="some", base="org/base", dataset="org/data", rehearsed=3))
+    return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("nothing", NOTHING, ids="-".join)
+def test_what_may_be_missing_may_be_missing(nothing: tuple[str, ...], facts_of_a_run: dict[str, Any]) -> None:
+    facts = copy.deepcopy(facts_of_a_run)
+    *path, last = nothing
+    inner = facts
+    for name in path:
+        inner = inner[name]
+    inner[last] = None
+    card = render_card(facts)
+    assert "## Limits" in card
+    assert "None" not in card
+
+
+def test_one_trace_and_a_few_elements_have_no_halves(pieces: Any, tmp_path: Path) -> None:
+    reference = ReferenceDataset(pieces.reference.traces[:1])
+    model = t.make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "model.norm.weight")
+    for fisher in (t.fisher_of(t.make_model(), reference), t.fisher_of(model, pieces.reference)):
+        few = len(fisher) == 1
+        shares = fisher.manifest["estimation"]["split_half"]
+        assert shares["0.01"] is None
+        assert few or set(shares.values()) == {None}
+        args = t.config(tmp_path / str(few), max_steps=1)
+        trainer = t.make_trainer(
+            model if few else t.make_model(), args, pieces.data, pieces.tokenizer, reference, fisher=fisher
+        )
+        trainer.train()
+        trainer.save_model()
+        card, facts = read(tmp_path / str(few))
+        assert facts["fisher"]["split_half"] == shares
+        known = [share for share in shares.values() if share is not None]
+        said = f"{known[0]:.3f} for the top" if known else "not known"
+        assert f"Agreement of its two halves (chance is the share itself): {said}" in card.text
+        assert "0.01: not known" in estimated(fisher.manifest["estimation"])
+
+
+def test_virtual_tokens_have_no_rank_and_no_targets(pieces: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model: Any = get_peft_model(
+        t.make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    trained(pieces, tmp_path, model, max_steps=2).save_model()
+    card, facts = read(tmp_path)
+    assert "- Adapter: PROMPT_TUNING.\n" in card.text
+    assert facts["adapter"]["r"] is None
+    assert facts["audit"]["frozen_elements_moved"] == 0
 
 
 def test_the_mean_frozen_fraction_is_that_of_the_steps(pieces: Any, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def train(kind: str, dtype: str, folder: Path, fisher: Path, settings: dict[str,
         "report": trainer.rpsa.report(),
         "weights": {n: p.detach().clone() for n, p in trainable_parameters(model).items()},
         "logged": len([entry for entry in trainer.state.log_history if "rpsa/k" in entry]),
+        "losses": [e[key] for key in ("loss", "train_loss") for e in trainer.state.log_history if key in e],
     }
 
 
@@ -181,11 +182,17 @@ def test_two_ranks_train_as_one_process_in_every_way(tmp_path: Path) -> None:
 )
 def test_a_checkpoint_of_four_ranks_goes_on_with_two(kind: str, dtype: str, tmp_path: Path) -> None:
     fisher = save_fisher(kind, dtype, tmp_path)
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     whole = run_ranks(4, train, tmp_path / "four", kind, dtype, tmp_path / "run", fisher, saving)[0]
-    resume = {"resume": str(tmp_path / "run" / "checkpoint-3")}
+    resume = {"resume": str(tmp_path / "run" / "checkpoint-3"), "logging_steps": 2}
     first, second = run_ranks(2, train, tmp_path / "two", kind, dtype, tmp_path / "rest", fisher, resume)
     assert first["trajectory"] == second["trajectory"]
     assert len(first["report"]["trajectory"]) == 6
-    assert first["logged"] == 6
+    assert first["logged"] == 3
+    assert first["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    assert first["report"]["drift"]["since_step"] == 0
+    for group, drift in whole["report"]["drift"]["groups"].items():
+        assert first["report"]["drift"]["groups"][group]["relative"] == pytest.approx(
+            drift["relative"], rel=1e-4
+        )
     assert_same(first, whole, dtype)

@@ -3,11 +3,13 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from fisher_models import (
     VOCABULARY,
     exact_fisher,
@@ -20,15 +22,27 @@ from fisher_models import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import (
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.fisher.log_probs import label_log_probs
 from rpsa.fisher.overlap import sampled_elements, split_half_overlap
+from rpsa.fisher.samples import read_samples
 from rpsa.fisher.signs import random_signs, sample_key
 from rpsa.fisher.squares import SquaredGradients
+from rpsa.parameters import trainable_parameters
+from rpsa.training.reasoning_gradient import negative_log_likelihood
+from rpsa.training.warmup import warm_up
 
 BATCH = ragged_batch([(3, 7), (2, 4), (5, 1), (1, 9)])
 
@@ -341,6 +355,125 @@ def test_the_manifest_says_what_was_done() -> None:
     assert manifest["adapter_fingerprint"] is None
     assert set(manifest["versions"]) >= {"torch", "rpsa"}
     assert estimate(with_lora(model)).manifest["adapter_fingerprint"]
+
+
+# --- logits and labels ---
+
+PROMPT_LEARNING: dict[str, Any] = {
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
+    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix projection": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8
+    ),
+}
+
+
+def with_prompt(name: str) -> Any:
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model("llama"), PROMPT_LEARNING[name])
+    for parameter in trainable_parameters(model).values():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def fisher_by_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Eq. 4 by the model's own loss on one label at a time: where its logits lie is not our business."""
+    model = copy.deepcopy(model).double().eval()
+    parameters = trainable_parameters(model)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        length = int(mask.sum())
+        places = [t for t in range(1, length) if labels[t] != -100]
+        for t in places:
+            label = torch.full((1, length), -100)
+            label[0, t] = labels[t]
+            loss = model(input_ids=ids[None, :length], labels=label).loss
+            for name, gradient in zip(
+                parameters, torch.autograd.grad(loss, [*parameters.values()]), strict=True
+            ):
+                sums[name] += gradient.square() / len(places) / len(batch["labels"])
+    return sums
+
+
+@pytest.mark.parametrize("name", PROMPT_LEARNING)
+def test_virtual_tokens_do_not_shift_the_labels(name: str) -> None:
+    model = with_prompt(name)
+    exact = fisher_by_loss(model, BATCH)
+    assert relative_error(estimate(model, probes=9).scores, exact) < 1e-4
+    assert relative_error(estimate(model, estimator="per_token").scores, exact) < 1e-4
+    [samples] = read_samples([BATCH])
+    loss = negative_log_likelihood(model.eval(), samples, torch.device("cpu"))
+    found = torch.autograd.grad(loss, [*trainable_parameters(model).values()])
+    inputs = {key: BATCH[key] for key in ("input_ids", "attention_mask", "labels")}
+    tokens = int((BATCH["labels"][:, 1:] != -100).sum())
+    expected = torch.autograd.grad(model(**inputs).loss * tokens, [*trainable_parameters(model).values()])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Shifted(nn.Module):
+    """A causal language model with a position more, or less, than ids."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.model, self.more = tiny_model("llama"), more
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        first = output.logits[:, :1]
+        output.logits = torch.cat([first, output.logits], 1) if self.more else output.logits[:, 1:]
+        return output
+
+
+class LooksAhead(Shifted):
+    """Every token knows the last one, a little."""
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        output.logits = output.logits + 0.01 * output.logits[:, -1:]
+        return output
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+MULTITASK = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
+ROWS = "not one row a token"
+NOT_ALIGNED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "reward": (lambda: transformers.LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)), ROWS),
+    "classes": (lambda: transformers.LlamaForTokenClassification(LlamaConfig(**SIZES, num_labels=3)), "for 3"),
+    "no head": (lambda: transformers.LlamaModel(LlamaConfig(**SIZES)), "has no logits"),
+    "masked": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)), "later tokens"),
+    "looks ahead": (lambda: LooksAhead(more=True), "later tokens"),
+    "encoder-decoder": (
+        lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)), "encoder-decoder"
+    ),
+    "one more": (lambda: Shifted(more=True), ROWS),
+    "one less": (lambda: Shifted(more=False), ROWS),
+    "asks for more": (lambda: get_peft_model(tiny_model("llama"), MULTITASK), "task_ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_ALIGNED)
+def test_logits_that_are_not_the_ids_are_refused(name: str) -> None:
+    build, said = NOT_ALIGNED[name]
+    torch.manual_seed(0)
+    model = build()
+    with pytest.raises(RPSAError, match=said) as error:
+        estimate(model)
+    assert "\n" not in str(error.value)
+    with pytest.raises(RPSAError, match=said):
+        warm_up(model, [BATCH], 1e-3)
 
 
 # --- the pieces ---

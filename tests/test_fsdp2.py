@@ -14,6 +14,7 @@ from test_ddp import KINDS, RANKS, assert_same, make_model, save_fisher, sequenc
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+import rpsa.freezing.audit as audit_module
 from rpsa.errors import RPSAError
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
@@ -82,6 +83,8 @@ def train(
     if checkpoint is not None and checkpoint.is_dir():
         exchange(model, optimizer, freezer, checkpoint, is_saving=False)
     audit = Audit(freezer)
+    if checkpoint is not None and checkpoint.is_dir():
+        audit.set_start(torch.load(checkpoint / "start.pt"), step=0)
     audit.open()
     reasoning, safety = batches(seed=5), batches(seed=6)
     trajectory = []
@@ -98,6 +101,9 @@ def train(
     audit.close()
     if checkpoint is not None and until < STEPS:
         exchange(model, optimizer, freezer, checkpoint, is_saving=True)
+        start = audit.start_values()
+        if rank() == 0:
+            torch.save(start, checkpoint / "start.pt")
     return {
         "trajectory": trajectory,
         "report": audit.report(),
@@ -173,19 +179,27 @@ def test_two_ranks_train_as_one_process_in_every_way(tmp_path: Path) -> None:
     compare([case for case in ALL_CASES if case not in CASES], tmp_path)
 
 
-def train_on(*args: Any) -> dict[str, Any]:
+def train_on(sampled: int, *args: Any) -> dict[str, Any]:
     dist.init_process_group("gloo")
+    audit_module.SAMPLED_ELEMENTS = sampled
     return train(*args)
 
 
-def test_a_checkpoint_of_four_ranks_goes_on_with_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sampled", [500, pytest.param(1 << 22, marks=pytest.mark.slow)], ids=["sampled", "all"]
+)
+def test_a_checkpoint_of_four_ranks_goes_on_with_two(sampled: int, tmp_path: Path) -> None:
     save_fisher("qwen2", "float64", tmp_path)
-    arguments = ("qwen2", "float64", 1, False, tmp_path / "fisher-qwen2-float64", {})
+    arguments = (sampled, "qwen2", "float64", 1, False, tmp_path / "fisher-qwen2-float64", {})
     whole = run_ranks(4, train_on, tmp_path / "whole", *arguments)[0]
     started = run_ranks(4, train_on, tmp_path / "four", *arguments, 3, tmp_path / "checkpoint")[0]
     resumed = run_ranks(2, train_on, tmp_path / "two", *arguments, STEPS, tmp_path / "checkpoint")[0]
     resumed["trajectory"] = started["trajectory"] + resumed["trajectory"]
     assert_same(resumed, whole, "float64")
+    drifts = [of["report"]["drift"] for of in (resumed, whole)]
+    assert [drift["since_step"] for drift in drifts] == [0, 0]
+    for group, drift in drifts[1]["groups"].items():
+        assert drifts[0]["groups"][group] == pytest.approx(drift, rel=1e-6)
 
 
 def what_moved() -> dict[str, Any]:

@@ -56,7 +56,7 @@ LAYERS = [
     {"parameters", "artifacts", "rows", "evaluation_mode", "prompts"},
     {"fisher"},
     {"freezing", "alternatives"},
-    {"chat", "answers"},
+    {"chat", "answers", "checkpoints"},
     {"generation"},
     {"reference"},
     {"training"},

@@ -28,6 +28,7 @@ from rpsa.analysis.perturbation_summary import accuracy, difference, effects, ne
 from rpsa.cli import app
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.fisher.origin import sampled_weights
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.models import load_model
@@ -436,6 +437,28 @@ analysis: {{perturb: {{fractions: [0.5], factors: [0.7], selections: [fisher, ma
         assert all(torch.equal(weights[name], value) for name, value in evaluated.state_dict().items())
     inputs = json.loads((tmp_path / "out" / "results.json").read_text())["inputs"]
     assert inputs.get("generation_dtype") == (None if generation_dtype == "float32" else generation_dtype)
+
+
+def test_another_models_fisher_has_to_be_asked_for(tmp_path: Path) -> None:
+    of = dict(load_model("tiny:1", Model()).named_parameters())
+    scores = {name: parameter.detach().abs() for name, parameter in of.items()}
+    FisherDiagonal(scores, {"weights": sampled_weights(of)}).save(tmp_path / "fisher")
+    command = [
+        "perturb",
+        "tiny:0",
+        str(tmp_path / "fisher"),
+        "--out",
+        str(tmp_path / "out"),
+        "--tasks",
+        "rpsa_tiny_add",
+    ]
+    command += ["--n", "1", "--max-new-tokens", "4", "--selections", "fisher"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "measured on another model" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, [*command, "--any-weights"])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(

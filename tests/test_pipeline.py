@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from rpsa.artifacts import write_manifest
+from rpsa.artifacts import AUDIT_FILE, write_manifest
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.transformers import TransformersGenerator
@@ -204,9 +205,9 @@ def test_a_warmed_up_adapter_has_a_fisher_in_a_and_is_where_alignment_starts(rec
     adapters = [dict(start.named_parameters()) for start in starts.values()]
     for name, before in adapters[0].items():
         assert torch.equal(before, adapters[1][name]) == ("lora_" not in name)
-    fishers[3].check_adapter(starts[3])
+    fishers[3].check_weights(starts[3])
     with pytest.raises(RPSAError):
-        fishers[3].check_adapter(starts[0])
+        fishers[3].check_weights(starts[0])
 
 
 def test_the_saved_model_loads_anywhere_and_frozen_weights_are_the_bases(recipe_file: Path) -> None:
@@ -262,6 +263,63 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(recipe_file: Pat
     after = written(folder)
     assert all(after[name] == time_ for name, time_ in before.items())
     assert not list(folder.rglob(".*"))
+
+
+class Terminated(TrainerCallback):
+    """SIGTERM in the midst of the second step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("method", ["fft", "fft+rpsa", "fft+l2sp"])
+def test_sigterm_keeps_a_checkpoint_and_is_no_success(
+    method: str, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, settings = recipe_file.parent / "run", [f"matrix.methods=[{method}]", "train.logging_steps=3"]
+    whole = run(small(recipe_file, *settings, f"output_dir={recipe_file.parent / 'whole'}"), only="reference")
+    for stage in ("fisher", "align"):
+        run(small(recipe_file, *settings, f"output_dir={whole}"), only=stage)
+    for stage in ("reference", "fisher"):
+        run(small(recipe_file, *settings), only=stage)
+    listening = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [Terminated])
+        with pytest.raises(KeyboardInterrupt, match=r"stopped at step 2 of 4; its checkpoint is kept"):
+            run(small(recipe_file, *settings), only="align")
+    assert signal.getsignal(signal.SIGTERM) == listening
+    assert not list(folder.glob("align/*/*/seed*/stage.json"))
+    run(small(recipe_file, *settings), only="align")
+    for name in ("log.json", "rpsa_metadata.json", "model.safetensors", AUDIT_FILE):
+        [ours], [theirs] = ([*of.glob(f"align/*/*/seed*/{name}")] or [None] for of in (folder, whole))
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert without_times(ours) == without_times(theirs)
+
+
+def without_times(path: Path) -> Any:
+    if path.suffix != ".json":
+        return path.read_bytes()
+    content = json.loads(path.read_text())
+    content.pop("seconds", None)
+    for entry in content.get("history", []):
+        for key in [key for key in entry if key.endswith(("_runtime", "_per_second"))]:
+            del entry[key]
+    return content
+
+
+@pytest.mark.parametrize("method", ["fft", "fft+rpsa"])
+def test_a_run_that_diverges_is_one_line_and_no_model(method: str, recipe_file: Path) -> None:
+    diverging = ["train.learning_rate=1e30", "train.logging_nan_inf_filter=false", "train.logging_steps=1"]
+    settings = [f"matrix.methods=[{method}]", "align.frozen_ratio=0.1", *diverging]
+    for stage in ("reference", "fisher"):
+        run(small(recipe_file, *settings), only=stage)
+    for _ in range(2):
+        with pytest.raises(RPSAError, match=r"training diverged, .* from step \d on: lower") as error:
+            run(small(recipe_file, *settings), only="align")
+        assert "\n" not in str(error.value)
+    assert not list((recipe_file.parent / "run").glob("align/*/*/seed*"))
 
 
 def test_a_killed_evaluation_goes_on_sample_by_sample(recipe_file: Path) -> None:

@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from rpsa.errors import RPSAError
+from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.freezing.audit import Audit, checksums
@@ -121,8 +117,6 @@ def config(folder: Path, **settings: Any) -> RPSAConfig:
 
 
 def fisher_of(model: Any, reference: ReferenceDataset) -> FisherDiagonal:
-    from rpsa.fisher.config import FisherConfig
-
     return estimate_fisher(model, reference.batches(5, None), FisherConfig(progress=False))
 
 
@@ -325,6 +319,26 @@ def test_a_checkpoint_without_rpsa_is_refused(
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_training_starts_where_the_fisher_was_measured_or_goes_on(
+    tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    fisher = fisher_of(make_model(), reference)
+    args = config(tmp_path, save_strategy="steps", save_steps=4, learning_rate=1e-3)
+    trained = make_model()
+    make_trainer(trained, args, safety_data, tokenizer, reference, fisher=fisher).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+
+    with pytest.raises(RPSAError, match="measured on other weights"):
+        make_trainer(trained, args, safety_data, tokenizer, reference, fisher=fisher).train()
+    for model, own in ((trained, fisher), (trained, fisher.for_any_weights()), (make_model(), fisher)):
+        trainer = make_trainer(model, args, safety_data, tokenizer, reference, fisher=own)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 8
+    other_model = LlamaForCausalLM(make_model().config)
+    with pytest.raises(RPSAError, match="measured on another model"):
+        make_trainer(other_model, args, safety_data, tokenizer, reference, fisher=fisher)
+
+
 def test_logs_say_what_is_frozen_and_what_trains(
     tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
 ) -> None:
@@ -496,50 +510,6 @@ def test_the_best_checkpoint_at_the_end_does_not_disturb_the_audit(
     report = json.loads((tmp_path / "final" / AUDIT_FILE).read_text())
     assert report["frozen_elements_moved"] == 0
     assert sum(i["end"] - i["start"] for i in report["intervals"]) == 8
-
-
-def test_sigterm_saves_a_checkpoint_that_continues(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys, time
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
-            import test_trainer as t
-            from transformers import TrainerCallback
-            from pathlib import Path
-
-            class Slow(TrainerCallback):
-                def on_step_end(self, args, state, control, **kwargs):
-                    print("step", state.global_step, flush=True)
-                    time.sleep(0.2)
-
-            reference = t.reference.__wrapped__()
-            args = t.config(Path({str(tmp_path / "out")!r}), max_steps=400)
-            trainer = t.make_trainer(t.make_model(), args, t.safety_data.__wrapped__(),
-                                     t.tokenizer.__wrapped__(), reference)
-            trainer.add_callback(Slow())
-            trainer.train()
-            """
-        )
-    )
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.communicate(timeout=60)
-    [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    saved = state["stateful_callbacks"]["RPSACallback"]["attributes"]
-    assert saved["freezer"]["step"] == state["global_step"]
-    assert len(saved["trajectory"]) == state["global_step"]
 
 
 # The audit by itself

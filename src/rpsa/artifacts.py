@@ -7,6 +7,7 @@ both, and the size and hash of every file that came out. A stage whose hash stil
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -72,9 +73,40 @@ def atomic_write(path: Path | str, content: str | bytes) -> None:
         raise
 
 
+@contextmanager
+def reading(called: str) -> Iterator[None]:
+    """Within, whatever a library raises over a file is an RPSAError: in one line, `called` first.
+
+    A file can be broken in any way, and parsers raise whatever they like.
+    """
+    try:
+        yield
+    except RPSAError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).strip().partition("\n")[0].split()) or "nothing is said why"
+        kind = type(error).__name__
+        if kind == "SafetensorError":
+            text = f"a file of weights is damaged or cut off ({text})"
+        elif not isinstance(error, OSError | ValueError | RuntimeError):
+            text = f"{kind}: {text}"
+        raise RPSAError(f"{called}: cannot be loaded: {text}") from error
+
+
 def stable_json(value: Any) -> str:
     """JSON with sorted keys and a final newline: equal values give equal text. NaN raises ValueError."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    """A JSON-able value with None for NaN and infinities, for which JSON has no word."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return value
 
 
 def sha256_of(value: Any) -> str:

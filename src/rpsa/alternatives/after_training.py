@@ -61,7 +61,11 @@ def restore(model: nn.Module, start: Mapping[str, Tensor], fisher: FisherDiagona
     Args:
         start: from `starting_weights`.
         ratio: k, the share of the elements with non-zero Fisher.
+
+    Raises:
+        RPSAError: the Fisher is another model's.
     """
+    fisher.check_related(model)
     parameters = trainable_parameters(model)
     for name, trainable in fisher.mask(ratio).items():
         weights = local(parameters[name])

@@ -1,5 +1,7 @@
 """Eq. 5 as a penalty instead of a mask: elastic weight consolidation (Kirkpatrick et al., 2017), and L2-SP."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class WeightPenalty:
         strength: not negative. Too large a one for the learning rate makes training diverge.
 
     Raises:
-        RPSAError: the Fisher does not fit the model, or is zero throughout.
+        RPSAError: the Fisher does not fit the model, or is zero throughout; the strength is impossible.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class WeightPenalty:
         fisher: FisherDiagonal | None = None,
         strength: float = 1.0,
     ) -> None:
+        if not 0 <= strength < math.inf:
+            raise RPSAError(f"strength {strength!r} is negative, or no number")
         self.parameters = trainable_parameters(model)
         self.strength = strength
         self._start = start

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rpsa.analysis.structure import Role, roles
 from rpsa.artifacts import append_line, recover_lines
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_fields
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.masks import Mask, control_scores, keep_top
 from rpsa.parameters import trainable_parameters
@@ -49,6 +49,7 @@ class PerturbationConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise RPSAError(f"fraction {fraction!r} is not above 0 and at most 1")
@@ -165,9 +166,9 @@ def perturb(
         on_cell: called with each cell that was not run before, when it is finished.
 
     Raises:
-        RPSAError: the Fisher does not fit the model, or `store` holds cells of other inputs.
+        RPSAError: the Fisher was not measured on this model, or `store` holds cells of other inputs.
     """
-    fisher.check(model)
+    fisher.check_weights(model)
     done = _stored(store, inputs)
     parameters = trainable_parameters(model)
     role_of = roles({name: tuple(parameter.shape) for name, parameter in parameters.items()})

@@ -46,6 +46,12 @@ def perturb(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(help="The longest response.")] = 32768,
     batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 16,
+    any_weights: Annotated[
+        bool,
+        typer.Option(
+            "--any-weights", help="Perturb another model than the one that the Fisher was measured on."
+        ),
+    ] = False,
 ) -> None:
     """Scale the elements with the highest Fisher, or others, and measure what reasoning loses (Fig. 3).
 
@@ -70,7 +76,7 @@ def perturb(
             draws=draws,
             seed=seed,
         )
-        run_perturbation(model, fisher, settings, config, out)
+        run_perturbation(model, fisher, settings, config, out, any_weights=any_weights)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

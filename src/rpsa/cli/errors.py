@@ -14,15 +14,17 @@ from rpsa.errors import RPSAError
 def readable_errors() -> Iterator[None]:
     """Turn what a user can do something about into one line on stderr and an exit code.
 
-    2: a mistake in what was asked. 1: the machine refused (a full disk, a file that may not be read). 130: Ctrl-C.
+    2: a mistake in what was asked. 1: the machine refused (a full disk, a file that may not be read). 130: Ctrl-C, or
+    SIGTERM while a model trains.
     Anything else is our mistake and keeps its traceback.
     """
     try:
         yield
     except RPSAError as error:
         _stop(str(error), 2)
-    except KeyboardInterrupt:
-        _stop("interrupted; finished stages are kept, and the same command goes on from there", 130)
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted; finished stages are kept, and the same command goes on from there"
+        _stop(said, 130)
     except Exception as error:
         # safetensors and torch report a full disk through errors of their own.
         if not isinstance(error, OSError) and "No space left on device" not in str(error):

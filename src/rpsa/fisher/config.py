@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_fields
 
 Estimator = Literal["token_signs", "per_token", "per_sequence"]
 OnNonfinite = Literal["skip", "stop"]
@@ -29,10 +29,7 @@ class FisherConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for field, known in (("estimator", get_args(Estimator)), ("on_nonfinite", get_args(OnNonfinite))):
-            if getattr(self, field) not in known:
-                value = getattr(self, field)
-                raise RPSAError(f"fisher.{field} is {value!r}: use one of {', '.join(known)}")
+        check_fields(self, "fisher.")
         if self.probes < 1:
             raise RPSAError(f"fisher.probes is {self.probes}: use 1 or more")
         try:

@@ -1,18 +1,24 @@
 """The Fisher diagonal of Eq. 4 as a value: scores by parameter, section 3.2's threshold and mask, files."""
 
+import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from rpsa.errors import RPSAError
+from rpsa.artifacts import reading
+from rpsa.errors import RPSAError, check_type
+from rpsa.fisher.origin import Origin, origin_of
 from rpsa.fisher.quantile import Ranking, threshold_rank
-from rpsa.parameters import fingerprint, trainable_parameters
+from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import barrier, full, is_sharded, local, rank
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _SHARD_BYTES = 4 << 30
@@ -31,6 +37,9 @@ class FisherDiagonal:
     """
 
     def __init__(self, scores: Mapping[str, Tensor], manifest: Mapping[str, Any] | None = None) -> None:
+        check_type("scores", scores, Mapping, "tensors by parameter name")
+        for name, score in scores.items():
+            check_type(f"scores[{name!r}]", score, Tensor, "a tensor of the parameter's shape")
         dtypes = {score.dtype for score in scores.values()}
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
         self.scores = {name: score.detach().to(dtype) for name, score in scores.items()}
@@ -75,6 +84,31 @@ class FisherDiagonal:
         return {name: score.float() <= tau for name, score in self.scores.items()}
 
     def check(self, model: nn.Module) -> None:
+        """Raise RPSAError unless the scores are those of `model`'s trainable parameters: names, shapes, weights.
+
+        Weights that may have been trained since are let through with a warning: a run that goes on has such. Of a
+        sharded model all ranks must ask.
+        """
+        if self.check_related(model) == "trained":
+            log.warning(
+                "this Fisher was measured on other weights: right if training has made these of them, wrong if it "
+                "starts here"
+            )
+
+    def check_related(self, model: nn.Module) -> Origin:
+        """`check` without its warning; says whether the weights are the same or trained since."""
+        self.check_shapes(model)
+        origin, what = self.origin(model)
+        if origin == "other":
+            raise RPSAError(f"this Fisher was measured on another {what}; {_what_to_do(what)}")
+        return origin
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raise RPSAError unless the scores were measured on the weights that `model` has, in whatever dtype."""
+        if self.check_related(model) == "trained":
+            raise RPSAError(f"this Fisher was measured on other weights; {_what_to_do('model')}")
+
+    def check_shapes(self, model: nn.Module) -> None:
         """Raise RPSAError unless the scores are those of `model`'s trainable parameters, by name and shape."""
         parameters = trainable_parameters(model)
         for name, score in self.scores.items():
@@ -95,17 +129,34 @@ class FisherDiagonal:
                 f"({len(missing)} such parameters); give zeros for what may always train"
             )
 
-    def check_adapter(self, model: nn.Module) -> None:
-        """Raise RPSAError unless `model`'s LoRA adapter is the one that the scores were measured on.
+    def origin(self, model: nn.Module) -> tuple[Origin, str]:
+        """What `model`'s weights are to those that were measured, and what it is about: the model, or its adapter.
 
-        F depends on A's random start (B = 0 makes A's own gradients 0).
+        "same" where nothing is known of the measured weights, and where `for_any_weights` was asked for.
         """
-        measured_on = self.manifest.get("adapter_fingerprint")
-        if measured_on and measured_on != fingerprint(trainable_parameters(model)):
-            raise RPSAError(
-                "this Fisher was measured on another LoRA initialisation; "
-                "load the adapter that was saved with it before training"
-            )
+        every = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        adapter = trainable_parameters(model) if hasattr(model, "peft_config") else {}
+        base = {name: parameter for name, parameter in every.items() if name not in adapter}
+        kind = "LoRA initialisation" if any("lora_" in name for name in adapter) else "adapter"
+        if self.manifest.get("any_weights"):
+            return "same", "model"
+        if "weights" not in self.manifest:
+            known = self.manifest.get("fingerprint")
+            return ("same" if known in (None, fingerprint(every)) else "other"), "model"
+        found: list[tuple[Origin, str]] = [
+            (origin_of(self.manifest["weights"], parameters), what)
+            for parameters, what in ((base, "model"), (adapter, kind))
+        ]
+        return max(found, key=lambda one: get_args(Origin).index(one[0]))
+
+    def for_any_weights(self) -> "FisherDiagonal":
+        """These scores for a model with other weights than they were measured on, which is refused else.
+
+        For studies of just that: of transfer, or of an aligned model by the Fisher of its base.
+        """
+        result = copy.copy(self)
+        result.manifest = self.manifest | {"any_weights": True}
+        return result
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write sharded safetensors and `manifest.json` into `folder`; bf16 halves the size.
@@ -153,19 +204,23 @@ class FisherDiagonal:
         """
         from safetensors.torch import load_file
 
+        check_type("folder", folder, str | Path, "the folder of a saved Fisher")
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise RPSAError(f"{folder}: no Fisher here ({MANIFEST} is missing)")
-        manifest = json.loads((folder / MANIFEST).read_text())
         scores: dict[str, Tensor] = {}
-        for filename in manifest["files"]:
-            if not (folder / filename).is_file():
-                raise RPSAError(f"{folder}: {filename} is missing; estimate the Fisher again")
-            scores |= load_file(folder / filename)
-        for name, shape in manifest["shapes"].items():
-            if name not in scores or list(scores[name].shape) != shape:
-                raise RPSAError(f"{folder}: scores of {name!r} are missing or not of shape {tuple(shape)}")
-        return cls({name: scores[name] for name in manifest["shapes"]}, manifest)
+        with reading(f"Fisher {folder}"):
+            manifest = json.loads((folder / MANIFEST).read_text())
+            for filename in manifest["files"]:
+                if not (folder / filename).is_file():
+                    raise RPSAError(f"{folder}: {filename} is missing; estimate the Fisher again")
+                scores |= load_file(folder / filename)
+            for name, shape in manifest["shapes"].items():
+                if name not in scores or list(scores[name].shape) != shape:
+                    raise RPSAError(
+                        f"{folder}: scores of {name!r} are missing or not of shape {tuple(shape)}"
+                    )
+            return cls({name: scores[name] for name in manifest["shapes"]}, manifest)
 
 
 def _finite_and_not_negative(score: Tensor) -> bool:
@@ -173,3 +228,9 @@ def _finite_and_not_negative(score: Tensor) -> bool:
         return True
     low, high = torch.aminmax(score)  # one read; NaN is passed on, and fails both comparisons
     return bool((low >= 0) & (high < torch.inf))
+
+
+def _what_to_do(what: str) -> str:
+    if what == "model":
+        return "estimate it on these, or say that you mean it: fisher.for_any_weights()"
+    return "load the adapter that was saved with it before training, or say that you mean it: fisher.for_any_weights()"

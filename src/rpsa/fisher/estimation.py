@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rpsa.errors import RPSAError
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.hooked import Hooks, NotHookable
-from rpsa.fisher.log_probs import label_log_probs
+from rpsa.fisher.log_probs import check_causal, is_low_precision, response_log_probs
 from rpsa.fisher.loop import Loop, only_requiring_grad
 from rpsa.fisher.probes import probe_weights
 from rpsa.fisher.samples import Responses, Samples
@@ -59,6 +59,7 @@ class Estimation:
         Raises:
             RPSAError: a sample is not finite and the config says stop, or no sample is finite.
         """
+        check_causal(self._model, self._data[0], self._device)
         self._choose_path()
         while True:
             self.squares.clear()
@@ -100,7 +101,7 @@ class Estimation:
             found = self._traces(sample)
             if expected is None or found is None:
                 continue
-            tolerance = 0.05 if self._is_low_precision() else 1e-3
+            tolerance = 0.05 if is_low_precision(self._model, self._device) else 1e-3
             noise = 1e-3 * tolerance**2 * sum(expected.values())
             for name, trace in expected.items():
                 if abs(trace - found[name]) > tolerance * max(trace, found[name]) + noise:
@@ -125,10 +126,6 @@ class Estimation:
         if self.squares.nonfinite_rows():
             return None
         return {name: float(trace[0]) for name, trace in self.squares.read_traces().items()}
-
-    def _is_low_precision(self) -> bool:
-        is_low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self._model.parameters())
-        return is_low or torch.is_autocast_enabled(self._device.type)
 
     def _pass(self) -> bool:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
@@ -199,19 +196,8 @@ class Estimation:
 
     def _log_probs(self, samples: Samples) -> tuple[Tensor, Responses]:
         """log p of all response tokens of a batch, (N,), and where they are."""
-        responses = samples.responses(self._device)
-        inputs = {
-            "input_ids": samples.input_ids.to(self._device),
-            "attention_mask": samples.attention_mask.to(self._device),
-        }
-        if self._hooks:
-            with self._hooks.forward_pass(len(samples), self._device.type):
-                logits = self._model(**inputs, use_cache=False).logits
-        else:
-            logits = self._model(**inputs, use_cache=False).logits
-        places = responses.rows * logits.shape[1] + responses.positions - 1
-        rows, labels = places.to(logits.device), responses.labels.to(logits.device)
-        return label_log_probs(logits.flatten(0, 1), rows, labels), responses
+        hooked = self._hooks.forward_pass(len(samples), self._device.type) if self._hooks else None
+        return response_log_probs(self._model, samples, self._device, hooked)
 
     def _add_squares(
         self, samples: Samples, log_probs: Tensor, responses: Responses, counts: bool = True

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
 from rpsa.evaluation_mode import evaluation_mode, is_checkpointed
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimation import Estimation
+from rpsa.fisher.origin import sampled_weights
 from rpsa.fisher.overlap import split_half_overlap
-from rpsa.fisher.samples import Samples, data_fingerprint, read_samples
+from rpsa.fisher.samples import Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import gather_objects, without_ddp
 
@@ -53,7 +54,8 @@ def estimate_fisher(
 
     Args:
         model: called as `model(input_ids=..., attention_mask=..., use_cache=False)`, its result read from
-            `.logits`, with dropout off. Parameters, gradients and flags are the same afterwards.
+            `.logits`, (B, T, V), with dropout off; the virtual tokens of PEFT's prompt tuning and P-tuning are left
+            out. Parameters, gradients and flags are the same afterwards.
         batches: dicts of `input_ids`, `attention_mask` and `labels`, (B, T) integer tensors, right-padded;
             labels are unshifted and -100 where a token is not part of the response. |y| counts labels at
             positions >= 1. Optional `sample_ids`, B strings; the default is the running index. All batches
@@ -66,15 +68,20 @@ def estimate_fisher(
         several k the overlap between the top k of even-numbered and of odd-numbered samples (chance: k).
 
     Raises:
-        RPSAError: no parameter is in scope, a sample has no response token, gradient checkpointing is
-            reentrant, a sample is not finite and `on_nonfinite` is "stop", or ranks have different samples.
+        RPSAError: an argument has not the form above; the model's logits are not those of the ids, token by
+            token, and of nothing later; no parameter is in scope, a sample has no response token, gradient
+            checkpointing is reentrant, a sample is not finite and `on_nonfinite` is "stop", or ranks have different
+            samples.
     """
     started = time.perf_counter()
+    check_type("model", model, nn.Module, "a loaded model")
+    check_type("config", config, FisherConfig, "a FisherConfig")
     model = without_ddp(model)
     parameters = _in_scope(model, config.scope)
     _refuse_reentrant_checkpointing(model)
     data = read_samples(batches)
     _refuse_different_data(data)
+    refuse_foreign_ids(model, "the samples", max(int(samples.input_ids.max()) for samples in data))
     estimation = Estimation(model, parameters, data, config)
     with evaluation_mode(model), torch.enable_grad():
         estimation.run()
@@ -89,9 +96,11 @@ def estimate_fisher(
         "seconds": round(time.perf_counter() - started, 3),
     }
     logger.info("Fisher estimation: %s", summary)
+    weights = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     manifest = {
         "estimation": summary,
-        "fingerprint": fingerprint((canonical_name(n), p) for n, p in model.named_parameters()),
+        "fingerprint": fingerprint(weights),
+        "weights": sampled_weights(weights),
         "adapter_fingerprint": _adapter_fingerprint(model),
         "data_fingerprint": data_fingerprint(data),
         "versions": {"torch": torch.__version__, "rpsa": version("rpsa")},

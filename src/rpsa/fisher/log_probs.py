@@ -1,11 +1,111 @@
-"""log p of the labels, in chunks of tokens: no full-size softmax in float32."""
+"""log p of the response tokens: where a model's logits meet the labels, and nothing silently out of step.
 
+The softmax is taken in chunks of tokens: no full-size one in float32.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rpsa.errors import RPSAError
+from rpsa.fisher.samples import Responses, Samples
+from rpsa.sharding import reshard, without_ddp
 
 _CHUNK_ELEMENTS = 1 << 24
+_CHECKED_LENGTH = 64
+_CAUSAL_ONLY = "only a causal language model has the log-probabilities that Eq. 4 and Eq. 6 are about"
+
+
+def response_log_probs(
+    model: nn.Module,
+    samples: Samples,
+    device: torch.device,
+    during_forward: AbstractContextManager[None] | None = None,
+) -> tuple[Tensor, Responses]:
+    """log p of all response tokens of a batch, (N,) as `label_log_probs` has them, and where they are.
+
+    The virtual tokens that PEFT puts in front of the ids (prompt tuning, P-tuning) are left out.
+
+    Args:
+        model: called as `model(input_ids=..., attention_mask=..., use_cache=False)`; its result has `.logits`,
+            (B, T, V) for ids of (B, T).
+        during_forward: entered around that call, and around nothing else.
+
+    Raises:
+        RPSAError: the logits are not those of the ids, token by token.
+    """
+    responses = samples.responses(device)
+    with during_forward or nullcontext():
+        logits, offset = _logits(model, samples, device)
+    rows = responses.rows * logits.shape[1] + offset + responses.positions - 1
+    flat, labels = logits.flatten(0, 1), responses.labels
+    if int(labels.max()) >= flat.shape[1]:
+        raise RPSAError(
+            f"the model's logits are for {flat.shape[1]} tokens, and a response has token {int(labels.max())}: "
+            "the ids are another tokenizer's, or the model is no causal language model"
+        )
+    return label_log_probs(flat, rows.to(flat.device), labels.to(flat.device)), responses
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, samples: Samples, device: torch.device) -> None:
+    """Raise RPSAError unless logits depend on no later token, as those of masked and prefix language models do.
+
+    Seen on the first sample's first tokens: the second half is changed, and what follows the first must not be.
+    """
+    ids = samples.input_ids[:1, : min(_CHECKED_LENGTH, int(samples.attention_mask[0].sum()))]
+    half = ids.shape[1] // 2
+    values = torch.unique(ids)
+    # each id by another one of the sample: ids that mean something else than text are not made up
+    later = values[(torch.searchsorted(values, ids[:, half:]) + 1) % len(values)]
+    found = []
+    for tokens in (ids, torch.cat([ids[:, :half], later], dim=1)):
+        mask = torch.ones_like(tokens)
+        one = Samples(tokens, mask, tokens, samples.ids[:1], samples.places[:1])
+        logits, offset = _logits(model, one, device)
+        found.append(logits[0, offset + half - 1].double())
+        reshard(model)
+    first, second = found
+    # other tokens may change how a token is rounded (experts take them together), and no more than that
+    tolerance = 0.05 if is_low_precision(model, device) else 1e-4
+    if bool((first - second).norm() > tolerance * (first - first.mean()).norm()):
+        raise RPSAError(f"the model's logits depend on later tokens: {_CAUSAL_ONLY}")
+
+
+def is_low_precision(model: nn.Module, device: torch.device) -> bool:
+    is_low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return is_low or torch.is_autocast_enabled(device.type)
+
+
+def _logits(model: nn.Module, samples: Samples, device: torch.device) -> tuple[Tensor, int]:
+    """(B, T', V), and how many of the T' positions come before those of the ids."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RPSAError(f"the model is an encoder-decoder: {_CAUSAL_ONLY}")
+    ids = samples.input_ids.to(device)
+    try:
+        output = model(input_ids=ids, attention_mask=samples.attention_mask.to(device), use_cache=False)
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RPSAError(f"the model does not take input_ids and attention_mask alone: {reason}") from error
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise RPSAError(f"the model's result has no logits: {_CAUSAL_ONLY}")
+    virtual = _virtual_tokens(model)
+    offset = logits.shape[1] - ids.shape[1] if logits.ndim == 3 else -1
+    if offset not in (0, virtual) or len(logits) != len(ids):
+        raise RPSAError(
+            f"the model's logits are {tuple(logits.shape)} for ids of {tuple(ids.shape)}, not one row a token: "
+            f"{_CAUSAL_ONLY}"
+        )
+    return logits, offset
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many PEFT puts in front; with prefix tuning they have no logits."""
+    config: Any = getattr(without_ddp(model), "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def label_log_probs(logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:

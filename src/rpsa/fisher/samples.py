@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
 
 IGNORED = -100
 _FIELDS = ("input_ids", "attention_mask", "labels")
@@ -71,21 +71,20 @@ def read_samples(batches: Iterable[Mapping[str, Any]]) -> list[Samples]:
     """Keep all batches, on the CPU, as `Samples`.
 
     Raises:
-        RPSAError: a batch lacks a field or is padded on the left, a sample has no response token, or there is
-            no sample.
+        RPSAError: a batch is not of that form, a sample has no response token, or there is no sample.
     """
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        hint = ", such as D_ref's batches(batch_size, max_length)" if hasattr(batches, "batches") else ""
+        check_type("batches", batches, (), f"a list of batches{hint}")
     result: list[Samples] = []
     seen = 0
     for number, batch in enumerate(batches):
-        for field in _FIELDS:
-            if field not in batch:
-                raise RPSAError(f"batch {number} has no {field!r}: Fisher estimation needs it")
-        places = tuple(range(seen, seen + len(batch["input_ids"])))
+        input_ids, mask, labels = _tensors(number, batch)
+        places = tuple(range(seen, seen + len(input_ids)))
         seen += len(places)
         ids = tuple(str(i) for i in batch.get("sample_ids", places))
-        input_ids, mask, labels = (batch[field].cpu().long() for field in _FIELDS)
-        if bool((mask[:, 1:] > mask[:, :-1]).any()):
-            raise RPSAError(f"batch {number} is padded on the left: pad it on the right")
+        if len(ids) != len(places):
+            raise RPSAError(f"batch {number} has {len(places)} samples, and {len(ids)} sample_ids")
         samples = Samples(input_ids, mask, labels, ids, places)
         for name, length in zip(ids, samples.response_lengths.tolist(), strict=True):
             if length == 0:
@@ -94,6 +93,52 @@ def read_samples(batches: Iterable[Mapping[str, Any]]) -> list[Samples]:
     if not result:
         raise RPSAError("there are no samples to estimate the Fisher on: `batches` is empty")
     return result
+
+
+def _tensors(number: int, batch: Any) -> list[Tensor]:
+    """`input_ids`, `attention_mask` and `labels` of a batch as (B, T) int64 tensors, or what is wrong with them."""
+    check_type(f"batch {number}", batch, Mapping, f"a dict of {', '.join(_FIELDS)}")
+    for field in _FIELDS:
+        if field not in batch:
+            raise RPSAError(f"batch {number} has no {field!r}: Fisher estimation needs it")
+        check_type(f"batch {number}: {field}", batch[field], Tensor, "a (B, T) tensor of whole numbers")
+    found = [batch[field].cpu() for field in _FIELDS]
+    for field, tensor in zip(_FIELDS, found, strict=True):
+        if (
+            tensor.ndim != 2
+            or tensor.is_floating_point()
+            or tensor.shape != found[0].shape
+            or not len(tensor)
+        ):
+            raise RPSAError(
+                f"batch {number}: {field} is {tuple(tensor.shape)}, {tensor.dtype}, beside input_ids of "
+                f"{tuple(found[0].shape)}: give all three as (B, T), whole numbers, with one sample at least"
+            )
+    input_ids, mask, labels = (tensor.long() for tensor in found)
+    is_response = labels != IGNORED
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise RPSAError(f"batch {number} is padded on the left: pad it on the right")
+    if bool((is_response & (mask == 0)).any()):
+        raise RPSAError(f"batch {number} has labels where attention_mask is 0: set them to {IGNORED}")
+    shifted = labels[:, :-1][is_response[:, :-1]] == input_ids[:, 1:][is_response[:, :-1]]
+    if bool(shifted.all()) and bool((labels != input_ids)[is_response].any()) and len(shifted):
+        raise RPSAError(
+            f"batch {number}: its labels are shifted, each is the next token's: give them unshifted, as Hugging Face "
+            "has them"
+        )
+    if bool((input_ids < 0).any()) or bool((labels[is_response] < 0).any()):
+        raise RPSAError(f"batch {number} has token ids below 0")
+    return [input_ids, mask, labels]
+
+
+def refuse_foreign_ids(model: nn.Module, called: str, largest: int) -> None:
+    """Raise RPSAError for a token id beyond the embedding, which ends in a crash of the device that says nothing."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
+        raise RPSAError(
+            f"{called}: there is token {largest}, and the model embeds {embedding.num_embeddings}: they are another "
+            "tokenizer's"
+        )
 
 
 def data_fingerprint(data: Iterable[Samples]) -> str:

@@ -8,7 +8,7 @@ which says how many moved, and how far each group of modules drifted.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from rpsa.freezing.bits import BitMask, as_words
 from rpsa.freezing.exact import Mask
 from rpsa.freezing.freezer import Freezer
 from rpsa.parameters import module_group
-from rpsa.sharding import local, sum_over_shards
+from rpsa.sharding import as_sharded, full, is_dtensor, local, shard_like, shard_range, sum_over_shards
 
 SAMPLED_ELEMENTS = 1 << 22
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no bit of a value is lost mod 2^64
@@ -60,7 +60,10 @@ class Audit:
     def __init__(self, freezer: Freezer, seed: int = 42) -> None:
         self.freezer = freezer
         self.intervals: list[Interval] = []
-        self._sample = _sampled_indices(freezer, seed)
+        places = _sampled_places(freezer, seed)
+        self._held = {
+            name: None if of is None else _held(freezer.parameters[name], of) for name, of in places.items()
+        }
         self._initial = {name: self._sampled(name) for name in freezer.parameters}
         self._initial_step = freezer.step
         self._opened: _Opened | None = None
@@ -111,7 +114,7 @@ class Audit:
             for name, now, before in zip(self.freezer.parameters, sums, opened.checksums, strict=True)
         ]
         moved = sum_over_shards(torch.tensor(counts), sharded=self.freezer.sharded).tolist()
-        self.intervals.append(
+        self._add(
             Interval(
                 start=opened.step,
                 end=self.freezer.step,
@@ -132,6 +135,15 @@ class Audit:
         device = sums[0].device
         by_parameter: list[list[int]] = torch.stack([each.to(device) for each in sums]).tolist()
         return [list(column) for column in zip(*by_parameter, strict=True)]
+
+    def _add(self, interval: Interval) -> None:
+        """One interval for one mask, wherever checkpoints lay: those of a run that was stopped lie elsewhere."""
+        if self.intervals:
+            last = self.intervals[-1]
+            is_same = replace(last, start=interval.start, end=interval.end) == interval
+            if is_same and last.end == interval.start and not interval.moved:
+                interval = replace(interval, start=self.intervals.pop().start)
+        self.intervals.append(interval)
 
     def report(self) -> dict[str, Any]:
         """JSON-able. `frozen_elements_moved` must be 0, unless only gradients were masked.
@@ -173,8 +185,37 @@ class Audit:
             for group, s in zip(sums, totals, strict=True)
         }
 
+    def start_values(self) -> dict[str, Tensor]:
+        """What `drift` measures from: the sampled elements at the start, 1-D, on the CPU; for `set_start`.
+
+        Of a sharded model all ranks must ask for them, and each gets those of all shards.
+        """
+        found = {}
+        for name, parameter in self.freezer.parameters.items():
+            held, values = self._held[name], self._initial[name]
+            if held is None:
+                values = full(as_sharded(values.view_as(local(parameter)), parameter)).flatten()
+            else:
+                values = values.new_zeros(len(held[0])).masked_scatter_(held[0], values)
+                values = sum_over_shards(values, sharded=self.freezer.sharded)
+            found[name] = values.cpu()
+        return found
+
+    def set_start(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Go on measuring from the `start_values` of the run that is continued; they are those of `step`."""
+        self._initial_step = step
+        for name, parameter in self.freezer.parameters.items():
+            held, start = self._held[name], values[name].to(parameter.device)
+            if held is None:
+                self._initial[name] = shard_like(start.view(parameter.shape), parameter).flatten()
+            else:
+                self._initial[name] = start[held[0]]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"intervals": [asdict(interval) for interval in self.intervals]}
+        return {
+            "intervals": [asdict(interval) for interval in self.intervals],
+            "since_step": self._initial_step,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.intervals = [
@@ -187,14 +228,14 @@ class Audit:
 
     def _sampled(self, name: str) -> Tensor:
         values = local(self.freezer.parameters[name]).detach().flatten()
-        indices = self._sample[name]
-        return values.clone() if indices is None else values[indices]
+        held = self._held[name]
+        return values.clone() if held is None else values[held[1]]
 
     def _moved(self, name: str, opened: _Opened) -> int:
         frozen = opened.mask[name].unpack().flatten()
-        indices = self._sample[name]
-        if indices is not None:
-            frozen = frozen[indices]
+        held = self._held[name]
+        if held is not None:
+            frozen = frozen[held[1]]
         now, before = self._sampled(name), opened.values[name]
         return int(((as_words(now) != as_words(before)) & frozen).sum())
 
@@ -217,9 +258,9 @@ def checksums(values: Tensor, *masks: BitMask) -> Tensor:
     return sums
 
 
-def _sampled_indices(freezer: Freezer, seed: int) -> dict[str, Tensor | None]:
-    """Per parameter the sampled positions of the local shard; None = all."""
-    sizes = {name: local(p).numel() for name, p in freezer.parameters.items()}
+def _sampled_places(freezer: Freezer, seed: int) -> dict[str, Tensor | None]:
+    """Per parameter the sampled positions in all of it, the same on all ranks; None = all."""
+    sizes = {name: p.numel() for name, p in freezer.parameters.items()}
     share = SAMPLED_ELEMENTS / max(1, sum(sizes.values()))
     if share >= 1:
         return dict.fromkeys(sizes)
@@ -230,3 +271,15 @@ def _sampled_indices(freezer: Freezer, seed: int) -> dict[str, Tensor | None]:
         )
         for name, size in sizes.items()
     }
+
+
+def _held(parameter: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the `places` in a parameter this rank holds (bool), and where in its shard they are."""
+    if not is_dtensor(parameter):
+        return torch.ones_like(places, dtype=torch.bool), places
+    dim, start, length = shard_range(parameter)
+    size, inner = parameter.shape[dim], math.prod(parameter.shape[dim + 1 :])
+    along = places // inner % size
+    held = (along >= start) & (along < start + length)
+    local_places = (places // (inner * size) * length + along - start) * inner + places % inner
+    return held, local_places[held]

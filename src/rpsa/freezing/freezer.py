@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import Ranking, threshold_rank
 from rpsa.freezing.bits import BitMask
@@ -67,6 +67,20 @@ class Freezer:
         frozen_moments: Literal["zero", "raw"] = "zero",
         zero_fisher: Literal["trainable", "frozen"] = "trainable",
     ) -> None:
+        check_type("model", model, nn.Module, "a torch module")
+        check_type(
+            "fisher", fisher, FisherDiagonal, "a FisherDiagonal, as FisherDiagonal.load(folder) returns it"
+        )
+        if ratio is not None and not hasattr(ratio, "initial"):
+            raise RPSAError(f"ratio is {ratio!r}: give ConstantRatio(0.6), or ConflictRatio()")
+        if ranking is not None:
+            check_type("ranking", ranking, FisherDiagonal, "a FisherDiagonal, as control_scores returns it")
+        for name, value, known in (
+            ("frozen_moments", frozen_moments, ("zero", "raw")),
+            ("zero_fisher", zero_fisher, ("trainable", "frozen")),
+        ):
+            if value not in known:
+                raise RPSAError(f"{name} {value!r} is not one of {', '.join(known)}")
         fisher.check(model)
         _refuse_sparse_gradients(model)
         self._trainable = trainable_parameters(model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_fields
 
 
 class FrozenRatio(Protocol):
@@ -35,7 +35,8 @@ class ConstantRatio:
     every: None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.value) or not 0 <= self.value <= 1:
+        check_fields(self)
+        if not 0 <= self.value <= 1:
             raise RPSAError(f"frozen_ratio {self.value!r} is not a number from 0 to 1")
 
     def initial(self) -> float:
@@ -66,12 +67,11 @@ class ConflictRatio:
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("window", "every"):
+        check_fields(self)
+        for name in ("window", "every", "sigma_scale"):
             value = getattr(self, name)
-            if not _is_number(value) or value != int(value) or value < 1:
-                raise RPSAError(f"{name} must be a whole number greater than 0, not {value!r}")
-        if not _is_number(self.sigma_scale) or self.sigma_scale <= 0:
-            raise RPSAError(f"sigma_scale must be a number greater than 0, not {self.sigma_scale!r}")
+            if not 0 < value < math.inf:
+                raise RPSAError(f"{name} must be a number greater than 0, not {value!r}")
 
     def initial(self) -> float:
         return 0.5
@@ -113,7 +113,3 @@ class NoiseRatio(ConflictRatio):
 
     def update(self, conflict: float) -> float:
         return super().update(random.Random(f"{self.seed}:{len(self.history)}").gauss())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

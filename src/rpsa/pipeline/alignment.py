@@ -2,7 +2,11 @@
 
 import logging
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from rpsa.pipeline.trainers import CHECKPOINTS, make_trainer
 from rpsa.recipe.schema import Cell, Recipe, slug
 from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
-from rpsa.sharding import rank
+from rpsa.sharding import local, on_any_rank, rank, world_size
 from rpsa.tiny import safety_examples
 from rpsa.training.card import write_card
 from rpsa.training.metadata import model_metadata
@@ -64,12 +68,15 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
         recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
     )
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise RPSAError(
+    with stopped_by_sigterm(trainer) as asked:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if asked.is_set() or trainer.state.global_step < trainer.state.max_steps:
+        stopped: type[BaseException] = KeyboardInterrupt if asked.is_set() else RPSAError
+        raise stopped(
             f"{task.name}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "its checkpoint is kept, and the same command goes on from there"
         )
+    refuse_diverged(trainer, task.name)
     save_whole(trainer, folder)
     if rank() > 0:
         return
@@ -82,7 +89,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
             {
                 "history": trainer.state.log_history,
                 "steps": trainer.state.global_step,
-                "seconds": time.perf_counter() - started,
+                "seconds": time.perf_counter() - started + trainer.records.seconds_before,
                 "processes": trainer.accelerator.num_processes,
                 "safety_data": asdict(counts),
                 "rehearsed": rehearsed,
@@ -92,6 +99,45 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
         ),
     )
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+@contextmanager
+def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
+    """Within, SIGTERM ends training after the present step, with a checkpoint; yields whether it came.
+
+    Of one process: ranks would learn of it at different steps, and one that saves alone would wait for the others.
+    """
+    from transformers import TrainerCallback
+
+    asked = threading.Event()
+    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if asked.is_set():
+                control.should_save = control.should_training_stop = True
+
+    trainer.add_callback(Stop())
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def refuse_diverged(trainer: Any, name: str) -> None:
+    """Raise RPSAError if the loss, or a weight, is not finite in the end; all ranks' work."""
+    weights = (local(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+    is_finite = all(bool(part.isfinite().all()) for part in weights)
+    if trainer.records.diverged or on_any_rank(not is_finite):
+        bad = trainer.records.nonfinite
+        since = f" from step {bad['first']} on" if bad else ""
+        raise RPSAError(
+            f"{name}: training diverged, its loss or weights are not finite{since}: lower train.learning_rate, or "
+            "clip gradients (train.max_grad_norm)"
+        )
 
 
 def card_names(recipe: Recipe, cell: Cell, rehearsed: int = 0) -> CardNames:

@@ -94,5 +94,5 @@ def _structure(name: str, fisher: FisherDiagonal) -> tuple[dict[str, tuple[int, 
     classes = {path: type(module).__name__ for path, module in model.named_modules() if path}
     if any("lora_" in scored for scored in fisher):
         return {}, {f"base_model.model.{path}": of_class for path, of_class in classes.items()}
-    fisher.check(model)
+    fisher.check_shapes(model)
     return {n: tuple(p.shape) for n, p in trainable_parameters(model).items()}, classes

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import sha256_of
+from rpsa.artifacts import reading, sha256_of
+from rpsa.checkpoints import load_pretrained
 from rpsa.errors import RPSAError
 from rpsa.recipe.schema import Cell
 from rpsa.recipe.sections import Model
@@ -49,20 +50,19 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
     """On the GPU if there is one, unless FSDP will put it there shard by shard. `dtype` overrides the recipe's.
 
     Raises:
-        RPSAError: there is no such model, or it cannot be read.
+        RPSAError: there is no such model, it cannot be read, or its checkpoint is not whole.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            location(name),
-            revision=model.revision,
-            dtype=dtype or model.dtype,
-            trust_remote_code=model.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise RPSAError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
+    loaded: PreTrainedModel = load_pretrained(
+        AutoModelForCausalLM,
+        location(name),
+        f"model {name}",
+        revision=model.revision,
+        dtype=dtype or model.dtype,
+        trust_remote_code=model.trust_remote_code,
+    )
     will_be_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded else loaded
 
@@ -92,12 +92,10 @@ def vllm_engine(model: Model, own: Mapping[str, Any]) -> dict[str, Any]:
 def load_tokenizer(name: str, model: Model) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"model {name}: its tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location(name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise RPSAError(f"model {name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     return tokenizer
 
 
@@ -156,10 +154,7 @@ def empty_model(name: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with reading(f"model {name}"), torch.device("meta"):
         config = AutoConfig.from_pretrained(location(name))
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise RPSAError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

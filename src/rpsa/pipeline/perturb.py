@@ -1,6 +1,5 @@
 """`rpsa perturb`: Fig. 3 of a saved Fisher and the model that it was measured on."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from rpsa.evaluation.loading import load_tasks
 from rpsa.evaluation.samples import Sample, scores_by_item
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
-from rpsa.parameters import canonical_name, fingerprint
 from rpsa.pipeline.evaluation import questions
 from rpsa.pipeline.graders import REFUSAL, sandbox_for
 from rpsa.pipeline.models import generation_dtype, identity, load_model, load_tokenizer
@@ -29,8 +27,6 @@ from rpsa.recipe.sections import Model
 from rpsa.recipe.sources import source_problem
 
 __all__ = ["PerturbationConfig", "evaluation_settings", "run_perturbation"]
-
-log = logging.getLogger(__name__)
 
 CELLS = "cells.jsonl"
 RESULTS = "results.json"
@@ -44,11 +40,13 @@ def run_perturbation(
     out: Path,
     data_dir: str | None = None,
     described: Model | None = None,
+    *,
+    any_weights: bool = False,
 ) -> None:
     """Evaluate a model under each perturbation; writes `results.json` and the bar chart into `out`.
 
     Cells that `out` holds already are not run again. `described` says in what dtype elements are scaled, and in what
-    the model then generates.
+    the model then generates. With `any_weights` the model need not be the one that the Fisher was measured on.
 
     Raises:
         RPSAError: see `perturb`; or no task has reasoning problems.
@@ -66,7 +64,9 @@ def run_perturbation(
     fisher = FisherDiagonal.load(fisher_folder)
     described = described or Model()
     model: Any = load_model(name, described)
-    _warn_of_another_model(model, fisher)
+    if any_weights:
+        fisher = fisher.for_any_weights()
+    fisher.check_weights(model)
     dtype = generation_dtype(described, on_gpu=has_gpu())
     is_cast = dtype not in ("auto", str(model.dtype).removeprefix("torch."))
     if is_cast:
@@ -164,11 +164,3 @@ def with_weights_of(generating: Any, evaluate: Evaluate) -> Evaluate:
         return evaluate(generating, tokenizer)
 
     return evaluate_cast
-
-
-def _warn_of_another_model(model: Any, fisher: FisherDiagonal) -> None:
-    measured_on = fisher.manifest.get("fingerprint")
-    if measured_on and measured_on != fingerprint(
-        (canonical_name(n), p) for n, p in model.named_parameters()
-    ):
-        log.warning("this Fisher was measured on another model than the one that is perturbed")

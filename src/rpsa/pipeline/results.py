@@ -155,10 +155,7 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
             f"{built['traces']} traces, {built['correct']} correct, {built['truncated']} truncated"
         )
         estimation = json.loads((fisher.folder / "manifest.json").read_text())["estimation"]
-        overlap = ", ".join(f"{k}: {share:.3f}" for k, share in estimation["split_half"].items())
-        fishers[fisher.name] = (
-            f"{estimation['samples']} samples, {estimation['tokens']} tokens; overlap {overlap}"
-        )
+        fishers[fisher.name] = estimated(estimation)
     return {
         "name": recipe.name,
         "versions": package_versions() | {"python": platform.python_version()},
@@ -167,6 +164,13 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
         **_graded_by(recipe),
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
     }
+
+
+def estimated(estimation: Mapping[str, Any]) -> str:
+    """What a Fisher's manifest tells of its estimation; no overlap is known of one sample, or of a few elements."""
+    shares = estimation["split_half"].items()
+    overlap = ", ".join(f"{k}: {'not known' if share is None else f'{share:.3f}'}" for k, share in shares)
+    return f"{estimation['samples']} samples, {estimation['tokens']} tokens; overlap {overlap}"
 
 
 def _graded_by(recipe: Recipe) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import package_versions, sha256_of
+from rpsa.artifacts import package_versions, reading, sha256_of
+from rpsa.checkpoints import load_adapter
 from rpsa.errors import RPSAError
 from rpsa.generation import Generator
 from rpsa.generation.backends import BackendConfig, choose_backend, has_gpu, make_generator
@@ -82,9 +83,7 @@ def loaded_to_generate(base: str, adapter: str | None, model: Model, dtype: str)
 
 def _merged(base: str, adapter: str, model: Model) -> "PreTrainedModel":
     """Added up in the recipe's own dtype: in bf16 a small update of the weights would be rounded away."""
-    from peft import PeftModel
-
-    with_adapter = PeftModel.from_pretrained(load_model(base, model), location(adapter))
+    with_adapter = load_adapter(load_model(base, model), location(adapter), f"adapter {adapter}")
     merged: PreTrainedModel = with_adapter.merge_and_unload()
     return merged
 
@@ -114,11 +113,21 @@ def server_subject(url: str, served: str, tokenizer: str, settings: Evaluate) ->
 
 
 def adapter_base(name: str) -> str | None:
-    """The base model that a LoRA adapter's folder names; None for anything else."""
+    """The base model that a LoRA adapter's folder names; None for anything else.
+
+    Raises:
+        RPSAError: it is an adapter's folder, and names none.
+    """
     config = Path(location(name)) / "adapter_config.json"
     if not config.is_file():
         return None
-    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    with reading(f"adapter {name}: {config.name}"):
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not base:
+        raise RPSAError(
+            f"adapter {name}: {config.name} names no base model: set base_model_name_or_path in it"
+        )
+    return str(base)
 
 
 def _no_model(name: str) -> Any:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpsa.checkpoints import load_adapter
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.pipeline.models import ADAPTER, add_adapter, load_model, training_dtype
@@ -12,7 +13,6 @@ from rpsa.pipeline.tasks import fisher_task, reference_task
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.reference import ReferenceDataset
-from rpsa.sharding import world_size
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,12 +30,11 @@ def make_trainer(
     *,
     quiet: bool,
 ) -> Any:
-    """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's `SFTTrainer`; on the same start."""
+    """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's own; on the same start."""
     from transformers.trainer_callback import PrinterCallback
-    from trl import SFTTrainer
 
     from rpsa.training.alternatives import AlternativesTrainer
-    from rpsa.training.trainer import RPSATrainer
+    from rpsa.training.trainer import ResumableSFTTrainer, RPSATrainer
 
     common: dict[str, Any] = {
         "args": training_arguments(recipe, cell, folder, quiet=quiet),
@@ -48,7 +47,9 @@ def make_trainer(
         reference = reference_task(recipe, cell)
         common["fisher"] = FisherDiagonal.load(fisher.folder) if fisher else None
         common["reference_dataset"] = ReferenceDataset.load(reference.folder) if reference else None
-    trainer_class = SFTTrainer if _is_plain(cell) else RPSATrainer if cell.align else AlternativesTrainer
+    trainer_class: Any = RPSATrainer if cell.align else AlternativesTrainer
+    if _is_plain(cell):
+        trainer_class = ResumableSFTTrainer
     with refusals_of_trl(cell):
         trainer = trainer_class(model=starting_model(recipe, cell), **common)
     trainer.remove_callback(PrinterCallback)
@@ -67,12 +68,15 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
     from rpsa.training.config import RPSAConfig
 
     settings = installed_names(cell.train, SFTConfig)
-    arguments: dict[str, Any] = {"disable_tqdm": quiet} | settings | {"output_dir": str(folder / CHECKPOINTS)}
+    ours = {
+        "output_dir": str(folder / CHECKPOINTS),
+        "enable_jit_checkpoint": False,
+    }  # see `stopped_by_sigterm`
+    arguments: dict[str, Any] = {"disable_tqdm": quiet} | settings | ours
     longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
     with refusals_of_trl(cell):
         if cell.align is not None:
             return RPSAConfig(**arguments, **cell.align.model_dump(), **longest)
-        arguments = {"enable_jit_checkpoint": world_size() == 1} | arguments
         if _is_plain(cell):
             return SFTConfig(**arguments)
         assert cell.alternatives is not None
@@ -105,6 +109,5 @@ def starting_model(recipe: Recipe, cell: Cell) -> Any:
     fisher = fisher_task(recipe, cell)
     if fisher is None:
         return add_adapter(model, cell)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(fisher.folder / ADAPTER), is_trainable=True)
+    folder = fisher.folder / ADAPTER
+    return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)

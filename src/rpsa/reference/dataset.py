@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpsa.artifacts import reading
 from rpsa.chat import IGNORED_LABEL
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
 from rpsa.rows import Row, read_rows
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class ReferenceDataset:
     """D_ref: `traces` in the order of the problems, and a `manifest` of how they came about."""
 
     def __init__(self, traces: Sequence[Trace], manifest: Mapping[str, Any] | None = None) -> None:
+        for number, trace in enumerate(traces):
+            check_type(f"trace {number}", trace, Trace, "a Trace")
         if not traces:
             raise RPSAError("D_ref has no traces: every response was empty or filtered out")
         self.traces = list(traces)
@@ -54,11 +57,13 @@ class ReferenceDataset:
     @classmethod
     def load(cls, path_dir: str | Path) -> "ReferenceDataset":
         """Read what `build_reference` wrote. Raises RPSAError if it is missing or unfinished."""
+        check_type("path_dir", path_dir, str | Path, "the folder of a D_ref")
         folder = Path(path_dir)
         if not (folder / "manifest.json").is_file() or not (folder / "traces.jsonl").is_file():
             raise RPSAError(f"{folder} holds no finished D_ref (traces.jsonl, manifest.json): build it first")
         traces = [trace_of(row) for row in read_rows(folder / "traces.jsonl")]
-        return cls(traces, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        with reading(f"D_ref {folder}"):
+            return cls(traces, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
 
     def batches(self, batch_size: int, max_length: int | None) -> Iterator[dict[str, Any]]:
         """Every trace once, sorted by length, for `rpsa.fisher.estimators.estimate_fisher`.
@@ -67,6 +72,9 @@ class ReferenceDataset:
         prompt fills it is left out. Each batch holds `input_ids`, `attention_mask` and `labels` (B, T) int64,
         right-padded, labels unshifted with -100 on prompt and padding, and `sample_ids`, the problem ids.
         """
+        check_type("batch_size", batch_size, int, "a whole number")
+        if batch_size < 1:
+            raise RPSAError(f"batch_size is {batch_size}: give 1 or more")
         traces = sorted(
             self._usable(max_length), key=lambda trace: min(trace.length, max_length or trace.length)
         )
@@ -87,6 +95,7 @@ class ReferenceDataset:
         """Traces with a response token left under `max_length`; logs once what that cuts."""
         if max_length is None:
             return self.traces
+        check_type("max_length", max_length, int, "a whole number of tokens, or None")
         usable = [trace for trace in self.traces if len(trace.prompt_ids) < max_length]
         if max_length not in self._reported:
             self._reported.add(max_length)
@@ -118,11 +127,16 @@ class ReferenceDataset:
 def trace_of(row: Row) -> Trace:
     """A stored trace. Raises RPSAError, naming the row, if it is none."""
     try:
-        return Trace(**row.fields)
+        trace = Trace(**row.fields)
     except TypeError as error:
         raise RPSAError(
             f"{row.where} is not a trace ({error}): delete the file and build D_ref again"
         ) from error
+    for name in ("prompt_ids", "response_ids"):
+        ids = getattr(trace, name)
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise RPSAError(f"{row.where} is not a trace: its {name} are not token ids; build D_ref again")
+    return trace
 
 
 def _right_padded(rows: Sequence[list[int]], value: int) -> Tensor:

@@ -30,5 +30,6 @@ def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
     table.add_column("relative drift", justify="right")
     table.add_column("elements changed", justify="right")
     for group, drift in audit["drift"]["groups"].items():
-        table.add_row(group, f"{drift['relative']:.2e}", f"{drift['changed']:.1%}")
+        relative = drift["relative"]  # None where weights are no numbers
+        table.add_row(group, "–" if relative is None else f"{relative:.2e}", f"{drift['changed']:.1%}")
     console.print(table)

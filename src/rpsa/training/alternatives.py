@@ -1,5 +1,6 @@
 """The alternatives to freezing inside a Hugging Face trainer, to be compared with RPSA under the same settings."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,15 @@ from rpsa.alternatives.projection import Projection
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.reference import ReferenceDataset
-from rpsa.training.config import refuse_unsupported
+from rpsa.training.config import (
+    check_own_fields,
+    refuse_order,
+    refuse_unsupported,
+    refuse_unsupported_ranks,
+)
 from rpsa.training.engines import refuse_engines
 from rpsa.training.reasoning_trainer import ReasoningMixin
+from rpsa.training.records import check_args
 
 
 @dataclass
@@ -51,18 +58,24 @@ class AlternativesArguments:
         default=4096, metadata={"help": "Tokens of a reasoning trace that the reasoning gradient sees."}
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_order(cls, AlternativesArguments, TrainingArguments)
+
     def __post_init__(self) -> None:
+        check_own_fields(self, AlternativesArguments)
         for name, choices in (("penalty", ("fisher", "uniform")), ("projection", ("agem", "signs"))):
             if getattr(self, name) not in (None, *choices):
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if self.penalty_strength < 0:
-            raise RPSAError(f"penalty_strength {self.penalty_strength!r} is negative")
+        if not 0 <= self.penalty_strength < math.inf:
+            raise RPSAError(f"penalty_strength {self.penalty_strength!r} is negative, or no number")
         for name in ("interpolation", "restored_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not between 0 and 1")
         refuse_unsupported(self)
         refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
+        refuse_unsupported_ranks(self)
 
     @property
     def needs_fisher(self) -> bool:
@@ -98,11 +111,8 @@ class AlternativesMixin(ReasoningMixin):
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
+        check_args(self, args, kwargs, AlternativesArguments)
         super().__init__(*args, fisher=fisher, reference_dataset=reference_dataset, **kwargs)
-        if not isinstance(self.args, AlternativesArguments):
-            raise RPSAError(
-                "args must include AlternativesArguments: class MyConfig(AlternativesArguments, ...)"
-            )
         if self.args.needs_fisher and self.fisher is None:
             raise RPSAError("penalty 'fisher' and restored_ratio go by the Fisher: give fisher")
         if self.args.projection and self.reference_dataset is None:
@@ -161,7 +171,10 @@ class _AlternativesCallback(TrainerCallback):
             trainer.keep_start()
         if settings.penalty:
             assert trainer.start is not None
-            fisher = trainer.fisher if settings.penalty == "fisher" else None
+            fisher = None
+            if settings.penalty == "fisher":
+                assert trainer.fisher is not None
+                fisher = trainer.fisher.for_any_weights()  # the trainer has compared them
             trainer.weight_penalty = WeightPenalty(model, trainer.start, fisher, settings.penalty_strength)
         if settings.projection:
             trainer.gradient_projection = Projection(model, settings.projection)
@@ -177,7 +190,7 @@ class _AlternativesCallback(TrainerCallback):
         if settings.restored_ratio > 0:
             assert trainer.start is not None
             assert trainer.fisher is not None
-            restore(model, trainer.start, trainer.fisher, settings.restored_ratio)
+            restore(model, trainer.start, trainer.fisher.for_any_weights(), settings.restored_ratio)
         if settings.interpolation < 1:
             assert trainer.start is not None
             interpolate(model, trainer.start, settings.interpolation)

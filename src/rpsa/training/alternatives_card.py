@@ -43,7 +43,7 @@ def alternatives_section(metadata: Mapping[str, Any]) -> str:
         done["projection"]
         and f"Taken out of the safety gradient at every step: {projections[done['projection']]}.",
         done["rehearsed"]
-        and f"Rehearsal: {done['rehearsed']:,} of the {metadata['safety_data']['examples']:,} rows trained on are "
+        and f"Rehearsal: {done['rehearsed']:,} of the {_count(metadata['safety_data']['examples'])}rows trained on are "
         "the model's own responses to reasoning problems.",
         done["restored_ratio"]
         and f"After training, {done['restored_ratio']:g} of the elements with non-zero Fisher information, those "
@@ -51,3 +51,7 @@ def alternatives_section(metadata: Mapping[str, Any]) -> str:
         done["interpolation"] < 1
         and f"After training, the weights were interpolated: {done['interpolation']:g} of the way from the start.",
     )
+
+
+def _count(rows: int | None) -> str:
+    return "" if rows is None else f"{rows:,} "

@@ -8,12 +8,15 @@ exactness in hooks of the optimizer itself.
 
 import logging
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from rpsa.artifacts import reading
 from rpsa.errors import RPSAError
 from rpsa.freezing.audit import Audit
 from rpsa.freezing.freezer import Freezer
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from rpsa.training.trainer import RPSAMixin
 
 log = logging.getLogger(__name__)
+
+AUDIT_START = "rpsa_audit_start.safetensors"
+"""In a checkpoint, if there is an audit: the sampled weights that training started from."""
 
 
 class RPSACallback(TrainerCallback, ExportableState):
@@ -52,13 +58,13 @@ class RPSACallback(TrainerCallback, ExportableState):
         self.freezer = freezer = self._make_freezer(model)
         self.trajectory = []
         freezer.attach(kwargs["optimizer"])
+        freezer.step = state.global_step
         self.audit = Audit(freezer, args.seed) if self.trainer.args.audit else None
+        self._measure_shares()
         if state.global_step > 0:
             self._resume(state)
-        freezer.step = state.global_step
         if self.audit is not None:
             self.audit.open()
-        self._measure_shares()
         self._between_steps = self._state()
         self._warn_if_never_dynamic(state.max_steps)
 
@@ -69,7 +75,7 @@ class RPSACallback(TrainerCallback, ExportableState):
             ranking = control_scores(args.mask, fisher, trainable_parameters(model), args.seed)
         return Freezer(
             model,
-            fisher,
+            fisher.for_any_weights(),  # the trainer has compared them
             args.ratio(),
             ranking=ranking,
             gradient_only=args.gradient_only,
@@ -196,9 +202,18 @@ class RPSACallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Asked for when a checkpoint is written, on one rank alone; `end_interval` has been called on all."""
-        if self.audit is None:
-            return {"args": {}, "attributes": self._between_steps}
-        return {"args": {}, "attributes": self._between_steps | {"audit": self.audit.state_dict()}}
+        attributes = self._between_steps | {"unsaid": self._shares}
+        if self.audit is not None:
+            attributes["audit"] = self.audit.state_dict()
+        return {"args": {}, "attributes": attributes}
+
+    def save_start(self, folder: Path) -> None:
+        """Write what drift is measured from into a checkpoint; all ranks' work."""
+        assert self.audit is not None
+        values = self.audit.start_values()
+        if self.trainer.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(values, folder / AUDIT_START)
 
     def _resume(self, state: TrainerState) -> None:
         assert self.freezer is not None
@@ -213,5 +228,11 @@ class RPSACallback(TrainerCallback, ExportableState):
         attributes = saved["attributes"]
         self.freezer.load_state_dict(attributes["freezer"])
         self.trajectory = list(attributes["trajectory"])
+        self._measure_shares()
+        self._shares = attributes["unsaid"]
         if self.audit is not None and "audit" in attributes:
             self.audit.load_state_dict(attributes["audit"])
+            assert self.trainer.resumed_from is not None
+            with reading(f"checkpoint {self.trainer.resumed_from}: {AUDIT_START}"):
+                start = load_file(self.trainer.resumed_from / AUDIT_START)
+            self.audit.set_start(start, attributes["audit"]["since_step"])

@@ -114,14 +114,12 @@ def _training(metadata: Mapping[str, Any]) -> str:
         + (f" of {training['planned_steps']:,} planned: unfinished" if unfinished else "")
         + (best + later if training["best_step"] else "")
         + f". {training['trainable_parameters']:,} of {training['parameters']:,} parameters were trainable.",
-        f"Adapter: {adapter['type']}, r {adapter['r']}, alpha {adapter['lora_alpha']}, dropout "
-        f"{adapter['lora_dropout']}, on `{adapter['target_modules']}`."
-        if adapter
-        else None,
+        _adapter(adapter) if adapter else None,
         f"Batch size {training['batch_size']}, learning rate {training['learning_rate']:g} "
         f"({training['lr_scheduler']}, {training['warmup_steps']} warmup steps), {training['optimizer']}, weight decay "
         f"{training['weight_decay']:g}, gradients clipped at {training['max_grad_norm']:g}, maximal length "
-        f"{training['max_length']}, seed {training['seed']}, {', '.join(training['dtype'])} weights{autocast}.",
+        f"{training['max_length'] or 'not set'}, seed {training['seed']}, {', '.join(training['dtype'])} "
+        f"weights{autocast}.",
         f"Last loss{later}: {', '.join(losses)}." if losses else None,
         "Versions: "
         + ", ".join(f"{package} {version}" for package, version in metadata["versions"].items())
@@ -129,9 +127,23 @@ def _training(metadata: Mapping[str, Any]) -> str:
     )
 
 
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    settings = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    known = [f"{word} {adapter[name]}" for word, name in settings.items() if adapter[name] is not None]
+    known += [f"on `{adapter['target_modules']}`"] if adapter["target_modules"] else []
+    return f"Adapter: {', '.join([adapter['type'], *known])}."
+
+
 def _limits(metadata: Mapping[str, Any]) -> str:
-    freezing, trajectory = metadata["freezing"], metadata["trajectory"]
+    freezing, trajectory, training = metadata["freezing"], metadata["trajectory"], metadata["training"]
+    bad = training["nonfinite"]
     return bullets(
+        "The training diverged: its last loss, or a weight, is not a finite number. The model is of no use."
+        if training["diverged"]
+        else None,
+        bad
+        and f"The loss was not finite in {bad['steps']:,} of {training['steps']:,} steps, the first of them "
+        f"{bad['first']:,}.",
         "An attack success rate is not safety. It is the share of one set of requests that one judge took for "
         "complied with; other attacks, languages, longer conversations and other sampling settings may do better.",
         "A judge errs, and another judge gives other rates: compare only rates of the same one.",

@@ -2,13 +2,26 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_fields, refuse_text_for_numbers
+from rpsa.freezing.masks import Mask
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio, NoiseRatio
 from rpsa.training.engines import refuse_engines
+
+
+def refuse_order(cls: type, ours: type, theirs: type) -> None:
+    """Raise RPSAError if a class has `ours` after `theirs` among its bases, where it would never be asked."""
+    order = cls.__mro__
+    if theirs in order and ours in order and order.index(theirs) < order.index(ours):
+        first, second = (next(b for b in cls.__bases__ if issubclass(b, of)) for of in (ours, theirs))
+        raise RPSAError(
+            f"class {cls.__name__}: put {first.__name__} before {second.__name__} in the bases; after it, it does "
+            "nothing"
+        )
 
 
 @dataclass
@@ -57,28 +70,34 @@ class RPSAArguments:
         default=True,
         metadata={"help": "Checksum the frozen set, and write rpsa_audit.json beside the model."},
     )
-    enable_jit_checkpoint: bool = field(
-        default=True, metadata={"help": "Save a checkpoint on SIGTERM and stop; one process only."}
-    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_order(cls, RPSAArguments, TrainingArguments)
 
     def __post_init__(self) -> None:
         if self.frozen_ratio not in ("dynamic", "noise"):
             try:
+                if isinstance(self.frozen_ratio, bool):
+                    raise TypeError
                 self.frozen_ratio = float(self.frozen_ratio)  # type: ignore[assignment]
-            except ValueError:
+            except (ValueError, TypeError):
                 raise RPSAError(
                     f"frozen_ratio {self.frozen_ratio!r} is neither 'dynamic', 'noise' nor a number from 0 to 1"
                 ) from None
+        check_own_fields(self, RPSAArguments, but="frozen_ratio")
         self.ratio()
-        for name, choices in (("frozen_moments", ("zero", "raw")), ("zero_fisher", ("trainable", "frozen"))):
+        for name, choices in (
+            ("mask", get_args(Mask)),
+            ("frozen_moments", ("zero", "raw")),
+            ("zero_fisher", ("trainable", "frozen")),
+        ):
             if getattr(self, name) not in choices:
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
         refuse_unsupported(self)
         refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
-        if getattr(self, "world_size", 1) > 1:
-            # ranks learn of a signal at different steps, and one that saves alone would wait for the others
-            self.enable_jit_checkpoint = False
+        refuse_unsupported_ranks(self)
 
     def ratio(self) -> FrozenRatio:
         """A fresh `ConstantRatio`, `ConflictRatio` or `NoiseRatio`; the last draws by the run's seed."""
@@ -93,6 +112,25 @@ class RPSAArguments:
 @dataclass
 class RPSAConfig(RPSAArguments, SFTConfig):
     """`SFTConfig` and the settings of RPSA."""
+
+
+def check_own_fields(args: Any, ours: type, but: str = "") -> None:
+    """Raise RPSAError for what cannot be: a field of `ours` of another type, or text where TRL wants a number."""
+    if not isinstance(args, TrainingArguments):
+        raise RPSAError(f"{ours.__name__} goes before a config: class MyConfig({ours.__name__}, SFTConfig)")
+    check_fields(args, of=ours, but=but)
+    refuse_text_for_numbers(args)
+    if args.reference_max_length is not None and args.reference_max_length < 1:
+        raise RPSAError(f"reference_max_length is {args.reference_max_length}: give 1 or more, or None")
+
+
+def refuse_unsupported_ranks(args: Any) -> None:
+    """Raise RPSAError for what one process can do and several cannot."""
+    if getattr(args, "enable_jit_checkpoint", False) and args.world_size > 1:
+        raise RPSAError(
+            "enable_jit_checkpoint is for one process: ranks learn of a signal at different steps, and one that saves "
+            "alone would wait for the others; leave it off, and set save_steps"
+        )
 
 
 _UNSUPPORTED_OPTIMIZERS = ("8bit", "4bit", "bnb", "galore", "apollo", "lomo", "grokadamw", "schedule_free")

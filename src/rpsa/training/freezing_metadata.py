@@ -60,6 +60,7 @@ def _fisher(fisher: "FisherDiagonal") -> dict[str, Any]:
         "skipped": len(estimation.get("skipped", [])),
         "lora_a_nonzero": _lora_a_nonzero(fisher.scores),
         "weights_fingerprint": manifest.get("fingerprint"),
+        "any_weights": bool(manifest.get("any_weights")),
         "data_fingerprint": manifest.get("data_fingerprint"),
         "fingerprint": fingerprint(fisher.scores),
     }

@@ -106,25 +106,38 @@ def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
         return [f"Scores of unknown origin, with the fingerprint `{fisher['fingerprint']}`."]
     skipped = f" ({fisher['skipped']} more skipped)" if fisher["skipped"] else ""
     scope = f", scope `{fisher['scope']}`" if fisher["scope"] else ""
+    tokens = f" with {fisher['tokens']:,} response tokens" if fisher["tokens"] is not None else ""
     overlap = ", ".join(
-        f"{share:.3f} for the top {float(k):.0%}" for k, share in fisher["split_half"].items()
+        f"{share:.3f} for the top {float(k):.0%}"
+        for k, share in (fisher["split_half"] or {}).items()
+        if share is not None
     )
+    prints = {
+        "scores": "fingerprint",
+        "samples": "data_fingerprint",
+        "measured on the weights": "weights_fingerprint",
+    }
     return [
-        f"Estimated on {fisher['samples']:,} samples{skipped} with {fisher['tokens']:,} response tokens, by "
+        f"Estimated on {fisher['samples']:,} samples{skipped}{tokens}, by "
         f"`{fisher['estimator']}` (probes {fisher['probes']}, seed {fisher['seed']}{scope}), once, before training.",
-        f"Agreement of its two halves (chance is the share itself): {overlap}." if overlap else None,
-        f"Fingerprints: scores `{fisher['fingerprint']}`, samples `{fisher['data_fingerprint']}`, measured on the "
-        f"weights `{fisher['weights_fingerprint']}`.",
+        "Used on other weights than it was measured on, which was asked for."
+        if fisher["any_weights"]
+        else None,
+        f"Agreement of its two halves (chance is the share itself): {overlap or 'not known'}.",
+        f"Fingerprints: {', '.join(f'{of} `{fisher[name]}`' for of, name in prints.items() if fisher[name])}.",
     ]
 
 
 def _reference(reference: Mapping[str, Any]) -> list[str | None]:
     sampled = f", sampled from `{reference['sampled_from']}`" if reference["sampled_from"] else ""
     problems = f" to problems of `{reference['problems']}`" if reference["problems"] else ""
-    settings = "" if reference["temperature"] is None else (
-        f" Temperature {reference['temperature']:g}, top-p {reference['top_p']:g}, at most "
-        f"{reference['max_new_tokens']:,} tokens."
-    )  # fmt: skip
+    forms = {
+        "temperature": "temperature {:g}",
+        "top_p": "top-p {:g}",
+        "max_new_tokens": "at most {:,} tokens",
+    }
+    known = [form.format(reference[name]) for name, form in forms.items() if reference[name] is not None]
+    settings = f" {', '.join(known).capitalize()}." if known else ""
     return [
         f"Reasoning data: {reference['traces']:,} responses{problems}{sampled}; {reference['correct']:,} known to be "
         f"correct, {reference['truncated']:,} truncated, {reference['response_tokens']:,} tokens.{settings} SHA-256 "

@@ -13,7 +13,7 @@ from typing import Any
 
 from rpsa.artifacts import package_versions, sha256_of
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
-from rpsa.sharding import is_sharded
+from rpsa.sharding import is_sharded, local
 from rpsa.training.alternatives_card import alternatives_metadata
 from rpsa.training.freezing_metadata import freezing_metadata, measured_metadata
 from rpsa.training.names import CardNames, hub_id, public_name
@@ -29,7 +29,8 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
     """JSON-able facts about the model that `trainer` (any Hugging Face trainer) holds now.
 
     `freezing`, `fisher`, `reference`, `trajectory`, `audit` and `alternatives` are None where there is no such
-    thing, as all are after plain fine-tuning. Calls no collective: one rank can do it alone.
+    thing, as all are after plain fine-tuning. `training` tells of steps whose loss was not finite (`nonfinite`), and
+    whether it is not in the end, or weights are not (`diverged`). Calls no collective: one rank can do it alone.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     measured = measured_metadata(trainer, names) if hasattr(trainer, "reference_dataset") else {}
@@ -135,13 +136,16 @@ def _training(trainer: Any, model: Any) -> dict[str, Any]:
         "max_grad_norm": args.max_grad_norm,
         "max_length": getattr(args, "max_length", None),
         "seed": args.seed,
+        "nonfinite": trainer.records.nonfinite if hasattr(trainer, "records") else None,
+        "diverged": any(not bool(local(p).isfinite().all()) for p in trainable)
+        or (hasattr(trainer, "records") and trainer.records.diverged),
         **{name: _json_number(values[-1]) if values else None for name, values in losses.items()},
     }
 
 
-def _json_number(value: float) -> float | str:
-    """JSON knows neither NaN nor infinity, and a run that diverged must be saved all the same."""
-    return value if math.isfinite(value) else str(value)
+def _json_number(value: float | None) -> float | str:
+    """JSON knows neither NaN nor infinity, which a log has as None; a run that diverged must be saved all the same."""
+    return value if value is not None and math.isfinite(value) else "nan"
 
 
 def _safety_data(dataset: Any, name: str | None) -> dict[str, Any]:

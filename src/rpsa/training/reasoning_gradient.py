@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from rpsa.evaluation_mode import evaluation_mode
-from rpsa.fisher.log_probs import label_log_probs
-from rpsa.fisher.samples import Responses, read_samples
+from rpsa.fisher.log_probs import response_log_probs
+from rpsa.fisher.samples import Samples, read_samples
 
 
 def reasoning_backward(
@@ -35,14 +35,7 @@ def reasoning_backward(
             accelerator.backward(negative_log_likelihood(model, part, accelerator.device) * scale)
 
 
-def negative_log_likelihood(model: nn.Module, samples: Any, device: torch.device) -> torch.Tensor:
-    """Summed over the response tokens of samples that `read_samples` read."""
-    responses: Responses = samples.responses(device)
-    logits_BTV = model(
-        input_ids=samples.input_ids.to(device),
-        attention_mask=samples.attention_mask.to(device),
-        use_cache=False,
-    ).logits
-    length = logits_BTV.shape[1]
-    rows = responses.rows * length + responses.positions - 1
-    return -label_log_probs(logits_BTV.flatten(0, 1), rows, responses.labels).sum()
+def negative_log_likelihood(model: nn.Module, samples: Samples, device: torch.device) -> torch.Tensor:
+    """Summed over the response tokens."""
+    log_probs, _ = response_log_probs(model, samples, device)
+    return -log_probs.sum()

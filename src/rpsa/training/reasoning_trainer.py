@@ -1,23 +1,22 @@
 """What every trainer that protects reasoning needs: a Fisher, D_ref, the gradient g_R, and the moment to act."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
+from rpsa.evaluation_mode import evaluation_mode
 from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.fisher.log_probs import check_causal
+from rpsa.fisher.samples import read_samples, refuse_foreign_ids
 from rpsa.reference import ReferenceDataset
 from rpsa.training.engines import refuse_accelerator, refuse_model
 from rpsa.training.reasoning_gradient import reasoning_backward
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
+from rpsa.training.records import RecordsMixin, given
 
 
-class ReasoningMixin(_Trainer):
+class ReasoningMixin(RecordsMixin):
     """The base of `RPSAMixin` and `AlternativesMixin`: goes before a `Trainer` subclass, as they do.
 
     Raises:
@@ -33,7 +32,8 @@ class ReasoningMixin(_Trainer):
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        model = kwargs["model"] if "model" in kwargs else args[0]
+        fisher, reference_dataset = _fisher(fisher), _reference(reference_dataset)
+        model: Any = given(self, args, kwargs).get("model")
         has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         refuse_model(model, has_adapter=has_adapter)
         quantized = getattr(model, "is_quantized", False)
@@ -43,16 +43,23 @@ class ReasoningMixin(_Trainer):
             # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
             parameter.data = weights.to(parameter.device)
         refuse_accelerator(self.accelerator, self.args.n_gpu)
-        if isinstance(fisher, str | Path):
-            fisher = FisherDiagonal.load(fisher)
-        if isinstance(reference_dataset, str | Path):
-            reference_dataset = ReferenceDataset.load(reference_dataset)
+        self._starts_elsewhere = False
         if fisher is not None:
-            fisher.check(self.model)
+            fisher.check_shapes(self.model)
             if self.accelerator.is_main_process:  # the others may not have read the weights yet
-                fisher.check_adapter(self.model)
+                # trained weights are what a run has that goes on, and only `train` knows whether one does
+                self._starts_elsewhere = fisher.check_related(self.model) == "trained"
+        if reference_dataset is not None:
+            tokens = max(max(*t.prompt_ids, *t.response_ids, 0) for t in reference_dataset.traces)
+            refuse_foreign_ids(self.model, "D_ref", tokens)
         self.fisher = fisher
         self.reference_dataset = reference_dataset
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._starts_elsewhere and not resume_from_checkpoint:
+            assert self.fisher is not None
+            self.fisher.check_weights(self.model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -75,4 +82,24 @@ class ReasoningMixin(_Trainer):
         )
         first = self.accelerator.process_index * ours
         part = {key: batch[key][first : first + ours] for key in ("input_ids", "attention_mask", "labels")}
+        if measurement == 0:
+            [samples] = read_samples([part])
+            with evaluation_mode(self.model_wrapped):
+                check_causal(self.model_wrapped, samples, self.accelerator.device)
         reasoning_backward(self.model_wrapped, part, self.accelerator, micro)
+
+
+def _fisher(given: FisherDiagonal | str | Path | None) -> FisherDiagonal | None:
+    if isinstance(given, str | Path):
+        return FisherDiagonal.load(given)
+    check_type(
+        "fisher", given, FisherDiagonal | None, "what estimate_fisher(model, batches) returns, or its folder"
+    )
+    return given
+
+
+def _reference(given: ReferenceDataset | str | Path | None) -> ReferenceDataset | None:
+    if isinstance(given, str | Path):
+        return ReferenceDataset.load(given)
+    check_type("reference_dataset", given, ReferenceDataset | None, "a ReferenceDataset, or its folder")
+    return given

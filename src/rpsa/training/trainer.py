@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from rpsa.artifacts import AUDIT_FILE
+from rpsa.artifacts import AUDIT_FILE, atomic_write, without_nan
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.freezer import Freezer
@@ -17,6 +17,7 @@ from rpsa.training.config import RPSAArguments
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
 from rpsa.training.reasoning_trainer import ReasoningMixin
+from rpsa.training.records import RecordsMixin, check_args
 
 
 class RPSAMixin(ReasoningMixin):
@@ -37,13 +38,16 @@ class RPSAMixin(ReasoningMixin):
     def __init__(
         self,
         *args: Any,
-        fisher: FisherDiagonal | str | Path,
+        fisher: FisherDiagonal | str | Path | None = None,
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
+        if fisher is None:
+            raise RPSAError(
+                "fisher is None: give what estimate_fisher(model, batches) returns, or its folder"
+            )
+        check_args(self, args, kwargs, RPSAArguments)
         super().__init__(*args, fisher=fisher, reference_dataset=reference_dataset, **kwargs)
-        if not isinstance(self.args, RPSAArguments):
-            raise RPSAError("args must include RPSAArguments: class MyConfig(RPSAArguments, ...)")
         if self.args.ratio().every is not None and self.reference_dataset is None:
             raise RPSAError(
                 f"frozen_ratio {self.args.frozen_ratio!r} measures the reasoning gradient on D_ref: "
@@ -76,14 +80,17 @@ class RPSAMixin(ReasoningMixin):
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             if report is not None:
-                (folder / AUDIT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+                atomic_write(folder / AUDIT_FILE, json.dumps(without_nan(report), indent=1) + "\n")
             write_card(folder, model_metadata(self, CardNames(model=self._hub_name())))
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.rpsa.end_interval()
         if self.rpsa.audit is not None:
             self.rpsa.report()  # all ranks' work; the model card, which TRL has one rank write, reads it
-        super()._save_checkpoint(*args, **kwargs)
+            self.rpsa.save_start(
+                Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            )
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self,
@@ -117,3 +124,7 @@ class RPSAMixin(ReasoningMixin):
 
 class RPSATrainer(RPSAMixin, SFTTrainer):
     """TRL's `SFTTrainer` with reasoning-critical parameters frozen: same arguments, `RPSAConfig`, and D_ref."""
+
+
+class ResumableSFTTrainer(RecordsMixin, SFTTrainer):
+    """TRL's `SFTTrainer`, whose records are those of the whole run also where it was resumed."""

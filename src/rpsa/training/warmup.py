@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rpsa.evaluation_mode import evaluation_mode
+from rpsa.fisher.log_probs import check_causal
 from rpsa.fisher.samples import read_samples
 from rpsa.training.reasoning_gradient import negative_log_likelihood
 
@@ -26,8 +27,10 @@ def warm_up(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rat
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     device = parameters[0].device
     with evaluation_mode(model):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             [samples] = read_samples([batch])
+            if number == 0:
+                check_causal(model, samples, device)
             tokens = int(samples.response_lengths.sum())
             (negative_log_likelihood(model, samples, device) / tokens).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import sha256_of
+from rpsa.artifacts import reading, sha256_of
+from rpsa.checkpoints import load_pretrained
 from rpsa.errors import RPSAError
 
 if TYPE_CHECKING:
@@ -25,14 +26,21 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    called = f"judge model {name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        config = _without_chunks(name, revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, **({"config": config} if config else {})
+        with reading(called):
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            config = _without_chunks(name, revision)
+        model = load_pretrained(
+            AutoModelForCausalLM,
+            name,
+            called,
+            revision=revision,
+            dtype=dtype,
+            **({"config": config} if config else {}),
         )
-    except (OSError, ValueError) as error:
-        raise RPSAError(_reason(name, error)) from error
+    except RPSAError as error:
+        raise RPSAError(_gated(name, str(error.__cause__)) or str(error)) from error
     identity: dict[str, Any] = {
         "id": name,
         "revision": _revision(name, revision),
@@ -78,10 +86,10 @@ def _revision(name: str, revision: str | None) -> str | None:
     return revision
 
 
-def _reason(name: str, error: Exception) -> str:
-    text = str(error)
+def _gated(name: str, text: str) -> str | None:
+    """What to do about a gated model; None if it is something else."""
     if "gated repo" not in text:
-        return f"judge model {name}: cannot be loaded: {text.strip().partition(chr(10))[0]}"
+        return None
     # an adapter's base may be the one that is gated
     closed = re.search(r"https?://[^/\s]+/([\w.-]+/[\w-][\w.-]*[\w-])", text)
     gated = closed[1] if closed else name
