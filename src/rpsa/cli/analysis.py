@@ -46,6 +46,7 @@ def perturb(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(help="The longest response.")] = 32768,
     batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 16,
+    thought: Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")] = "auto",
 ) -> None:
     """Scale the elements with the highest Fisher, or others, and measure what reasoning loses (Fig. 3).
 
@@ -53,6 +54,7 @@ def perturb(
     selections or draws it runs only what is new.
     """
     with readable_errors():
+        from rpsa.pipeline.models import said_model
         from rpsa.pipeline.perturb import PerturbationConfig, evaluation_settings, run_perturbation
 
         settings = evaluation_settings(
@@ -70,7 +72,8 @@ def perturb(
             draws=draws,
             seed=seed,
         )
-        run_perturbation(model, fisher, settings, config, out)
+        described = said_model(thought)
+        run_perturbation(model, fisher, settings, config, out, described=described)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ def measure(
 def respond(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
 ) -> list[str]:
-    """Greedy responses, each from after the `<think>` that the template opens."""
+    """Greedy responses, each from after the thought's opening, which the template writes."""
     from rpsa.generation.transformers import TransformersGenerator
 
     rendered = [render_prompt(tokenizer, prompt) for prompt in prompts]
