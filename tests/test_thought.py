@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from real_format import small_qwen2
 from thought_families import FAMILIES, THINKING, Family
 
@@ -25,6 +27,7 @@ from rpsa.evaluation.judges.rubrics import read_xstest
 from rpsa.evaluation.loading import load_tasks
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.evaluation.samples import METRICS, set_rates
+from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation import Completion, Sampling
 from rpsa.generation.decoding import ResponseDecoder
 from rpsa.generation.transformers import TransformersGenerator
@@ -37,7 +40,9 @@ from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Evaluate, Thought
 from rpsa.reference import Problem, ReferenceConfig, build_reference
 from rpsa.thought import HARMONY, KNOWN, NO_THOUGHT, THINK, ThoughtFormat
+from rpsa.training.config import RPSAConfig
 from rpsa.training.safety_data import SafetyExample, load_safety_data, tokenize_safety_data
+from rpsa.training.trainer import RPSATrainer
 
 PROMPT = "Is 7 prime?"
 DATA = "<think>\n7 has no divisors.\n</think>\n\nThe answer is yes."
@@ -553,6 +558,102 @@ def test_a_recipe_and_a_command_say_it_and_a_plan_shows_it() -> None:
         check_settings(load_recipe(recipe, ["model.thought=none"]))
     with pytest.raises(RPSAError, match="thought: none, but by its chat template"):
         evaluate_command(EvaluateCommand("tiny:0", ["rpsa_tiny_add"], thought="none"))
+
+
+# data that a trainer is given as it is
+
+
+def chat(response: str, **apart: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": response, **apart}]
+
+
+LONG = "so " * 300
+KEPT = {"messages": chat("[THINK]a thought[/THINK]No.")}  # R1's template knows nothing of these words
+DELETED = {"messages": chat("<think>a thought</think>No.")}
+
+
+def make_trainer(name: str, rows: Any, folder: Path, **settings: Any) -> RPSATrainer:
+    model = small_qwen2(len(TOKENIZERS[name]))
+    args = RPSAConfig(
+        output_dir=str(folder), frozen_ratio=0.5, use_cpu=True, bf16=False, report_to="none", **settings
+    )
+    fisher = FisherDiagonal({name: torch.ones_like(p) for name, p in model.named_parameters()})
+    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    return RPSATrainer(
+        model=model, args=args, train_dataset=data, processing_class=TOKENIZERS[name], fisher=fisher
+    )
+
+
+def said_by_trainer(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "rpsa.training.kept"]
+
+
+def test_a_template_that_deletes_thoughts_is_said_with_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    apart = {"prompt": chat("")[:1], "completion": chat("No.", reasoning_content="a thought")[1:]}
+    greeting = {"messages": chat("Hello!")}
+    for rows, deleted in (([DELETED] * 3, 3), ([DELETED, greeting], 1), ([apart], 1)):
+        with pytest.raises(RPSAError) as error:
+            make_trainer("R1 distill", rows, tmp_path)
+        assert str(error.value) == (
+            "no thought in the training data reaches the model: the chat template deletes the thoughts of "
+            f"{deleted} of {len(rows)} examples: train on input_ids and labels "
+            "(rpsa.training.safety_data.tokenize_safety_data)"
+        )
+    assert not said_by_trainer(caplog)
+    make_trainer("R1 distill", [DELETED, KEPT, DELETED], tmp_path)
+    [line] = said_by_trainer(caplog)
+    assert line.startswith("the chat template deletes the thoughts of 2 of 3 examples")
+    caplog.clear()
+    for name, rows in (
+        ("R1 distill", [KEPT, KEPT]),
+        ("SmolLM2", [DELETED, {"messages": chat("Hello!")}]),  # a template that keeps whatever it gets
+        ("R1 distill", [{"text": "a thought</think>No."}]),
+        ("R1 distill", tokenize_safety_data([SafetyExample("p", DATA)], TOKENIZERS["R1 distill"], None)[0]),
+    ):
+        make_trainer(name, rows, tmp_path)
+    assert not said_by_trainer(caplog)
+
+
+def test_what_max_length_cuts_is_said_with_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short, in_thought = "<think>a thought</think>No.", f"<think>{LONG}</think>No."
+    in_answer = f"<think>a thought</think>{LONG}"
+    kept = {"messages": [chat(r) for r in (short, in_thought, in_answer)]}
+    text = {"text": [f"Q: {r}" for r in (short, in_thought, in_answer)]}
+    completion = {"prompt": ["Q: "] * 3, "completion": [short, in_thought, in_answer]}
+    examples = [SafetyExample("p", response) for response in (short, in_thought, in_answer)]
+    tokenized, _ = tokenize_safety_data(examples, TOKENIZERS["R1 distill"], None)
+    for name, rows in (
+        ("SmolLM2", Dataset.from_dict(kept)),
+        ("R1 distill", Dataset.from_dict(text)),
+        ("R1 distill", Dataset.from_dict(completion)),
+        ("R1 distill", tokenized),
+    ):
+        caplog.clear()
+        make_trainer(name, rows, tmp_path, max_length=100)
+        assert said_by_trainer(caplog) == [
+            "max_length 100 cuts 2 of 3 examples, 1 of them before the end of the thought: raise max_length"
+        ]
+        caplog.clear()
+        make_trainer(name, rows, tmp_path, max_length=None)
+        assert not said_by_trainer(caplog)
+    with pytest.raises(
+        RPSAError, match="no thought in the training data reaches the model: max_length 20 cuts"
+    ):
+        make_trainer("R1 distill", tokenized.select([1]), tmp_path, max_length=20)
+
+
+def test_exactly_max_length_is_not_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenized, _ = tokenize_safety_data([SafetyExample("p", DATA)], TOKENIZERS["R1 distill"], None)
+    text = {"text": ["a thought</think>No."]}
+    longest = len(TOKENIZERS["R1 distill"]("a thought</think>No.<|end|>")["input_ids"])
+    for rows, length in ((tokenized, len(tokenized[0]["input_ids"])), (Dataset.from_dict(text), longest)):
+        make_trainer("R1 distill", rows, tmp_path, max_length=length)
+        assert not said_by_trainer(caplog)
+        make_trainer("R1 distill", rows, tmp_path, max_length=length - 1)
+        assert len(said_by_trainer(caplog)) == 1
+        caplog.clear()
 
 
 def test_families_are_what_they_say() -> None:

@@ -9,6 +9,7 @@ from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.reference import ReferenceDataset
 from rpsa.training.engines import refuse_accelerator, refuse_model
+from rpsa.training.kept import check_kept
 from rpsa.training.reasoning_gradient import reasoning_backward
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ReasoningMixin(_Trainer):
         for parameter, weights in adapter:
             # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
             parameter.data = weights.to(parameter.device)
+        check_kept(self, kwargs.get("train_dataset"), kwargs.get("formatting_func"))
         refuse_accelerator(self.accelerator, self.args.n_gpu)
         if isinstance(fisher, str | Path):
             fisher = FisherDiagonal.load(fisher)
