@@ -287,4 +287,5 @@ def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path,
     assert re.search(r"rpsa_aime24 .* \(!\) ", shown)
     assert "(!) rpsa_aime24: 66% of the responses have no answer that can be read (truncated 66%)." in shown
     assert "--thought" in shown
+    assert "Thoughts: <think> … </think>" in shown
     assert not re.search(r"rpsa_(strongreject|xstest) .*\(!\)", shown)

@@ -428,6 +428,29 @@ def test_plain_lm_eval_gives_the_same_scores(
                 assert theirs[task][f"{metric},all"] == found[metric], (task, metric)
 
 
+def test_what_is_left_of_harmony_without_special_tokens_is_read(
+    evaluated: dict[str, tuple[dict[str, Any], Scripted, Path]],
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As lm-eval's Hugging Face model decodes it: `analysis...assistantfinal...`."""
+    results, generator, _ = evaluated["gpt-oss"]
+    tokenizer = TOKENIZERS["gpt-oss"]
+
+    def tok_decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    said = {key: tok_decode(tokenizer(text)["input_ids"]) for key, text in generator.said.items()}
+    assert not any("<|" in text for text in said.values())
+    model = replay("gpt-oss", said, items_of(data_dir))
+    model.tok_decode = tok_decode
+    theirs = harness_results(model, data_dir, monkeypatch)
+    for kind, sets in results["sets"].items():
+        for task, found in sets.items():
+            for metric in METRICS[kind]:
+                assert theirs[task][f"{metric},all"] == found[metric], (task, metric)
+
+
 @pytest.mark.parametrize("name", ["R1 distill", "gpt-oss", "SmolLM2"])
 def test_lm_eval_tells_by_the_words_where_it_knows_no_template(
     name: str,

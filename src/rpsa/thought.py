@@ -126,7 +126,7 @@ _TAG = re.compile(
 def format_of_tag(tag: str) -> ThoughtFormat | None:
     """The format of `<name>` and `</name>` (or `[name]`, `<|name|>`) if the name speaks of thoughts."""
     match = _TAG.fullmatch(tag)
-    if match is None or match["name"].startswith("/"):
+    if match is None:
         return None
     return ThoughtFormat(tag, f"{match['left']}/{match['name']}{match['right']}")
 

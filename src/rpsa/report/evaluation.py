@@ -6,6 +6,7 @@ from typing import Any
 from rpsa.evaluation.items import Kind
 from rpsa.evaluation.samples import MAIN_METRIC
 from rpsa.report.table import UNRELIABLE, marked
+from rpsa.thought import ThoughtFormat
 
 _TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
 ADVICE = (
@@ -39,6 +40,7 @@ def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
                     f"{UNRELIABLE} {name}: {found['unreliable']}. {ADVICE}", highlight=False, markup=False
                 )
         console.print()
+    console.print(f"Thoughts: {ThoughtFormat.from_json(results['thought'])}", highlight=False, markup=False)
     judge = results["judge"]
     console.print(f"Judge: {judge if isinstance(judge, str) else judge['id']}", highlight=False, markup=False)
     if results["sandbox"]:
