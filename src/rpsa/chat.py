@@ -73,7 +73,8 @@ def thought_format(
         opened = HARMONY  # its answers, too, are in a channel
     if opened is not None and not opened.is_like(wanted):
         raise RPSAError(
-            f"thought: {wanted}, but by its chat template {tokenizer.name_or_path!r} writes {opened}: take auto"
+            f"thought: {wanted}, but by its chat template {tokenizer.name_or_path!r} writes {opened}: take auto, or "
+            "give the system prompt that switches thoughts off, {system: ...}"
         )
     return wanted
 

@@ -15,7 +15,8 @@ from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.grading import Graders, graded
 from rpsa.evaluation.judges import make_judge
 from rpsa.evaluation.loading import load_tasks
-from rpsa.evaluation.samples import Sample, scores_by_item
+from rpsa.evaluation.results import why_unreliable
+from rpsa.evaluation.samples import Sample, scores_by_item, set_rates
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
 from rpsa.parameters import canonical_name, fingerprint
@@ -145,6 +146,7 @@ def reasoning_scores(
 
     refusal = make_judge(REFUSAL)
     graders = Graders(refusal, refusal, sandbox=sandbox_for(items, settings))
+    doubted: set[str] = set()
 
     def evaluate(model: Any, tokenizer: Any) -> dict[str, list[float]]:
         from rpsa.generation.transformers import TransformersGenerator
@@ -155,6 +157,11 @@ def reasoning_scores(
         by_set: dict[str, list[Sample]] = {item.set: [] for item in items}
         for sample in sorted(graded(wanted.responses(completions), graders), key=lambda s: s.id):
             by_set[sample.set].append(sample)
+        for name, samples in by_set.items():
+            reason = why_unreliable(set_rates(samples))
+            if reason and name not in doubted:
+                doubted.add(name)
+                log.warning("%s: %s; its accuracies say nothing of the model", name, reason)
         return {
             name: [sum(own) / len(own) for own in scores_by_item(samples).values()]
             for name, samples in by_set.items()
