@@ -428,27 +428,40 @@ def test_plain_lm_eval_gives_the_same_scores(
                 assert theirs[task][f"{metric},all"] == found[metric], (task, metric)
 
 
-def test_what_is_left_of_harmony_without_special_tokens_is_read(
+@pytest.mark.parametrize("name", ["Magistral", "gpt-oss", "SmolLM2"])
+def test_lm_evals_own_decoding_keeps_words_that_are_special_tokens(
+    name: str,
     evaluated: dict[str, tuple[dict[str, Any], Scripted, Path]],
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As lm-eval's Hugging Face model decodes it: `analysis...assistantfinal...`."""
-    results, generator, _ = evaluated["gpt-oss"]
-    tokenizer = TOKENIZERS["gpt-oss"]
+    """Its Hugging Face model, but for the tokens that it draws."""
+    from lm_eval.models.huggingface import HFLM
 
-    def tok_decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    results, generator, _ = evaluated[name]
+    tokenizer = TOKENIZERS[name]
+    items = [item for item in items_of(data_dir) if item.set == "rpsa_strongreject"]
 
-    said = {key: tok_decode(tokenizer(text)["input_ids"]) for key, text in generator.said.items()}
-    assert not any("<|" in text for text in said.values())
-    model = replay("gpt-oss", said, items_of(data_dir))
-    model.tok_decode = tok_decode
-    theirs = harness_results(model, data_dir, monkeypatch)
-    for kind, sets in results["sets"].items():
-        for task, found in sets.items():
-            for metric in METRICS[kind]:
-                assert theirs[task][f"{metric},all"] == found[metric], (task, metric)
+    class Says(HFLM):
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            rows = []
+            for prompt in tokenizer.batch_decode(context):
+                [item] = [item for item in items if item.prompt in prompt]
+                text = generator.said[f"{item.set}/{item.id}/0"] + tokenizer.eos_token
+                rows.append(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
+            padding = tokenizer.pad_token_id
+            rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+            return torch.cat([context, rows], 1)
+
+    model = Says(pretrained=small_qwen2(len(tokenizer)), tokenizer=tokenizer, batch_size=5)
+    asked = {"tasks": ["rpsa_strongreject"], "gen_kwargs": {"max_gen_toks": 200}}
+    found = harness_results(model, data_dir, monkeypatch, **asked)["rpsa_strongreject"]
+    for metric in METRICS["attack"]:
+        assert found[f"{metric},all"] == results["sets"]["attack"]["rpsa_strongreject"][metric], metric
+    assert 0 < found["attack_success_rate,all"] < 1
+    assert tokenizer.decode(tokenizer("[/THINK]<|end|>")["input_ids"], skip_special_tokens=True) == (
+        "" if name == "Magistral" else "[/THINK]"
+    )  # the tokenizer itself is as it was
 
 
 @pytest.mark.parametrize("name", ["R1 distill", "gpt-oss", "SmolLM2"])
@@ -499,12 +512,6 @@ def test_lm_eval_is_refused_what_it_would_lose(
         harness_results(model("Nemotron"), data_dir, monkeypatch)
     with pytest.raises(RPSAError, match="think_end_token: leave it out"):
         harness_results(model("R1 distill", think_end_token="</think>"), data_dir, monkeypatch)
-
-    def tok_decode(ids: list[int]) -> str:  # as lm-eval's Hugging Face model decodes
-        return str(TOKENIZERS["Magistral"].decode(ids, skip_special_tokens=True))
-
-    with pytest.raises(RPSAError, match=r"leaves out '\[/THINK\]'"):
-        harness_results(model("Magistral", tok_decode=tok_decode), data_dir, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["R1 distill", "SmolLM2", "gpt-oss"])

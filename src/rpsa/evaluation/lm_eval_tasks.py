@@ -28,6 +28,7 @@ from rpsa.evaluation.judges import make_judge
 from rpsa.evaluation.loading import load_task
 from rpsa.evaluation.samples import METRICS, set_rates
 from rpsa.evaluation.sandbox import best_sandbox
+from rpsa.generation.decoding import ResponseDecoder
 from rpsa.thought import KNOWN, NO_THOUGHT, THINK, ThoughtFormat
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Task(ConfigurableTask):
     def build_all_requests(self, **settings: Any) -> None:
         """Where the harness says which model it asks: by the method that applies its chat template.
 
-        Raises RPSAError before anything is generated, if the end of a thought would be lost on the way here.
+        Raises RPSAError before anything is generated, if the model's thoughts could not be told from its answers.
         """
         self._model = getattr(settings.get("chat_template"), "__self__", None)
         self._system = settings.get("system_instruction") or ""
@@ -78,7 +79,8 @@ class Task(ConfigurableTask):
         thought = thought_format(tokenizer, said)
         if said == "auto":
             thought = _as_asked(self._model, thought, self._system)
-        return _as_shown(self._model, thought)
+        _keep_words(self._model, thought)
+        return thought
 
     @cached_property
     def thought(self) -> ThoughtFormat:
@@ -121,28 +123,27 @@ def _as_asked(model: Any, thought: ThoughtFormat, system: str) -> ThoughtFormat:
     return NO_THOUGHT if prompt == asked[1] != asked[0] else thought
 
 
-def _as_shown(model: Any, thought: ThoughtFormat) -> ThoughtFormat:
-    """The format in the responses that the harness hands over: some of its models leave special tokens out."""
+def _keep_words(model: Any, thought: ThoughtFormat) -> None:
+    """See to it that a format's words reach the responses: lm-eval's Hugging Face models leave out special tokens."""
     if not thought.has_thoughts:
-        return thought
+        return
     if getattr(model, "think_end_token", None) is not None:
         raise RPSAError(
             "think_end_token: leave it out; these tasks take thoughts off, and tell one that has no end from an answer"
         )
-    if not hasattr(model, "tok_decode"):
-        return thought
-    opening, close = (
-        model.tok_decode(model.tokenizer(mark.strip(), add_special_tokens=False)["input_ids"]).strip()
-        for mark in (thought.open, thought.close)
-    )
-    if close == thought.close.strip():
-        return thought
-    if not close:
-        raise RPSAError(
-            f"this model of lm-eval leaves out {thought.close.strip()!r}, a special token, and with it the end of the "
-            "thought: take --model vllm, or rpsa evaluate"
+    decode = getattr(model, "tok_decode", None)
+    close = thought.close.strip()
+    if decode is None or close in decode(model.tokenizer(close, add_special_tokens=False)["input_ids"]):
+        return
+    decoder = ResponseDecoder(model.tokenizer, thought)
+
+    def tok_decode(tokens: Any, skip_special_tokens: bool = True) -> Any:
+        return (
+            decoder.text(list(tokens)) if skip_special_tokens else decode(tokens, skip_special_tokens=False)
         )
-    return ThoughtFormat(opening or thought.open, close)
+
+    model.tok_decode = tok_decode
+    log.warning("%s: special tokens, which this run keeps in all responses", " ".join(thought.marks))
 
 
 def mean_of_known(values: Iterable[float]) -> float:
