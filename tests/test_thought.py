@@ -510,6 +510,9 @@ def test_lm_eval_is_refused_what_it_would_lose(
 
     with pytest.raises(RPSAError, match="--system_instruction 'detailed thinking on'"):
         harness_results(model("Nemotron"), data_dir, monkeypatch)
+    for said in ("off", {"opne": "<think>"}):
+        with pytest.raises(RPSAError, match="--metadata: thought is "):
+            harness_results(model("R1 distill"), data_dir, monkeypatch, metadata={"thought": said})
     with pytest.raises(RPSAError, match="think_end_token: leave it out"):
         harness_results(model("R1 distill", think_end_token="</think>"), data_dir, monkeypatch)
 

@@ -71,8 +71,13 @@ class Task(ConfigurableTask):
     def known_thought(self) -> ThoughtFormat | None:
         """By `--metadata` or the model's chat template; None where there is neither."""
         said = (self.config.metadata or {}).get("thought", "auto")
-        if isinstance(said, dict):
-            said = ThoughtFormat(**said)
+        if said not in ("auto", "none"):
+            try:
+                said = ThoughtFormat(**said)
+            except TypeError:
+                raise RPSAError(
+                    f"--metadata: thought is {said!r}: give auto, none or {{open: ..., close: ...}}"
+                ) from None
         tokenizer = getattr(self._model, "tokenizer", None)
         if not getattr(tokenizer, "chat_template", None):
             return NO_THOUGHT if said == "none" else None if said == "auto" else said
