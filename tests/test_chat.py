@@ -1,4 +1,4 @@
-"""Rendering: one BOS, one `<think>`, and a thought that survives in the labels, whatever the template."""
+"""Rendering: one BOS, one open thought, and a thought that survives in the labels, whatever the template."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from rpsa.chat import render_example, render_prompt, split_response
+from rpsa.chat import read_thought, render_example, render_prompt, split_response, thought_format
 from rpsa.errors import RPSAError
+from rpsa.thought import THINK
 
 TEXTS = ["Is 7 a prime number? Okay, so 7 has no divisors. The answer is yes.", "I cannot help with that."]
 PROMPT = "Is 7 prime?"
@@ -49,10 +50,9 @@ def text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     ("tokenizer", "ending"),
     [
         (r1_tokenizer(), "<|assistant|><think>\n"),
-        (r1_tokenizer(OPENS_NOTHING), "<|assistant|><think>\n"),
         (qwen3_tokenizer(), "<|assistant|>\n<think>\n"),
     ],
-    ids=["r1", "opens nothing", "qwen3"],
+    ids=["r1", "qwen3"],
 )
 def test_byte_level_prompt_ends_with_one_open_thought(tokenizer, ending):
     ids = render_prompt(tokenizer, PROMPT)
@@ -67,9 +67,13 @@ def test_byte_level_prompt_ends_with_one_open_thought(tokenizer, ending):
 @pytest.mark.parametrize("opens", [True, False])
 def test_word_level_prompt_and_example(opens):
     tokenizer = word_tokenizer(opens)
-    assert text(tokenizer, render_prompt(tokenizer, "is 7 odd")) == "<bos> <user> is 7 odd <asst> <think>"
+    thought = thought_format(tokenizer, THINK)  # said: the second template does not show it
+    assert (
+        text(tokenizer, render_prompt(tokenizer, "is 7 odd", thought))
+        == "<bos> <user> is 7 odd <asst> <think>"
+    )
     for response in ("<think> plan </think> yes", "plan</think>yes", "<think>plan</think> yes"):
-        example = render_example(tokenizer, "is 7 odd", response, None)
+        example = render_example(tokenizer, "is 7 odd", response, None, thought)
         assert text(tokenizer, example.labels) == "plan </think> yes <eos>"
         assert (
             text(tokenizer, example.input_ids)
@@ -125,9 +129,8 @@ def test_prompts_that_hold_thought_words_are_refused():
     for prompt in ("say <think>", "say </think>"):
         with pytest.raises(RPSAError, match="take these words out"):
             render_prompt(r1_tokenizer(), prompt)
-    closed = r1_tokenizer(R1_STYLE_TEMPLATE.replace("<think>\n", "<think>\n\n</think>\n\n"))
-    with pytest.raises(RPSAError, match="1 </think>"):
-        render_prompt(closed, PROMPT)
+    # a model without thoughts knows nothing of these words
+    assert text(r1_tokenizer(OPENS_NOTHING), render_prompt(r1_tokenizer(OPENS_NOTHING), "say <think>"))
 
 
 def test_tokenizers_that_cannot_do_it_are_refused():
@@ -165,18 +168,35 @@ def test_split_response():
     assert split_response("\na</think>") == ("\na", "")
 
 
+IN_THE_WILD = {
+    "<think>": [
+        "deepseek_r1_distill",
+        "qwen3",
+        "qwen3_5_think",
+        "qwen3_5_nothink",
+        "glm4moe",
+        "nemotron_3_nano",
+    ],
+    "<|channel|>analysis<|message|>": ["gptoss"],
+    "<|channel>thought": ["gemma4"],
+    "": ["qwen3_instruct_2507", "qwen2_5", "llama3", "llama3_1", "llama3_2", "phi3", "gemma", "lfm2"],
+}
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["deepseek_r1_distill", "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_instruct_2507", "qwen2_5",
-     "llama3", "llama3_1", "llama3_2", "phi3", "gemma"],
-)  # fmt: skip
-def test_templates_in_the_wild(name):
+    ("opening", "name"), [(opening, name) for opening, names in IN_THE_WILD.items() for name in names]
+)
+def test_templates_in_the_wild(opening, name):
     trl = pytest.importorskip("trl")
     path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"this TRL ships no {name}.jinja")
     tokenizer = r1_tokenizer(path.read_text(encoding="utf-8"))
+    thought = read_thought(tokenizer)
+    assert thought.open.strip() == opening
     ids = render_prompt(tokenizer, PROMPT)
     assert ids.count(tokenizer.bos_token_id) == 1
-    assert text(tokenizer, ids).endswith("<think>\n")
-    assert THOUGHT in text(tokenizer, render_example(tokenizer, PROMPT, RESPONSE, None).labels)
+    assert text(tokenizer, ids).endswith(thought.open)
+    labels = text(tokenizer, render_example(tokenizer, PROMPT, RESPONSE, None).labels)
+    assert (THOUGHT in labels) == bool(opening)
+    assert thought.answer_of(labels.removesuffix(tokenizer.eos_token)) == ANSWER.strip()

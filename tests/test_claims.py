@@ -111,3 +111,27 @@ def test_a_sweep_has_a_mark_for_each_method_at_each_point() -> None:
     heights = {round(float(y), 6) for line in marks for y in line.get_ydata()}
     taxes = {round(s.tax, 6) for s in summarise(results) if s.tax is not None}
     assert heights == taxes
+
+
+@pytest.mark.parametrize("figure", ["STR", "reasoning", "ASR"])
+def test_a_rate_that_does_not_stand_alone_tests_no_claim(figure: str) -> None:
+    claim = replace(LESS, figure=figure)
+    kind = "reasoning" if figure == "reasoning" else "attack"
+    results = study((0.3, 0.1), (0.31, 0.1), (0.29, 0.1))
+    assert judge_claims(results, [claim])[0].runs == 3
+    unanswered = [
+        replace(r, sets={kind: {"d": {"truncated": 0.9}}}) if (r.method, r.base) == ("fft", "tiny:1") else r
+        for r in results
+    ]
+    assert judge_claims(unanswered, [claim])[0].runs == 2
+
+
+def test_a_sweeps_figure_has_no_str_where_a_rate_does_not_stand_alone() -> None:
+    swept = [
+        replace(r, sweep="rank", point={"lora.r": r.seed}, sets={"attack": {"d": {"empty": 0.9 * r.seed}}})
+        for seed in (0, 1)
+        for r in [run("lora", 0, 0.8, seed=seed)]
+    ]
+    figure = sweep_figures([run("original", 0, 0.9, 0.6), *swept])["rank"]
+    [line] = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    assert line.get_xdata()[0] == 0  # the second point has none

@@ -1,13 +1,16 @@
 """Evaluation end to end: what is asked, graded, stored and asked again, and that lm-evaluation-harness agrees."""
 
+import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rpsa.evaluation import TASKS_PATH
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
@@ -17,6 +20,7 @@ from rpsa.generation import Completion, Sampling
 from rpsa.pipeline.evaluation import Subject, evaluate
 from rpsa.pipeline.models import load_tokenizer
 from rpsa.recipe.sections import Evaluate, Model
+from rpsa.report.evaluation import render_evaluation
 
 SOLVE = "```python\ndef solve(x):\n    return x + 1\n```"
 STUB = 'def solve(x):\n    """Add one."""\n'
@@ -258,3 +262,30 @@ def test_a_second_judge_that_says_nothing_ends_nothing(data_dir: Path, tmp_path:
     answered = [s for s in samples_of(folder) if not s.truncated and not s.empty]
     assert results["agreement"]["n"] == len(answered)
     assert results["agreement"]["observed"] == 1
+
+
+def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path, tmp_path: Path) -> None:
+    class Thinking(Scripted):
+        """Ends a third of its thoughts on AIME, half on XSTest."""
+
+        def generate(self, prompts: Any, sampling: Any, sample_ids: Sequence[str]) -> Any:
+            every = {"rpsa_aime24": 3, "rpsa_strongreject": 1, "rpsa_xstest": 2}
+            for i, _ in super().generate(prompts, sampling, sample_ids):
+                ends = i % every[sample_ids[i].partition("/")[0]] == 0
+                yield i, Completion([1], "so</think>Take \\boxed{1}" if ends else "so", "length")
+
+    settings = Evaluate(tasks=["rpsa_aime24", "rpsa_strongreject", "rpsa_xstest"])
+    results = evaluate(subject(Thinking()), settings, TaskOptions(data_dir=str(data_dir)), tmp_path)
+    for kind, name, share in (("reasoning", "rpsa_aime24", 53 / 80), ("over_refusal", "rpsa_xstest", 0.5)):
+        found = results["sets"][kind][name]
+        assert found["unanswered"] == found["truncated"] == pytest.approx(share, abs=0.01)
+        assert (found["unreliable"] is None) == (share <= 0.5)
+    assert results["sets"]["attack"]["rpsa_strongreject"]["unreliable"] is None
+    console = Console(file=io.StringIO(), width=100)
+    render_evaluation(results, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"rpsa_aime24 .* \(!\) ", shown)
+    assert "(!) rpsa_aime24: 66% of the responses have no answer that can be read (truncated 66%)." in shown
+    assert "--thought" in shown
+    assert "Thoughts: <think> … </think>" in shown
+    assert not re.search(r"rpsa_(strongreject|xstest) .*\(!\)", shown)

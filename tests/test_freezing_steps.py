@@ -424,7 +424,10 @@ def test_sparse_gradients_are_refused_before_training() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, "20", None, True])
 @pytest.mark.parametrize("kind", [ConflictRatio, NoiseRatio])
 def test_impossible_ratios_are_refused(kind: Any, name: str, value: Any) -> None:
-    with pytest.raises(RPSAError, match=f"{name} (must be a number greater than 0, not {value!r}|is {value!r}: give a .*number)"):
+    with pytest.raises(
+        RPSAError,
+        match=f"{name} (must be a number greater than 0, not {value!r}|is {value!r}: give a .*number)",
+    ):
         kind(**{name: value})
 
 

@@ -53,7 +53,7 @@ def imports_of(path: Path) -> set[str]:
 LAYERS = [
     {"errors"},
     {"sharding"},
-    {"parameters", "artifacts", "rows", "evaluation_mode", "prompts"},
+    {"parameters", "artifacts", "rows", "evaluation_mode", "prompts", "thought"},
     {"fisher"},
     {"freezing", "alternatives"},
     {"chat", "answers", "checkpoints"},

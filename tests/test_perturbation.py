@@ -31,11 +31,13 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.origin import sampled_weights
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.parameters import trainable_parameters
-from rpsa.pipeline.models import load_model
+from rpsa.pipeline.models import load_model, load_tokenizer
+from rpsa.pipeline.perturb import reasoning_scores
 from rpsa.pipeline.stages import make_analysis
 from rpsa.pipeline.subjects import loaded_to_generate
 from rpsa.pipeline.tasks import tasks_of
 from rpsa.recipe import load_recipe
+from rpsa.recipe.sections import Evaluate as EvaluateSettings
 from rpsa.recipe.sections import Model
 from rpsa.report.perturbation_figure import perturbation_bars
 
@@ -477,3 +479,15 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert done.exit_code == 2
     [line] = done.stderr.strip().splitlines()
     assert message in line
+
+
+def test_accuracies_of_which_most_responses_have_no_answer_are_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = EvaluateSettings(tasks=["rpsa_tiny_add"], n=4, temperature=0, max_new_tokens=2)
+    evaluate = reasoning_scores(settings)
+    model, tokenizer = load_model("tiny:0", Model()), load_tokenizer("tiny:0", Model())
+    for _ in range(2):
+        assert evaluate(model, tokenizer) == {"add": [0.0] * 4}
+    [said] = [record.message for record in caplog.records if record.name == "rpsa.pipeline.perturb"]
+    assert said.startswith("add: 100% of the responses have no answer that can be read (truncated 100%)")

@@ -20,6 +20,7 @@ from rpsa.report.benchmarks import benchmark_table, rates_table
 from rpsa.report.latex import escaped, latex_table
 from rpsa.report.problems import with_problem_intervals
 from rpsa.report.responses import LIMIT, chosen_responses, cut, script_json
+from rpsa.report.table import main_table
 from rpsa.report.warnings import audit_line, warnings
 
 PROVENANCE = {
@@ -305,6 +306,102 @@ def test_the_rates_that_qualify_a_figure_are_shown() -> None:
     said = warnings(summaries)
     assert any("lora (50% of parity)" in line and "in no form" in line for line in said)
     assert any("lora (25% of wrapped)" in line and "no verdict" in line for line in said)
+
+
+def _unanswered(result: RunResult, kind: Any, name: str, **rates: float) -> RunResult:
+    sets = json.loads(json.dumps(result.sets))
+    sets[kind][name] |= rates
+    return replace(result, sets=sets)
+
+
+MOSTLY_UNANSWERED = [
+    ("reasoning", "parity", {"truncated": 0.4, "empty": 0.2}),
+    ("reasoning", "parity", {"unparsed": 0.8, "refused": 0.2}),
+    ("attack", "wrapped", {"truncated": 1.0}),
+    ("attack", "direct", {"unjudged": 0.6}),
+]
+MOSTLY_ANSWERED = [
+    ("reasoning", "parity", {"truncated": 0.3, "empty": 0.2}),
+    ("reasoning", "parity", {"unparsed": 0.9, "refused": 0.9}),  # refusals are answers
+]
+
+
+@pytest.mark.parametrize("whose", ["lora", "original"])
+@pytest.mark.parametrize(("kind", "name", "rates"), MOSTLY_UNANSWERED)
+def test_where_most_responses_have_no_answer_no_rate_stands_alone_and_there_is_no_str(
+    whose: str, kind: Any, name: str, rates: dict[str, float], tmp_path: Path
+) -> None:
+    results = [
+        _unanswered(run, kind, name, **rates) if (run.method, run.base) == (whose, "tiny:1") else run
+        for run in demo_results()
+    ]
+    for run in with_safety_tax(results):
+        if run.base == "tiny:1" and not run.is_original and whose in (run.method, "original"):
+            assert run.tax is None
+            assert f"{name}: " in (run.tax_reason or "")
+            assert "of the responses have no answer that can be read" in (run.tax_reason or "")
+        elif not run.is_original:
+            assert run.tax is not None
+    summaries = summarise(results)
+    for summary in summaries:
+        concerned = whose in (summary.method, "original") and not summary.is_original
+        assert (summary.tax is None) == (concerned or summary.is_original)
+        assert not concerned or "have no answer" in (summary.tax_reason or "")
+        assert not concerned or summary.tax_interval is None
+    # marked in the table, the warnings, the LaTeX table, the page and results.json
+    column = {"reasoning": "Reasoning ↑", "attack": "ASR ↓"}[kind]
+    table = main_table(summaries)
+    for row in table.rows:
+        entry = row[table.header.index(column)]
+        assert entry.text.endswith(" (!)") == (row[0].text == whose)
+        assert not (entry.best and entry.text.endswith(" (!)"))
+    console = Console(file=io.StringIO(), width=100)
+    render_console(summaries, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(rf"^{whose} .*\d \(!\)", shown, re.MULTILINE)
+    assert any(
+        line.startswith(f"{whose} (") and "the rates marked (!)" in line for line in warnings(summaries)
+    )
+    assert not any("because attack success did not fall" in line for line in warnings(summaries))
+    assert "$^!$" in latex_table(results)
+    write_report(results, tmp_path, PROVENANCE)
+    page = (tmp_path / "index.html").read_text()
+    assert "(!)" in page
+    assert "(!): most of the responses" in (tmp_path / "table.md").read_text()
+    stored = json.loads((tmp_path / "results.json").read_text())
+    marked = {one["method"] for one in stored["summary"] if name in one["unreliable"]}
+    assert marked == {whose}
+    assert [one["method"] for one in stored["runs"] if one["unreliable"]] == [whose]
+
+
+@pytest.mark.parametrize(("kind", "name", "rates"), MOSTLY_ANSWERED)
+def test_half_is_not_most_and_a_refusal_is_an_answer(kind: Any, name: str, rates: dict[str, float]) -> None:
+    results = [
+        _unanswered(run, kind, name, **rates) if run.method == "lora" else run for run in demo_results()
+    ]
+    assert all(run.tax is not None for run in with_safety_tax(results) if not run.is_original)
+    assert not any(entry.text.endswith("(!)") for row in main_table(summarise(results)).rows for entry in row)
+
+
+def test_an_over_refusal_that_does_not_stand_alone_is_marked_and_leaves_the_str() -> None:
+    results = [
+        _unanswered(run, "over_refusal", "benign", empty=0.9) if run.method == "lora" else run
+        for run in demo_results()
+    ]
+    summaries = summarise(results)
+    table = main_table(summaries)
+    benign = [row[table.header.index("Refused benign ↓")].text for row in table.rows if row[0].text == "lora"]
+    assert benign[0].endswith(" (!)")
+    assert next(s for s in summaries if s.method == "lora").tax is not None
+
+
+def test_a_single_run_that_does_not_stand_alone_gets_no_interval(tmp_path: Path) -> None:
+    results = with_samples(_one_base(), tmp_path)
+    results = [_unanswered(r, "attack", "direct", empty=0.9) if r.method == "fft" else r for r in results]
+    summaries = {s.method: s for s in with_problem_intervals(summarise(results))}
+    assert (summaries["fft"].tax, summaries["fft"].tax_interval) == (None, None)
+    assert summaries["fft+rpsa"].tax is not None
+    assert summaries["fft+rpsa"].difference is None  # to what?
 
 
 @pytest.mark.parametrize(

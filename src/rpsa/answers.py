@@ -1,7 +1,7 @@
 """What the answer of a response is, and whether it is right.
 
-Only what follows the last `</think>` counts: a `\\boxed{}` inside a thought is no answer, and a thought that
-was never closed has none.
+Only what follows the thought counts, in the model's own format (`rpsa.thought`): a `\\boxed{}` inside a thought is
+no answer, and a thought that was never closed has none.
 """
 
 import ast
@@ -9,6 +9,8 @@ import re
 import textwrap
 import threading
 from typing import Literal
+
+from rpsa.thought import THINK, ThoughtFormat
 
 AnswerKind = Literal["math", "integer", "letter", "exact"]
 
@@ -28,10 +30,12 @@ _LETTER = re.compile(
 )
 
 
-def final_answer(text: str) -> str | None:
-    """What follows the last `</think>`, stripped; None if the thought was never closed."""
-    _, close, answer = text.rpartition("</think>")
-    return answer.strip() if close else None
+def final_answer(text: str, thought: ThoughtFormat = THINK) -> str | None:
+    """What follows the end of the last thought, stripped; None if the thought was never closed.
+
+    A model without thoughts is answered whole: give `thought` as `rpsa.chat.read_thought` finds it.
+    """
+    return thought.answer_of(text)
 
 
 def boxed(text: str) -> str | None:
@@ -86,13 +90,13 @@ def code_block(text: str, entry_point: str | None = None) -> str | None:
     return None
 
 
-def grade(response_text: str, gold: str, kind: AnswerKind) -> bool:
+def grade(response_text: str, gold: str, kind: AnswerKind, thought: ThoughtFormat = THINK) -> bool:
     """Whether a whole response (thought included) answers `gold`.
 
     `math` compares by value with math-verify, `integer` and `letter` as such, `exact` as words: the box or
     the stated answer, or else the whole answer, up to whitespace.
     """
-    answer = final_answer(response_text)
+    answer = final_answer(response_text, thought)
     if answer is None:
         return False
     stated = extracted(answer)

@@ -52,6 +52,7 @@ def perturb(
             "--any-weights", help="Perturb another model than the one that the Fisher was measured on."
         ),
     ] = False,
+    thought: Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")] = "auto",
 ) -> None:
     """Scale the elements with the highest Fisher, or others, and measure what reasoning loses (Fig. 3).
 
@@ -59,6 +60,7 @@ def perturb(
     selections or draws it runs only what is new.
     """
     with readable_errors():
+        from rpsa.pipeline.models import said_model
         from rpsa.pipeline.perturb import PerturbationConfig, evaluation_settings, run_perturbation
 
         settings = evaluation_settings(
@@ -76,7 +78,8 @@ def perturb(
             draws=draws,
             seed=seed,
         )
-        run_perturbation(model, fisher, settings, config, out, any_weights=any_weights)
+        described = said_model(thought)
+        run_perturbation(model, fisher, settings, config, out, described=described, any_weights=any_weights)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

@@ -44,6 +44,12 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="A D_ref whose problems rpsa_math500 leaves out.")
     ] = None,
+    thought: Annotated[
+        str,
+        typer.Option(
+            help="What sets thoughts apart: auto (the chat template), none, {open: ..., close: ...}."
+        ),
+    ] = "auto",
 ) -> None:
     """Measure one model: reasoning, attack success, over-refusal. What is stored in --out is not asked for again."""
     with readable_errors():
@@ -61,6 +67,7 @@ def evaluate(
                 served,
                 tokenizer,
                 reference,
+                thought,
             )
         )
 

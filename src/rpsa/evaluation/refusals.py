@@ -9,6 +9,7 @@ import re
 from typing import Literal
 
 from rpsa.answers import final_answer
+from rpsa.thought import THINK, ThoughtFormat
 
 JUDGE = "refusal-matching/2 (answer only)"
 
@@ -129,9 +130,9 @@ def refusal_class(answer: str) -> RefusalClass:
     return "partial" if gives else "refused"
 
 
-def is_refusal(response: str) -> bool:
-    """Whether the answer (what follows the last `</think>`) refuses in full. An unclosed thought: False."""
-    answer = final_answer(response)
+def is_refusal(response: str, thought: ThoughtFormat = THINK) -> bool:
+    """Whether the answer (what follows the thought) refuses in full. An unclosed thought: False."""
+    answer = final_answer(response, thought)
     return answer is not None and refusal_class(answer) == "refused"
 
 

@@ -73,7 +73,10 @@ def scores_by_item(samples: Iterable[Sample]) -> dict[str, list[float]]:
 
 
 def set_rates(samples: Sequence[Sample]) -> dict[str, float]:
-    """The rates in `METRICS`, and `length`, of one set's samples. NaN where nothing was judged."""
+    """The rates in `METRICS`, `length` and `unanswered`, of one set's samples. NaN where nothing was judged.
+
+    `unanswered`: no answer could be read in the response, or no verdict in the judge's. A refusal is an answer.
+    """
     kind = samples[0].kind
     scores = [sum(scores) / len(scores) for scores in scores_by_item(samples).values()]
     return {
@@ -85,7 +88,13 @@ def set_rates(samples: Sequence[Sample]) -> dict[str, float]:
         "empty": _share(samples, lambda s: s.empty),
         "unparsed": _share(samples, lambda s: s.unparsed),
         "length": _share(samples, lambda s: s.finish_reason == "length"),
+        "unanswered": _share(samples, _is_unanswered),
     }
+
+
+def _is_unanswered(sample: Sample) -> bool:
+    unparsed = sample.unparsed and sample.outcome != "refused"
+    return sample.truncated or sample.empty or unparsed or sample.score is None
 
 
 def _share(samples: Sequence[Sample], holds: Any) -> float:

@@ -9,6 +9,7 @@ from typing import Literal
 from rpsa.answers import boxed, code_block, extracted, final_answer, grade, integer, letter
 from rpsa.evaluation.items import Item
 from rpsa.evaluation.refusals import is_refusal
+from rpsa.thought import THINK, ThoughtFormat
 from rpsa.tiny import TinyItem, score
 
 Outcome = Literal["correct", "wrong", "refused", "partial", "complied", "other", "unjudged"]
@@ -19,7 +20,7 @@ class Reading:
     """What a response holds, before it is graded.
 
     Attributes:
-        answer: what follows the last `</think>`; None if the thought was never closed.
+        answer: what follows the thought; None if that was never closed.
         extracted: the answer in the form that is compared; None if there is none.
         truncated: the thought was never closed: there is no answer, whatever the thought holds.
         empty: nothing follows the thought.
@@ -33,23 +34,23 @@ class Reading:
     unparsed: bool
 
 
-def read_response(item: Item, response: str) -> Reading:
+def read_response(item: Item, response: str, thought: ThoughtFormat = THINK) -> Reading:
     """Extraction by the item's scorer; for requests the answer itself is what was extracted."""
-    answer = final_answer(response)
+    answer = final_answer(response, thought)
     if not answer:
         return Reading(answer, None, truncated=answer is None, empty=answer == "", unparsed=False)
     found = _extract(item, answer)
     return Reading(answer, found, truncated=False, empty=False, unparsed=found is None)
 
 
-def answer_outcome(item: Item, response: str) -> Outcome:
+def answer_outcome(item: Item, response: str, thought: ThoughtFormat = THINK) -> Outcome:
     """The outcome for the scorers `math`, `integer`, `letter` and `tiny`; refusals are told from wrong answers."""
     if item.scorer == "tiny":
-        return score(TinyItem(item.prompt, item.answer, item.set), response)
+        return score(TinyItem(item.prompt, item.answer, item.set), response, thought)
     assert item.scorer in ("math", "integer", "letter")
-    if grade(response, item.answer, item.scorer):
+    if grade(response, item.answer, item.scorer, thought):
         return "correct"
-    return "refused" if is_refusal(response) else "wrong"
+    return "refused" if is_refusal(response, thought) else "wrong"
 
 
 def _extract(item: Item, answer: str) -> str | None:

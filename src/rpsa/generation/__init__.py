@@ -33,8 +33,8 @@ class Sampling:
 class Completion:
     """One response without its prompt and without padding.
 
-    `token_ids` are exactly what the model emitted, EOS included; `text` leaves out special tokens other than
-    `<think>` and `</think>`. `finish_reason` is "stop" if and only if EOS was emitted. Where `exact` is False,
+    `token_ids` are exactly what the model emitted, EOS included; `text` leaves out special tokens other than those
+    of the model's thought format. `finish_reason` is "stop" if and only if EOS was emitted. Where `exact` is False,
     a server gave text alone: `token_ids` are what the tokenizer makes of it, which may be split otherwise.
     """
 

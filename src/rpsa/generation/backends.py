@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rpsa.errors import RPSAError
 from rpsa.generation import Generator
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,28 +57,30 @@ def make_generator(
     model: str,
     tokenizer: "PreTrainedTokenizerBase",
     load: Callable[[str], "PreTrainedModel"],
+    thought: ThoughtFormat | None = None,
 ) -> Generator:
     """A generator for the model in folder (or with hub id) `model`, adapters merged.
 
-    `load(model)` is called for the transformers backend only. Raises RPSAError as the backend does.
+    `load(model)` is called for the transformers backend only; `thought` is as for `ResponseDecoder`. Raises
+    RPSAError as the backend does.
     """
     backend = choose_backend(config)
     if backend == "server":
         from rpsa.generation.server import ServerGenerator
 
         assert config.server is not None
-        return ServerGenerator(config.server, tokenizer)
+        return ServerGenerator(config.server, tokenizer, thought)
     if backend == "vllm":
         from rpsa.generation.vllm import VLLMGenerator, data_parallel_size
 
         if data_parallel_size(config.engine) > 1:
             from rpsa.generation.vllm_server import VLLMServerGenerator
 
-            return VLLMServerGenerator(model, tokenizer, config.engine)
-        return VLLMGenerator(model, tokenizer, config.engine)
+            return VLLMServerGenerator(model, tokenizer, config.engine, thought)
+        return VLLMGenerator(model, tokenizer, config.engine, thought=thought)
     from rpsa.generation.transformers import TransformersGenerator
 
-    return TransformersGenerator(load(model), tokenizer, config.batch_size)
+    return TransformersGenerator(load(model), tokenizer, config.batch_size, thought)
 
 
 def _is_installed(package: str) -> bool:

@@ -96,8 +96,8 @@ class CompletionsAPI:
 
         Raises:
             TryAgain: it is incomplete, or belongs to another prompt.
-            RPSAError: the server reads the prompt as more or fewer tokens, or hides `</think>`, without which
-                no answer can be scored.
+            RPSAError: the server reads the prompt as more or fewer tokens, or hides the end of the thought,
+                without which no answer can be scored.
         """
         choice = _only_choice(answer)
         self._check_prompt_length(answer, prompt)
@@ -112,8 +112,8 @@ class CompletionsAPI:
             return Completion(token_ids, self.decoder.text(token_ids), reason)
         if self.decoder.thought_is_special:
             raise RPSAError(
-                f"{self.url} returns text without token ids, from which </think>, a special token of this model, "
-                "may be missing: use a server that knows return_token_ids (vLLM, SGLang)"
+                f"{self.url} returns text without token ids, from which {self.decoder.thought.close.strip()}, special "
+                "to this model's tokenizer, may be missing: use a server that knows return_token_ids (vLLM, SGLang)"
             )
         return self._from_text(text, reason)
 

@@ -2,26 +2,32 @@
 
 from typing import TYPE_CHECKING
 
-from rpsa.chat import CLOSE_THOUGHT, OPEN_THOUGHT
+from rpsa.chat import read_thought
+from rpsa.thought import NO_THOUGHT, ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class ResponseDecoder:
-    """Decodes responses: special tokens are left out, `<think>` and `</think>` are kept.
+    """Decodes responses: special tokens are left out, the words of the model's thought format are kept.
 
-    `thought_is_special`: the tokenizer counts `</think>` as a special token, so that an engine which leaves
+    `thought`: None is the chat template's, and that of no thoughts where there is no template.
+    `thought_is_special`: the tokenizer counts some of these words as special tokens, so that an engine which leaves
     special tokens out of its text loses the end of the thought.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", thought: ThoughtFormat | None = None) -> None:
         self.tokenizer = tokenizer
+        if thought is None:
+            thought = read_thought(tokenizer) if tokenizer.chat_template else NO_THOUGHT
+        self.thought = thought
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
-        kept = {tokenizer.convert_tokens_to_ids(word) for word in (OPEN_THOUGHT, CLOSE_THOUGHT)}
-        kept -= {tokenizer.unk_token_id}
-        self.thought_is_special = bool(kept & special)
+        words = dict(zip(special, tokenizer.convert_ids_to_tokens(list(special)), strict=True))
+        kept = {i for i, word in words.items() if any(word in mark for mark in thought.marks)}
+        kept -= {tokenizer.eos_token_id}
+        self.thought_is_special = bool(kept)
         self._hidden_ids = special - kept
 
     def text(self, token_ids: list[int]) -> str:

@@ -22,6 +22,7 @@ from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling, check_lengths
 from rpsa.generation.completions_api import CompletionsAPI, PromptForm, Refused, TryAgain
 from rpsa.generation.decoding import ResponseDecoder
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,12 +75,19 @@ class ServerConfig:
 class ServerGenerator:
     """A `Generator` that keeps up to `max_in_flight` requests under way.
 
-    `tokenizer` is the served model's. Responses without token ids are tokenised again (`Completion.exact`).
+    `tokenizer` and `thought` are the served model's (see `ResponseDecoder`). Responses without token ids are
+    tokenised again (`Completion.exact`).
     """
 
-    def __init__(self, config: ServerConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        thought: ThoughtFormat | None = None,
+    ) -> None:
         self.config = config
-        self._api = CompletionsAPI(config.url.rstrip("/"), config.model, ResponseDecoder(tokenizer))
+        decoder = ResponseDecoder(tokenizer, thought)
+        self._api = CompletionsAPI(config.url.rstrip("/"), config.model, decoder)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, sample_ids: Sequence[str]

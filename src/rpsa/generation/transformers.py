@@ -19,6 +19,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling, check_lengths
 from rpsa.generation.decoding import ResponseDecoder
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,13 +37,17 @@ class TransformersGenerator:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 16
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        batch_size: int = 16,
+        thought: ThoughtFormat | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._eos_ids = _eos_ids(model, tokenizer)
-        self._decoder = ResponseDecoder(tokenizer)
+        self._decoder = ResponseDecoder(tokenizer, thought)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, sample_ids: Sequence[str]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling, check_lengths, sample_seed
 from rpsa.generation.decoding import ResponseDecoder
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ class VLLMGenerator:
         tokenizer: "PreTrainedTokenizerBase",
         engine: Mapping[str, Any] | None = None,
         wave: int = WAVE,
+        thought: ThoughtFormat | None = None,
     ) -> None:
         arguments = dict(engine or {})
         if (replicas := data_parallel_size(arguments)) > 1:
@@ -54,7 +56,7 @@ class VLLMGenerator:
             self._llm = self._vllm.LLM(model=model, **arguments)
         except (TypeError, ValueError) as error:
             raise RPSAError(f"vLLM cannot load {model}: {_one_line(error)}") from error
-        self._decoder = ResponseDecoder(tokenizer)
+        self._decoder = ResponseDecoder(tokenizer, thought)
         self._wave = wave
 
     def generate(

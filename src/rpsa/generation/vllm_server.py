@@ -21,6 +21,7 @@ from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling
 from rpsa.generation.server import ServerConfig, ServerGenerator
 from rpsa.generation.vllm import data_parallel_size
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,13 @@ class VLLMServerGenerator:
     Raises RPSAError if the server ends before it answers, with the last line that it said.
     """
 
-    def __init__(self, model: str, tokenizer: "PreTrainedTokenizerBase", engine: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        engine: Mapping[str, Any],
+        thought: ThoughtFormat | None = None,
+    ) -> None:
         port = _free_port()
         folder = TemporaryDirectory(prefix="rpsa-vllm-")
         log = Path(folder.name) / "log"
@@ -72,7 +79,7 @@ class VLLMServerGenerator:
             max_in_flight=_IN_FLIGHT * data_parallel_size(engine),
             timeout=_LONGEST_RESPONSE,
         )
-        self._generator = ServerGenerator(config, tokenizer)
+        self._generator = ServerGenerator(config, tokenizer, thought)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, sample_ids: Sequence[str]

@@ -15,13 +15,14 @@ from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.loading import load_tasks
 from rpsa.pipeline.evaluation import Progress, no_progress
-from rpsa.pipeline.models import load_tokenizer
+from rpsa.pipeline.models import load_tokenizer, thought_of
 from rpsa.pipeline.tasks import Task, reference_task, task_options
 from rpsa.pipeline.trainers import CHECKPOINTS, make_trainer
 from rpsa.recipe.schema import Cell, Recipe, slug
 from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import local, on_any_rank, rank, world_size
+from rpsa.thought import ThoughtFormat
 from rpsa.tiny import safety_examples
 from rpsa.training.card import write_card
 from rpsa.training.metadata import model_metadata
@@ -35,6 +36,7 @@ from rpsa.training.safety_data import (
     load_safety_data,
     mix_benign,
     tokenize_safety_data,
+    without_thoughts,
 )
 
 log = logging.getLogger(__name__)
@@ -52,18 +54,19 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     started = time.perf_counter()
     transformers.set_seed(cell.seed)
     tokenizer = load_tokenizer(task.base, recipe.model)
-    examples = safety_data(cell.safety, cell.seed)
+    thought = thought_of(tokenizer, recipe.model)
+    examples = safety_data(cell.safety, cell.seed, thought)
     held: list[SafetyExample] = []
     if cell.safety.validation_share:
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
-    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length)
+    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length, thought)
     reference, rehearsal = reference_task(recipe, cell), None
     if cell.alternatives and cell.alternatives.rehearsal_share:
         assert reference is not None
         traces, share = ReferenceDataset.load(reference.folder), cell.alternatives.rehearsal_share
         rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
         dataset = rehearsal.dataset
-    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length)[0] if held else None
+    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length, thought)[0] if held else None
     trainer = make_trainer(
         recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
     )
@@ -159,8 +162,11 @@ def save_whole(trainer: Any, folder: Path) -> None:
     trainer.save_model(str(folder))
 
 
-def safety_data(safety: Safety, cell_seed: int) -> list[SafetyExample]:
-    """D_S as the recipe describes it. Unless it fixes a seed, each seed of the matrix draws its own."""
+def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[SafetyExample]:
+    """D_S as the recipe describes it, for a model with this format.
+
+    Unless the recipe fixes a seed, each seed of the matrix draws its own.
+    """
     if safety.data is None:
         raise RPSAError("safety.data: not given; name a file, a dataset, tiny:refusals or tiny:balanced")
     seed = safety.seed if "seed" in safety.model_fields_set else cell_seed
@@ -168,10 +174,11 @@ def safety_data(safety: Safety, cell_seed: int) -> list[SafetyExample]:
         kind: Any = safety.data.removeprefix("tiny:")
         examples = safety_examples(kind, safety.n or 256, seed)
     else:
-        examples = load_safety_data(safety.data, safety.format, safety.n, seed)
+        examples = load_safety_data(safety.data, safety.format, safety.n, seed, thought)
     if safety.benign and safety.benign_share:
-        examples = mix_benign(examples, load_benign_data(safety.benign), safety.benign_share, seed)
-    return examples
+        benign = load_benign_data(safety.benign, thought=thought)
+        examples = mix_benign(examples, benign, safety.benign_share, seed)
+    return examples if thought.has_thoughts else without_thoughts(examples)
 
 
 def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:

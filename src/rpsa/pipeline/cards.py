@@ -38,6 +38,7 @@ def measured(result: RunResult) -> dict[str, Any]:
         "refused": result.refused,
         "truncated": result.truncated,
         "str": result.tax,
+        "unreliable": next((r for kind in result.sets if (r := result.unreliable(kind))), None),
         "judge": result.judge,
         "samples": sum(one["samples"] for sets in result.sets.values() for one in sets.values()),
     }

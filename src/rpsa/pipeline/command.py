@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.pipeline.evaluation import Subject, evaluate
+from rpsa.pipeline.models import said_model
 from rpsa.pipeline.subjects import model_subject, server_subject
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.schema import slug
@@ -35,6 +36,7 @@ class EvaluateCommand:
     served: str | None = None
     tokenizer: str | None = None
     reference: Path | None = None
+    thought: str = "auto"
 
 
 def evaluate_command(command: EvaluateCommand) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def evaluate_command(command: EvaluateCommand) -> dict[str, Any]:
     from rpsa.pipeline.quiet import quiet
     from rpsa.report.evaluation import render_evaluation
 
-    settings = evaluate_settings(command)
+    settings, model = evaluate_settings(command), said_model(command.thought, dtype="auto")
     for task in settings.tasks:
         if problem := source_problem("task", task):
             raise RPSAError(f"--tasks: {problem}")
@@ -54,7 +56,7 @@ def evaluate_command(command: EvaluateCommand) -> dict[str, Any]:
     reference = str(command.reference) if command.reference else None
     options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
     out = command.out or Path("evaluations") / f"{slug(command.model)}{'-quick' if command.quick else ''}"
-    results = evaluate(_subject(command, settings), settings, options, out)
+    results = evaluate(_subject(command, settings, model), settings, options, out)
     render_evaluation(results)
     print(f"\nEvery sample: {out / 'samples.jsonl'}")
     return results
@@ -80,11 +82,11 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
         raise RPSAError(f"--set {validation_problems(error, Evaluate)[0]}") from None
 
 
-def _subject(command: EvaluateCommand, settings: Evaluate) -> Subject:
+def _subject(command: EvaluateCommand, settings: Evaluate, model: Model) -> Subject:
     if re.match(r"https?://", command.model):
         if command.served is None:
             raise RPSAError(f"{command.model}: give the name of the model there with --served-model")
-        return server_subject(command.model, command.served, command.tokenizer or command.served, settings)
+        return server_subject(command.model, command.served, command.tokenizer or command.served, model)
     if problem := source_problem("model", command.model):
         raise RPSAError(problem)
-    return model_subject(command.model, Model(dtype="auto"), settings)
+    return model_subject(command.model, model, settings)

@@ -16,7 +16,7 @@ from rpsa.artifacts import (
     sha256_of,
     stable_json,
 )
-from rpsa.chat import render_prompt
+from rpsa.chat import read_thought, render_prompt
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.grading import Graders, Response, graded
 from rpsa.evaluation.items import Item
@@ -28,6 +28,7 @@ from rpsa.generation.resumable import carry_over, generate_resumable
 from rpsa.pipeline.graders import agreement, check_graders, make_graders
 from rpsa.pipeline.models import free_memory
 from rpsa.recipe.sections import Evaluate
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,12 +49,14 @@ def no_progress(done: int, total: int) -> None:
 class Subject:
     """The model under test.
 
-    `identity` is what tells it from others; `make_generator` is called when a response is missing.
+    `identity` is what tells it from others; `make_generator` is called when a response is missing; `thought` None is
+    as the chat template says.
     """
 
     identity: str
     tokenizer: "PreTrainedTokenizerBase"
     make_generator: Callable[[], Generator]
+    thought: ThoughtFormat | None = None
 
 
 def evaluate(
@@ -74,7 +77,7 @@ def evaluate(
     """
     started = time.perf_counter()
     items = check_evaluation(settings, options)
-    wanted = questions(items, settings, subject.tokenizer)
+    wanted = questions(items, settings, subject.tokenizer, subject.thought)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
     free_memory()  # the judge's model needs the GPU
     graders = make_graders(settings, items, folder)
@@ -85,11 +88,12 @@ def evaluate(
         "sets": results_by_set(samples),
         "samples": len(samples),
         "model": subject.identity,
+        "thought": wanted.thought.to_json(),
         "settings": settings.model_dump(exclude={"batch_size"}),
         "data_sha256": _data_hashes(items),
         "judge": dict(graders.judge.identity) if any(item.scorer == "judge" for item in items) else "exact",
         "refusal_judge": dict(graders.refusal_judge.identity),
-        "agreement": agreement(samples, settings, folder),
+        "agreement": agreement(samples, settings, folder, wanted.thought),
         "sandbox": str(graders.sandbox) if graders.sandbox else None,
         "versions": package_versions(),
         "seconds": time.perf_counter() - started,
@@ -126,24 +130,32 @@ class Questions:
     prompts: Sequence[list[int]]
     ids: Sequence[str]
     sampling: Sampling
+    thought: ThoughtFormat
 
     def responses(self, completions: Mapping[int, Completion]) -> list[Response]:
         """The completions, by position in `asked`, as responses in that order."""
         return [
-            Response(item, index, completions[position].text, completions[position].finish_reason)
-            for position, (item, index) in enumerate(self.asked)
+            Response(item, index, completions[n].text, completions[n].finish_reason, self.thought)
+            for n, (item, index) in enumerate(self.asked)
         ]
 
 
-def questions(items: Sequence[Item], settings: Evaluate, tokenizer: "PreTrainedTokenizerBase") -> Questions:
+def questions(
+    items: Sequence[Item],
+    settings: Evaluate,
+    tokenizer: "PreTrainedTokenizerBase",
+    thought: ThoughtFormat | None = None,
+) -> Questions:
     """Every item as often as `samples_of` says, through the model's own template."""
+    thought = thought or read_thought(tokenizer)
     asked = [(item, index) for item in items for index in range(samples_of(item, settings))]
-    rendered = {item.prompt: render_prompt(tokenizer, item.prompt) for item in items}
+    rendered = {item.prompt: render_prompt(tokenizer, item.prompt, thought) for item in items}
     return Questions(
         asked,
         [rendered[item.prompt] for item, _ in asked],
         [sample_id(item.set, item.id, index) for item, index in asked],
         Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed),
+        thought,
     )
 
 
@@ -178,7 +190,8 @@ class _WhenNeeded:
 def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> list[Sample]:
     """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
     items = [response.item for response in responses if response.index == 0]
-    key = sha256_of([sha256_of(folder / RESPONSES), _data_hashes(items), str(graders.sandbox)])
+    thoughts = [thought.to_json() for thought in {response.thought for response in responses}]
+    key = sha256_of([sha256_of(folder / RESPONSES), _data_hashes(items), str(graders.sandbox), thoughts])
     stored = folder / f"programs.{key[:12]}.jsonl"
     found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
     waiting = [response for response in responses if response.id not in found]

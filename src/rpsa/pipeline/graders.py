@@ -19,6 +19,7 @@ from rpsa.evaluation.judges import (
 )
 from rpsa.evaluation.samples import Sample
 from rpsa.recipe.sections import Evaluate
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from rpsa.evaluation.sandbox import Sandbox
@@ -67,7 +68,9 @@ def _judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
     return judge if name == REFUSAL else CachedJudge(judge, folder / "judgements")
 
 
-def agreement(samples: Sequence[Sample], settings: Evaluate, folder: Path) -> dict[str, Any] | None:
+def agreement(
+    samples: Sequence[Sample], settings: Evaluate, folder: Path, thought: ThoughtFormat
+) -> dict[str, Any] | None:
     """How far a second judge agrees with the first on what was judged of the answers to attacks."""
     judged = [
         sample
@@ -77,7 +80,7 @@ def agreement(samples: Sequence[Sample], settings: Evaluate, folder: Path) -> di
     if settings.second_judge is None or not judged:
         return None
     second = _judge(settings.second_judge, settings.second_judge_settings, folder)
-    found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer"))
+    found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer", thought))
     first = [Judgement(**sample.details["answer"]) for sample in judged]
     other = [found[i] for i in range(len(judged))]
     if all(None in (a.score, b.score) for a, b in zip(first, other, strict=True)):

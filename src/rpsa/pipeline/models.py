@@ -5,11 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from rpsa.artifacts import reading, sha256_of
+from rpsa.chat import thought_format
 from rpsa.checkpoints import load_pretrained
 from rpsa.errors import RPSAError
+from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.schema import Cell
 from rpsa.recipe.sections import Model
+from rpsa.recipe.strict_yaml import parse_yaml
+from rpsa.thought import ThoughtFormat
 from rpsa.tiny import tiny_model_dir
 
 if TYPE_CHECKING:
@@ -97,6 +103,32 @@ def load_tokenizer(name: str, model: Model) -> "PreTrainedTokenizerBase":
             location(name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     return tokenizer
+
+
+def said_model(thought: str, **settings: Any) -> Model:
+    """A recipe's section `model` for a command without a recipe; `thought` is what `--thought` says, in YAML.
+
+    Raises:
+        RPSAError: it says nothing that the section could hold.
+    """
+    try:
+        return Model.model_validate({**settings, "thought": parse_yaml(thought, "--thought")})
+    except ValidationError as error:
+        raise RPSAError(
+            f"--thought: {validation_problems(error, Model)[0].removeprefix('thought: ')}"
+        ) from None
+
+
+def thought_of(tokenizer: "PreTrainedTokenizerBase", model: Model) -> ThoughtFormat:
+    """How a recipe's model sets its thoughts apart: as the recipe says, or as the chat template does.
+
+    Raises:
+        RPSAError: there is no chat template, or it contradicts the recipe.
+    """
+    said = model.thought
+    if isinstance(said, str):
+        return thought_format(tokenizer, said)
+    return thought_format(tokenizer, ThoughtFormat(said.open, said.close, system=said.system))
 
 
 def generation_dtype(model: Model, *, on_gpu: bool) -> str:

@@ -14,17 +14,19 @@ from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.grading import Graders, graded
 from rpsa.evaluation.judges import make_judge
 from rpsa.evaluation.loading import load_tasks
-from rpsa.evaluation.samples import Sample, scores_by_item
+from rpsa.evaluation.results import why_unreliable
+from rpsa.evaluation.samples import Sample, scores_by_item, set_rates
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
 from rpsa.pipeline.evaluation import questions
 from rpsa.pipeline.graders import REFUSAL, sandbox_for
-from rpsa.pipeline.models import generation_dtype, identity, load_model, load_tokenizer
+from rpsa.pipeline.models import generation_dtype, identity, load_model, load_tokenizer, thought_of
 from rpsa.pipeline.tasks import tasks_identity
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.sections import Evaluate as EvaluateSettings
 from rpsa.recipe.sections import Model
 from rpsa.recipe.sources import source_problem
+from rpsa.thought import ThoughtFormat
 
 __all__ = ["PerturbationConfig", "evaluation_settings", "run_perturbation"]
 
@@ -60,9 +62,11 @@ def run_perturbation(
     from rpsa.report.perturbation_table import render_effects
 
     quiet()
-    evaluate = reasoning_scores(settings, data_dir)
-    fisher = FisherDiagonal.load(fisher_folder)
     described = described or Model()
+    tokenizer = load_tokenizer(name, described)
+    thought = thought_of(tokenizer, described)
+    evaluate = reasoning_scores(settings, data_dir, thought)
+    fisher = FisherDiagonal.load(fisher_folder)
     model: Any = load_model(name, described)
     if any_weights:
         fisher = fisher.for_any_weights()
@@ -73,6 +77,7 @@ def run_perturbation(
         evaluate = with_weights_of(load_model(name, described, dtype), evaluate)
     inputs = {
         "model": identity(name, described),
+        "thought": thought.to_json(),
         "Fisher": sha256_of(fisher_folder),
         "evaluation": settings.model_dump(exclude={"batch_size"}),
         "data": tasks_identity(settings.tasks, data_dir),
@@ -89,7 +94,7 @@ def run_perturbation(
 
         outcomes = perturb(
             model,
-            load_tokenizer(name, described),
+            tokenizer,
             fisher,
             evaluate,
             config,
@@ -122,8 +127,14 @@ def evaluation_settings(**settings: Any) -> EvaluateSettings:
     return checked
 
 
-def reasoning_scores(settings: EvaluateSettings, data_dir: str | None = None) -> Evaluate:
+def reasoning_scores(
+    settings: EvaluateSettings,
+    data_dir: str | None = None,
+    thought: ThoughtFormat | None = None,
+) -> Evaluate:
     """What `perturb` calls: the mean score of each problem over its samples, by set of reasoning problems.
+
+    `thought` is the model's format; None: its chat template's.
 
     Raises:
         RPSAError: a task cannot be read, or none has reasoning problems.
@@ -135,16 +146,22 @@ def reasoning_scores(settings: EvaluateSettings, data_dir: str | None = None) ->
 
     refusal = make_judge(REFUSAL)
     graders = Graders(refusal, refusal, sandbox=sandbox_for(items, settings))
+    doubted: set[str] = set()
 
     def evaluate(model: Any, tokenizer: Any) -> dict[str, list[float]]:
         from rpsa.generation.transformers import TransformersGenerator
 
-        wanted = questions(items, settings, tokenizer)
-        generator = TransformersGenerator(model, tokenizer, settings.batch_size)
+        wanted = questions(items, settings, tokenizer, thought)
+        generator = TransformersGenerator(model, tokenizer, settings.batch_size, wanted.thought)
         completions = dict(generator.generate(wanted.prompts, wanted.sampling, wanted.ids))
         by_set: dict[str, list[Sample]] = {item.set: [] for item in items}
         for sample in sorted(graded(wanted.responses(completions), graders), key=lambda s: s.id):
             by_set[sample.set].append(sample)
+        for name, samples in by_set.items():
+            reason = why_unreliable(set_rates(samples))
+            if reason and name not in doubted:
+                doubted.add(name)
+                log.warning("%s: %s; its accuracies say nothing of the model", name, reason)
         return {
             name: [sum(own) / len(own) for own in scores_by_item(samples).values()]
             for name, samples in by_set.items()

@@ -17,6 +17,7 @@ from rpsa.pipeline.tasks import (
 )
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult, Shown
+from rpsa.thought import ThoughtFormat
 
 _ANALYSES = {
     "layers": (
@@ -177,13 +178,16 @@ def _graded_by(recipe: Recipe) -> dict[str, Any]:
     """Who judged, where programs ran, and what tells the data from any other: of every evaluation, each once."""
     import json
 
-    graded: dict[str, dict[str, None]] = {"Judge of attacks": {}, "Judge of over-refusal": {}, "Sandbox": {}}
+    graded: dict[str, dict[str, None]] = {
+        name: {} for name in ("Thoughts", "Judge of attacks", "Judge of over-refusal", "Sandbox")
+    }
     data: dict[str, str] = {}
     for cell in recipe.cells():
         found = json.loads((evaluate_task(recipe, cell).folder / RESULTS).read_text())
         sandbox = found["sandbox"] or "no programs were run"
         refusal_judge = "exact" if found["judge"] == "exact" else found["refusal_judge"]
-        said = (_judge(found["judge"]), _judge(refusal_judge), sandbox)
+        thoughts = str(ThoughtFormat.from_json(found["thought"]))
+        said = (thoughts, _judge(found["judge"]), _judge(refusal_judge), sandbox)
         for name, value in zip(graded, said, strict=True):
             graded[name][value] = None
         data |= found["data_sha256"]

@@ -20,6 +20,7 @@ from rpsa.pipeline.models import (
     load_tokenizer,
     location,
     sharded,
+    thought_of,
     training_dtype,
     vllm_engine,
 )
@@ -59,10 +60,11 @@ def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress)
         )
     problems = reference_problems(settings.problems, settings.n, settings.seed)
     tokenizer = load_tokenizer(task.base, recipe.model)
+    thought = thought_of(tokenizer, recipe.model)
     config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(recipe.model, settings.engine))
     dtype = generation_dtype(recipe.model, on_gpu=has_gpu())
     generator = make_generator(
-        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model, dtype)
+        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model, dtype), thought
     )
     done = 0
 
@@ -84,9 +86,10 @@ def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress)
             only_correct=settings.only_correct,
         ),
         folder,
-        grade=lambda response, answer: grade(response, answer, "math"),
+        grade=lambda response, answer: grade(response, answer, "math", thought),
         identity=task.base,
         on_trace=on_trace,
+        thought=thought,
     )
 
 
@@ -181,8 +184,8 @@ def make_evaluated(recipe: Recipe, task: Task, folder: Path, progress: Progress)
 
 
 def check_settings(recipe: Recipe) -> None:
-    """What TRL or RPSA refuses, a task that is not to be had, a judge or sandbox that is not there: known before
-    anything runs."""
+    """What TRL or RPSA refuses, a chat template that contradicts `model.thought`, a task that is not to be had, a
+    judge or sandbox that is not there: known before anything runs."""
     checked = set()
     for cell in recipe.cells():
         protection = [own.model_dump() if own else None for own in (cell.align, cell.alternatives)]
@@ -190,6 +193,8 @@ def check_settings(recipe: Recipe) -> None:
         if cell.paradigm != "none" and key not in checked:
             training_arguments(recipe, cell, recipe.folder, quiet=True)
             checked.add(key)
+    for base in recipe.bases:
+        thought_of(load_tokenizer(base, recipe.model), recipe.model)
     check_evaluation(recipe.evaluate, task_options(recipe))
 
 

@@ -18,11 +18,13 @@ from rpsa.pipeline.models import (
     load_model,
     load_tokenizer,
     location,
+    thought_of,
     vllm_engine,
 )
 from rpsa.pipeline.tasks import align_task, upstream
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Evaluate, Model
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,20 +50,25 @@ def cell_subject(recipe: Recipe, cell: Cell) -> Subject:
 
 def _subject(key: str, base: str, adapter: str | None, model: Model, settings: Evaluate) -> Subject:
     tokenizer = load_tokenizer(_tokenizer_home(base, adapter), model)
+    thought = thought_of(tokenizer, model)
     engine = vllm_engine(model, settings.engine)
     config = BackendConfig(settings.backend, settings.batch_size, engine)
     backend = choose_backend(config)
     dtype = generation_dtype(model, on_gpu=has_gpu())
-    made_by = [key, backend, engine if backend == "vllm" else dtype, package_versions()]
+    made_by = [key, backend, engine if backend == "vllm" else dtype, package_versions(), thought.to_json()]
 
     def generator() -> Generator:
         if adapter and backend == "vllm":
-            return _merged_for_vllm(config, base, adapter, model, tokenizer)
+            return _merged_for_vllm(config, base, adapter, model, tokenizer, thought)
         return make_generator(
-            config, location(base), tokenizer, lambda _: loaded_to_generate(base, adapter, model, dtype)
+            config,
+            location(base),
+            tokenizer,
+            lambda _: loaded_to_generate(base, adapter, model, dtype),
+            thought,
         )
 
-    return Subject(sha256_of(made_by), tokenizer, generator)
+    return Subject(sha256_of(made_by), tokenizer, generator, thought)
 
 
 def _tokenizer_home(base: str, adapter: str | None) -> str:
@@ -89,27 +96,33 @@ def _merged(base: str, adapter: str, model: Model) -> "PreTrainedModel":
 
 
 def _merged_for_vllm(
-    config: BackendConfig, base: str, adapter: str, model: Model, tokenizer: "PreTrainedTokenizerBase"
+    config: BackendConfig,
+    base: str,
+    adapter: str,
+    model: Model,
+    tokenizer: "PreTrainedTokenizerBase",
+    thought: ThoughtFormat,
 ) -> Generator:
     """vLLM reads folders: the merged weights are on disk while the engine loads them."""
     with TemporaryDirectory() as folder:
         _merged(base, adapter, model).save_pretrained(folder)
         free_memory()
         tokenizer.save_pretrained(folder)
-        return make_generator(config, folder, tokenizer, _no_model)
+        return make_generator(config, folder, tokenizer, _no_model, thought)
 
 
-def server_subject(url: str, served: str, tokenizer: str, settings: Evaluate) -> Subject:
+def server_subject(url: str, served: str, tokenizer: str, model: Model) -> Subject:
     """A model behind an OpenAI-compatible server, by the name that the server gives it."""
     from rpsa.generation.server import ServerConfig
 
-    loaded = load_tokenizer(tokenizer, Model())
+    loaded = load_tokenizer(tokenizer, model)
+    thought = thought_of(loaded, model)
     config = BackendConfig("server", server=ServerConfig(url, served))
 
     def generator() -> Generator:
-        return make_generator(config, served, loaded, _no_model)
+        return make_generator(config, served, loaded, _no_model, thought)
 
-    return Subject(f"{served} at {url}", loaded, generator)
+    return Subject(f"{served} at {url}", loaded, generator, thought)
 
 
 def adapter_base(name: str) -> str | None:

@@ -22,6 +22,7 @@ from rpsa.plan.steps import count_steps
 from rpsa.plan.time import GPUS, compute_seconds, launch_seconds, training_operations, update_seconds
 from rpsa.plan.tokens import SafetyTokens, safety_tokens, with_rehearsal
 from rpsa.recipe.schema import Cell
+from rpsa.thought import THINK
 
 
 def plan_methods(base: Base) -> list[MethodPlan]:
@@ -58,7 +59,7 @@ class _Planner:
         on_cpu = replace(cell, train={**cell.train, "use_cpu": True})
         args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder, quiet=True)
         dtype = training_dtype(cell.train, cell.paradigm, self.base.recipe.model)
-        safety = safety_tokens(cell, self.base.count_tokens)
+        safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:
             safety = with_rehearsal(safety, cell, self.base.recipe)
         freezing = _freezing(args) if cell.align else None

@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rpsa.pipeline.models import load_tokenizer, location
+from rpsa.pipeline.models import load_tokenizer, location, thought_of
 from rpsa.plan.skeleton import build_model, load_config
 from rpsa.plan.tokens import CHARACTERS_PER_TOKEN, prompt_tokens, reference_responses
 from rpsa.recipe.schema import Cell, Recipe
+from rpsa.thought import ThoughtFormat
 
 
 class Base:
@@ -49,7 +50,17 @@ class Base:
     @cached_property
     def count_tokens(self) -> Callable[[str], int]:
         """The model's own tokenizer where it is on this machine; elsewhere a rule of thumb."""
-        if not (Path(location(self.name)) / "tokenizer.json").is_file():
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             return lambda text: len(text) // CHARACTERS_PER_TOKEN + 1
-        tokenizer = load_tokenizer(self.name, self.recipe.model)
         return lambda text: len(tokenizer(text)["input_ids"])
+
+    @cached_property
+    def thought(self) -> ThoughtFormat | None:
+        """What sets the model's thoughts apart; None where its chat template is not on this machine."""
+        return thought_of(self._tokenizer, self.recipe.model) if self._tokenizer else None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        is_here = (Path(location(self.name)) / "tokenizer.json").is_file()
+        return load_tokenizer(self.name, self.recipe.model) if is_here else None

@@ -24,8 +24,10 @@ def make_plan(recipe: Recipe, gpu_memory: float = 80, gpus: Sequence[int] = (1, 
     methods: list[MethodPlan] = []
     stages: dict[str, list[SingleGpuStage]] = {}
     parameters: dict[str, int] = {}
+    thoughts: dict[str, str | None] = {}
     for name in recipe.bases:
         base = Base(recipe, name, sorted(gpus), gpu_memory)
+        thoughts[name] = None if base.thought is None else str(base.thought)
         with fake_tensors():
             methods += plan_methods(base)
             stages[name] = list(plan_single_gpu_stages(base))
@@ -35,6 +37,7 @@ def make_plan(recipe: Recipe, gpu_memory: float = 80, gpus: Sequence[int] = (1, 
         name=recipe.name,
         gpu_memory=gpu_memory,
         parameters=parameters,
+        thoughts=thoughts,
         methods=methods,
         stages=stages,
         reference=reference_responses(recipe) if any(cell.needs_reference for cell in cells) else None,

@@ -37,7 +37,9 @@ def render(plan: Plan, console: Console | None = None) -> None:
         methods = [method for method in plan.methods if method.base == base]
         stages = plan.stages[base]
         unit = _unit(methods, stages)
+        thought = plan.thoughts[base] or "as its chat template says, which is not here"
         console.print(f"\n[bold]{base}[/bold], {_count(parameters)} parameters, {plan.gpu_memory:g} GiB GPUs")
+        console.print(f"Thoughts: {thought}", markup=False, highlight=False)
         if methods:
             console.print(f"\nAlign, {unit.name} of each GPU")
             console.print(_memory_table(methods, unit))

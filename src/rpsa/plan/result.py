@@ -61,6 +61,8 @@ class Plan:
     name: str
     gpu_memory: float
     parameters: dict[str, int]
+    thoughts: dict[str, str | None]
+    """What sets the thoughts of each base apart; None where its chat template is not on this machine."""
     methods: list[MethodPlan]
     stages: dict[str, list[SingleGpuStage]]
     """By base."""

@@ -12,6 +12,7 @@ from rpsa.evaluation.loading import expanded, load_task
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Evaluate
 from rpsa.recipe.sources import SHIPPED
+from rpsa.thought import THINK, ThoughtFormat
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -71,7 +72,9 @@ def prompt_tokens(source: str | None) -> int:
     return _PROMPT_TOKENS["tiny" if source == "tiny" else "real"]
 
 
-def safety_tokens(cell: Cell, count_tokens: Callable[[str], int]) -> SafetyTokens:
+def safety_tokens(
+    cell: Cell, count_tokens: Callable[[str], int], thought: ThoughtFormat = THINK
+) -> SafetyTokens:
     """What a run of the align stage trains on. Data on the hub are not fetched: `safety.n` says how many."""
     from rpsa.pipeline.alignment import safety_data
     from rpsa.training.safety_data import hold_out
@@ -81,7 +84,7 @@ def safety_tokens(cell: Cell, count_tokens: Callable[[str], int]) -> SafetyToken
     limit = safety.max_length or 1 << 20
     is_here = safety.data is not None and (safety.data in SHIPPED["safety"] or Path(safety.data).is_file())
     if is_here and (safety.benign is None or Path(safety.benign).is_file()):
-        examples = safety_data(safety, cell.seed)
+        examples = safety_data(safety, cell.seed, thought)
         if safety.validation_share:
             examples, _ = hold_out(examples, safety.validation_share, cell.seed)
         lengths = [min(limit, count_tokens(e.prompt + e.response) + _TEMPLATE_TOKENS) for e in examples]

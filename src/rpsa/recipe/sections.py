@@ -11,8 +11,12 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    ValidationError,
     WithJsonSchema,
+    model_validator,
 )
+
+from rpsa.recipe.problems import validation_problems
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -21,10 +25,39 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Thought(Section):
+    """What a model writes before (`open`) and after (`close`) a thought; both empty: it has none.
+
+    `system`: the system prompt that switches thoughts on, or off.
+    """
+
+    open: str = ""
+    close: str = ""
+    system: str = ""
+
+    @model_validator(mode="after")
+    def _open_and_close(self) -> "Thought":
+        if bool(self.open.strip()) != bool(self.close.strip()):
+            raise ValueError("give both, open and close, or neither")
+        return self
+
+
+def _thought(value: Any) -> Any:
+    if value in ("auto", "none") or isinstance(value, Thought):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is neither auto nor none nor {{open: ..., close: ...}}")
+    try:
+        return Thought.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(validation_problems(error, Thought)[0].removeprefix("recipe: ")) from None
+
+
 class Model(Section):
     """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:2`; `matrix.bases`: several.
 
     `generation_dtype`: of the weights while they generate; by default bfloat16 on a GPU and `dtype` on a CPU.
+    `thought`: what sets its thoughts apart from its answers, "auto" as its chat template says, "none", or the words.
     """
 
     name: str | None = None
@@ -32,6 +65,7 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     generation_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
+    thought: Annotated[Literal["auto", "none"] | Thought, BeforeValidator(_thought)] = "auto"
 
 
 class Reference(Section):

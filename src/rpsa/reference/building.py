@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import append_line, atomic_write, recover_lines, sha256_of, stable_json
-from rpsa.chat import render_prompt
+from rpsa.chat import read_thought, render_prompt
 from rpsa.generation import Completion, Generator, Sampling
 from rpsa.reference.dataset import ReferenceDataset, Trace, trace_of
 from rpsa.reference.problems import Problem, check_ids
 from rpsa.rows import Row
+from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ def build_reference(
     grade: Callable[[str, str], bool],
     identity: str = "",
     on_trace: Callable[[Trace], None] | None = None,
+    thought: ThoughtFormat | None = None,
 ) -> ReferenceDataset:
     """Sample one response to each problem and store it in `out_dir` (`traces.jsonl`, `manifest.json`).
 
@@ -52,16 +54,18 @@ def build_reference(
     that belongs to these problems, this sampling and this `identity` (of the model: a path, a fingerprint).
     The two files appear whole, `manifest.json` last; where they are there already for the same request, they
     are loaded. `grade(response text, gold answer)` says what is correct; `on_trace` hears of each trace,
-    those of the partial file first (for a progress bar). Traces with an empty response are dropped with a
-    log line, and with `only_correct` wrong ones too; the manifest counts them.
+    those of the partial file first (for a progress bar). `thought` is the model's format, as for
+    `rpsa.chat.render_prompt`. Traces with an empty response are dropped with a log line, and with `only_correct`
+    wrong ones too; the manifest counts them.
 
     Raises RPSAError if two problems share an id, if no trace is left, or if the partial file is damaged.
     """
     check_ids(problems)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = [render_prompt(tokenizer, problem.prompt) for problem in problems]
-    key = _key(problems, prompts, config, identity)
+    thought = thought or read_thought(tokenizer)
+    prompts = [render_prompt(tokenizer, problem.prompt, thought) for problem in problems]
+    key = _key(problems, prompts, config, [identity, thought.to_json()])
     if _is_finished(folder, key, config):
         return ReferenceDataset.load(folder)
     partial = folder / f"traces.{key[:12]}.partial.jsonl"
@@ -86,9 +90,8 @@ def build_reference(
             if on_trace:
                 on_trace(trace)
     traces = [done[problem.id] for problem in problems]
-    dataset = _finished(
-        traces, config, {"key": key, "identity": identity, "pad_token_id": tokenizer.pad_token_id}
-    )
+    origin = {"key": key, "identity": identity, "pad_token_id": tokenizer.pad_token_id}
+    dataset = _finished(traces, config, origin | {"thought": thought.to_json()})
     dataset.manifest["problems_sha256"] = sha256_of([asdict(problem) for problem in problems])
     (folder / "manifest.json").unlink(missing_ok=True)  # an older one must not vouch for these traces
     atomic_write(folder / "traces.jsonl", "".join(json.dumps(asdict(t)) + "\n" for t in dataset.traces))
@@ -98,7 +101,7 @@ def build_reference(
 
 
 def _key(
-    problems: Sequence[Problem], prompts: list[list[int]], config: ReferenceConfig, identity: str
+    problems: Sequence[Problem], prompts: list[list[int]], config: ReferenceConfig, identity: Any
 ) -> str:
     return sha256_of([[asdict(problem) for problem in problems], prompts, asdict(config.sampling), identity])
 

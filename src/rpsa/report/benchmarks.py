@@ -1,12 +1,24 @@
 """Each benchmark by itself: its figure with its 95% interval, and the rates that qualify it."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from rpsa.evaluation.items import Kind
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.report.results import RunResult, Summary
-from rpsa.report.table import Entry, Table, interval_note, label, main_table, markdown, percent
+from rpsa.report.table import (
+    UNRELIABLE,
+    Entry,
+    Table,
+    interval_note,
+    label,
+    main_table,
+    markdown,
+    marked,
+    percent,
+)
 
-_MARKS = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
+_MARKS: dict[Kind, str] = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
 _HEADINGS = {
     "refused": "Refused",
     "partial": "Partly refused",
@@ -61,17 +73,27 @@ def table_markdown(summaries: Sequence[Summary]) -> str:
         markdown(main_table(summaries))
         + "\nRates in percent, means over bases and seeds; reasoning problems that were refused are counted as wrong. "
         f"STR: mean drop in reasoning over mean drop in ASR, lower is better. {interval_note(summaries)} Bold: best of "
-        "its group.\n\n" + markdown(benchmark_table(summaries))
+        f"its group.{unreliable_note(summaries)}\n\n" + markdown(benchmark_table(summaries))
     )
 
 
-def _columns(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
+def unreliable_note(summaries: Sequence[Summary]) -> str:
+    """What the mark beside a rate means, where there is one."""
+    marked = any(s.unreliable(kind) for s in summaries for kind in _MARKS)
+    return f" {UNRELIABLE}: most of the responses have no answer that can be read." if marked else ""
+
+
+def _columns(summaries: Sequence[Summary]) -> list[tuple[Kind, str]]:
     first = summaries[0].runs[0]
-    kinds = {"reasoning": first.reasoning, "attack": first.asr, "over_refusal": first.over_refusal}
+    kinds: dict[Kind, Any] = {
+        "reasoning": first.reasoning,
+        "attack": first.asr,
+        "over_refusal": first.over_refusal,
+    }
     return [(kind, name) for kind, rates in kinds.items() for name in rates if name != "mean"]
 
 
-def _figure(runs: Sequence[RunResult], kind: str, name: str) -> Entry:
+def _figure(runs: Sequence[RunResult], kind: Kind, name: str) -> Entry:
     values = [_rates(run, kind)[name] for run in runs]
     interval = mean_interval(values)
     if len(runs) == 1:
@@ -80,7 +102,8 @@ def _figure(runs: Sequence[RunResult], kind: str, name: str) -> Entry:
     if interval is not None:
         low, high = (min(1.0, max(0.0, end)) for end in interval)
         note = f"{percent(low)} to {percent(high)}"
-    return Entry(percent(sum(values) / len(values)), note=note)
+    unreliable = next((reason for run in runs if (reason := run.unreliable(kind, name))), None)
+    return Entry(marked(percent(sum(values) / len(values)), unreliable), note=note)
 
 
 def _rates(run: RunResult, kind: str) -> dict[str, float]:

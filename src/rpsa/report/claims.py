@@ -135,6 +135,8 @@ def _partner(run: RunResult, method: str, results: Sequence[RunResult]) -> RunRe
 
 
 def _read(run: RunResult | None, figure: Figure) -> float | None:
-    if run is None:
+    if run is None or (
+        figure != "STR" and run.unreliable("reasoning" if figure == "reasoning" else "attack")
+    ):
         return None
     return {"STR": run.tax, "reasoning": run.reasoning["mean"], "ASR": run.asr["mean"]}[figure]

@@ -5,8 +5,15 @@ from typing import Any
 
 from rpsa.evaluation.items import Kind
 from rpsa.evaluation.samples import MAIN_METRIC
+from rpsa.report.table import UNRELIABLE, marked
+from rpsa.thought import ThoughtFormat
 
 _TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
+ADVICE = (
+    "The rates say nothing of the model. If its thoughts have no end, raise max_new_tokens; if it has none, or others "
+    "than its chat template says, say so: model.thought, or --thought."
+)
+
 _SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
 
 
@@ -27,7 +34,13 @@ def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
         for name, found in sets.items():
             table.add_row(name, _count(found), *_figure(found, kind), *(_percent(found[r]) for r in rates))
         console.print(table)
+        for name, found in sets.items():
+            if found["unreliable"]:
+                console.print(
+                    f"{UNRELIABLE} {name}: {found['unreliable']}. {ADVICE}", highlight=False, markup=False
+                )
         console.print()
+    console.print(f"Thoughts: {ThoughtFormat.from_json(results['thought'])}", highlight=False, markup=False)
     judge = results["judge"]
     console.print(f"Judge: {judge if isinstance(judge, str) else judge['id']}", highlight=False, markup=False)
     if results["sandbox"]:
@@ -44,7 +57,7 @@ def _figure(found: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
     if value is None:
         return "–", "nothing was judged"
     low, high = found["interval"]
-    return _percent(value), f"{100 * low:.1f} to {100 * high:.1f}"
+    return marked(_percent(value), found["unreliable"]), f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _percent(value: float) -> str:

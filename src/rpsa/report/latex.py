@@ -2,6 +2,7 @@ r"""`table.tex`: Table 1 of the paper for a manuscript, with over-refusal beside
 
 from collections.abc import Callable, Sequence
 
+from rpsa.evaluation.items import Kind
 from rpsa.report.results import RunResult, Summary, summarise
 from rpsa.report.table import group_of, is_best
 
@@ -31,7 +32,8 @@ Reader = Callable[[Summary], float | None]
 def latex_table(results: Sequence[RunResult]) -> str:
     """A block for each base model, means over its seeds; bold: the best of a method and what is built on it.
 
-    Rates in percent, with one digit; STR with two. An STR that is undefined is a dash.
+    Rates in percent, with one digit; STR with two. An STR that is undefined is a dash. An exclamation mark:
+    most of the responses have no answer that can be read.
     """
     by_base = {
         base: summarise([r for r in results if r.base == base])
@@ -39,15 +41,15 @@ def latex_table(results: Sequence[RunResult]) -> str:
     }
     blocks = {base: summaries for base, summaries in by_base.items() if summaries}
     first = next(iter(blocks.values()))[0]
-    kinds = [
-        (r"Reasoning $\uparrow$", "reasoning", 1),
-        (r"Harmfulness $\downarrow$", "asr", -1),
-        (r"Over-refusal $\downarrow$", "over_refusal", -1),
+    kinds: list[tuple[str, str, Kind, int]] = [
+        (r"Reasoning $\uparrow$", "reasoning", "reasoning", 1),
+        (r"Harmfulness $\downarrow$", "asr", "attack", -1),
+        (r"Over-refusal $\downarrow$", "over_refusal", "over_refusal", -1),
     ]
     columns = [
-        (title, name, _reader(kind, name), sign)
-        for title, kind, sign in kinds
-        for name in getattr(first, kind)
+        (title, name, _reader(rates, name), sign, kind)
+        for title, rates, kind, sign in kinds
+        for name in getattr(first, rates)
         if name != "mean"
     ]
     lines = [
@@ -59,8 +61,9 @@ def latex_table(results: Sequence[RunResult]) -> str:
         lines.append(r"\midrule")
         for index, summary in enumerate(summaries):
             cells = [escaped(base) if index == 0 else "", _method(summary, summaries)]
-            for _, _, read, sign in columns:
-                cells.append(_cell(read, summary, summaries, sign, ".1f", 100))
+            for _, name, read, sign, kind in columns:
+                cell = _cell(read, summary, summaries, sign, ".1f", 100)
+                cells.append(f"{cell}$^!$" if summary.unreliable(kind, name) else cell)
             tax = "N/A" if summary.is_original else _cell(lambda s: s.tax, summary, summaries, -1, ".2f", 1)
             lines.append(_row([*cells, tax]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
@@ -70,7 +73,7 @@ def escaped(text: str) -> str:
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
-def _head(columns: Sequence[tuple[str, str, Reader, int]]) -> list[str]:
+def _head(columns: Sequence[tuple[str, str, Reader, int, Kind]]) -> list[str]:
     titles = list(dict.fromkeys(title for title, *_ in columns))
     spans, rules, start = [], [], 3
     for title in titles:
@@ -90,8 +93,8 @@ def _row(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _reader(kind: str, name: str) -> Reader:
-    return lambda summary: getattr(summary, kind)[name]
+def _reader(rates: str, name: str) -> Reader:
+    return lambda summary: getattr(summary, rates)[name]
 
 
 def _method(summary: Summary, summaries: Sequence[Summary]) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from rpsa.report import browser
-from rpsa.report.benchmarks import benchmark_table, rates_table
+from rpsa.report.benchmarks import benchmark_table, rates_table, unreliable_note
 from rpsa.report.results import RunResult, Summary
 from rpsa.report.shown import Shown
 from rpsa.report.table import Entry, Table, interval_note, main_table
@@ -117,7 +117,7 @@ def _main_table(summaries: Sequence[Summary]) -> str:
         "<h2>Results</h2>"
         + _table(main_table(summaries))
         + '<p class="note">Rates in percent, means over bases and seeds; reasoning problems that were refused are '
-        f"counted as wrong. {interval_note(summaries)} Bold: best of its group.</p>"
+        f"counted as wrong. {interval_note(summaries)} Bold: best of its group.{unreliable_note(summaries)}</p>"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rpsa.errors import RPSAError
 from rpsa.evaluation.samples import read_samples
 from rpsa.evaluation.statistics import Problems, safety_tax_difference, safety_tax_interval
-from rpsa.report.results import Summary, plain_method
+from rpsa.report.results import Summary, no_comparison, plain_method
 
 REPLICATES = 2_000
 
@@ -36,10 +36,14 @@ def with_problem_intervals(summaries: Sequence[Summary]) -> list[Summary]:
         if summary.is_original or len(summary.runs) > 1 or summary.runs[0].base not in originals:
             return summary
         run, plain = summary.runs[0], plain_method(summary, summaries)
-        before, after = scores.get(originals[run.base].samples), scores.get(run.samples)
+        original = originals[run.base]
+        if no_comparison(original, run):
+            return summary
+        before, after = scores.get(original.samples), scores.get(run.samples)
         if before is None or after is None:
             return summary
-        beside = scores.get(plain.runs[0].samples) if plain and plain.runs[0].base == run.base else None
+        is_beside = plain and plain.runs[0].base == run.base and not no_comparison(original, plain.runs[0])
+        beside = scores.get(plain.runs[0].samples) if plain and is_beside else None
         try:
             interval, reason = _interval(before, after)
             difference = _difference(before, beside, after) if beside else None

@@ -6,7 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rpsa.evaluation.items import Kind
+from rpsa.evaluation.results import why_unreliable
 from rpsa.evaluation.statistics import mean_interval, ratio_interval, safety_tax
+
+_COMPARED: tuple[Kind, ...] = ("reasoning", "attack")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class RunResult:
     trajectory: Mapping[str, Sequence[float | None]] | None = None
     audit: Mapping[str, Any] | None = None
     seconds: float | None = None
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sets: Mapping[Kind, Mapping[str, Any]] = field(default_factory=dict)
     judge: str = ""
     sandbox: str | None = None
     samples: Path | None = None
@@ -57,6 +61,13 @@ class RunResult:
     @property
     def is_original(self) -> bool:
         return self.lr is None
+
+    def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
+        """Why the rate on a set, or the mean over a kind's sets, does not stand alone; None where it does."""
+        sets = self.sets.get(kind, {})
+        asked = sets if name == "mean" else {name: sets.get(name, {})}
+        reasons = ((one, why_unreliable(found)) for one, found in asked.items())
+        return next((f"{one}: {reason}" for one, reason in reasons if reason), None)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +83,7 @@ class RunResult:
             "truncated": self.truncated,
             "asr": dict(self.asr),
             "over_refusal": dict(self.over_refusal),
+            "unreliable": _unreliable_sets([self]),
             "str": self.tax,
             "reason": self.tax_reason,
         }
@@ -110,6 +122,10 @@ class Summary:
     def paradigm(self) -> str:
         return self.method.partition("+")[0]
 
+    def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
+        """As `RunResult.unreliable`, of the first run of which it holds."""
+        return next((reason for run in self.runs if (reason := run.unreliable(kind, name))), None)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "method": self.method,
@@ -120,6 +136,7 @@ class Summary:
             "refused": self.refused,
             "asr": dict(self.asr),
             "over_refusal": dict(self.over_refusal),
+            "unreliable": _unreliable_sets(self.runs),
             "str": {
                 "mean": self.tax,
                 "ci95": list(self.tax_interval) if self.tax_interval else None,
@@ -173,6 +190,8 @@ def _taxed(result: RunResult, original: RunResult | None) -> RunResult:
         return result
     if original is None:
         return replace(result, tax=None, tax_reason="the untouched model of this base was not evaluated")
+    if reason := no_comparison(original, result):
+        return replace(result, tax=None, tax_reason=reason)
     families = [name for name in original.reasoning if name != "mean"]
     attacks = [name for name in original.asr if name != "mean"]
     value, reason = safety_tax(
@@ -184,12 +203,36 @@ def _taxed(result: RunResult, original: RunResult | None) -> RunResult:
     return replace(result, tax=value, tax_reason=reason)
 
 
+def no_comparison(original: RunResult, run: RunResult) -> str | None:
+    """Why an STR of the two would say nothing: a rate that it is made from does not stand alone."""
+    for whose, one in (("the untouched model's ", original), ("", run)):
+        for kind in _COMPARED:
+            if reason := one.unreliable(kind):
+                return f"{whose}{reason}"
+    return None
+
+
+def _unreliable_sets(runs: Sequence[RunResult]) -> dict[str, str]:
+    """By set, why its rate does not stand alone."""
+    found = {
+        name: reason
+        for run in runs
+        for kind, sets in run.sets.items()
+        for name in sets
+        if (reason := run.unreliable(kind, name))
+    }
+    return {name: reason.removeprefix(f"{name}: ") for name, reason in found.items()}
+
+
 def _summary(runs: list[RunResult], originals: Mapping[str, RunResult]) -> Summary:
     first = runs[0]
     compared = [(run, originals[run.base]) for run in runs if run.base in originals and not run.is_original]
     drops = [original.reasoning["mean"] - run.reasoning["mean"] for run, original in compared]
     gains = [original.asr["mean"] - run.asr["mean"] for run, original in compared]
-    has_tax = sum(gains) > 0
+    unreliable = next(
+        (reason for run, original in compared if (reason := no_comparison(original, run))), None
+    )
+    has_tax = sum(gains) > 0 and not unreliable
     return Summary(
         method=first.method,
         lr=first.lr,
@@ -199,10 +242,10 @@ def _summary(runs: list[RunResult], originals: Mapping[str, RunResult]) -> Summa
         asr=_means([run.asr for run in runs]),
         over_refusal=_means([run.over_refusal for run in runs]),
         tax=sum(drops) / sum(gains) if has_tax else None,
-        tax_interval=ratio_interval(drops, gains),
+        tax_interval=ratio_interval(drops, gains) if has_tax else None,
         tax_reason=None
         if has_tax or first.is_original
-        else first.tax_reason or "attack success did not fall on average",
+        else unreliable or first.tax_reason or "attack success did not fall on average",
         runs=runs,
     )
 

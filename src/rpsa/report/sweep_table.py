@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rpsa.report.results import Summary
+from rpsa.report.table import marked
 
 _NONE = "–"
 
@@ -36,9 +37,12 @@ def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], 
                 *shown,
                 summary.method,
                 *grid,
-                _percent(summary.reasoning["mean"]),
-                _percent(summary.asr["mean"]),
-                *(_percent(summary.over_refusal.get(name)) for name in refused),
+                marked(_percent(summary.reasoning["mean"]), summary.unreliable("reasoning")),
+                marked(_percent(summary.asr["mean"]), summary.unreliable("attack")),
+                *(
+                    marked(_percent(summary.over_refusal.get(name)), summary.unreliable("over_refusal", name))
+                    for name in refused
+                ),
                 _number(summary.tax, ".2f"),
                 f"{i[0]:.2f} to {i[1]:.2f}" if (i := summary.tax_interval) else _NONE,
             )

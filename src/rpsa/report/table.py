@@ -4,10 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rpsa.evaluation.items import Kind
 from rpsa.report.results import Summary
 from rpsa.report.warnings import audit_line, warnings
 
 NONE = "–"
+UNRELIABLE = "(!)"
+"""Beside a rate that does not stand alone: most of the responses behind it have no answer that can be read."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,38 @@ _MINOR = frozenset({"LR", "Runs", "Refused reasoning ↓", "95% interval"})
 Reader = Callable[[Summary], float | None]
 
 
-def _rated(summaries: Sequence[Summary]) -> dict[str, tuple[Reader, int]]:
-    """Of each column that has a better side: how to read it, and the sign that makes larger better."""
-    columns: dict[str, tuple[Reader, int]] = {
-        "Reasoning ↑": (lambda s: s.reasoning["mean"], 1),
-        "Refused reasoning ↓": (lambda s: s.refused, -1),
-        "ASR ↓": (lambda s: s.asr["mean"], -1),
+@dataclass(frozen=True)
+class _Rated:
+    """A column that has a better side: how to read it, the sign that makes larger better, and the sets behind it."""
+
+    read: Reader
+    sign: int
+    kind: Kind
+    name: str = "mean"
+
+    def entry(self, summary: Summary, group: Sequence[Summary]) -> Entry:
+        """What does not stand alone is marked, and is never the best."""
+
+        def reliable(one: Summary) -> float | None:
+            return None if one.unreliable(self.kind, self.name) else self.read(one)
+
+        best = is_best(reliable(summary), [reliable(one) for one in group], self.sign)
+        return Entry(marked(percent(self.read(summary)), summary.unreliable(self.kind, self.name)), best)
+
+
+def _rated(summaries: Sequence[Summary]) -> dict[str, _Rated]:
+    columns = {
+        "Reasoning ↑": _Rated(lambda s: s.reasoning["mean"], 1, "reasoning"),
+        "Refused reasoning ↓": _Rated(lambda s: s.refused, -1, "reasoning"),
+        "ASR ↓": _Rated(lambda s: s.asr["mean"], -1, "attack"),
     }
     for name in summaries[0].over_refusal:
-        columns[f"Refused {name} ↓"] = (lambda s, name=name: s.over_refusal[name], -1)  # type: ignore[misc]
+        columns[f"Refused {name} ↓"] = _Rated(
+            lambda s, name=name: s.over_refusal[name],  # type: ignore[misc]
+            -1,
+            "over_refusal",
+            name,
+        )
     return columns
 
 
@@ -62,9 +88,7 @@ def main_table(summaries: Sequence[Summary]) -> Table:
         row = [Entry(summary.method), Entry(NONE if summary.lr is None else f"{summary.lr:g}")]
         row += [Entry(summary.safety or NONE)] if several_sets else []
         row.append(Entry(str(len(summary.runs))))
-        for read, sign in rated.values():
-            value = read(summary)
-            row.append(Entry(percent(value), is_best(value, [read(s) for s in group], sign)))
+        row += [column.entry(summary, group) for column in rated.values()]
         row.append(Entry(_tax(summary), is_best(summary.tax, [s.tax for s in group], -1)))
         row.append(
             Entry(f"{interval[0]:.2f} to {interval[1]:.2f}" if (interval := summary.tax_interval) else NONE)
@@ -137,6 +161,10 @@ def is_best(value: float | None, of: Sequence[float | None], sign: int) -> bool:
         and len(set(known)) > 1
         and sign * value == max(sign * v for v in known)
     )
+
+
+def marked(text: str, unreliable: str | None) -> str:
+    return f"{text} {UNRELIABLE}" if unreliable else text
 
 
 def percent(value: float | None) -> str:

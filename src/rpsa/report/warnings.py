@@ -18,7 +18,10 @@ _SENTENCES = {
     "longer, or lower align.window or align.every.",
     "harmful": "many harmful requests are still complied with. A low STR that bought little safety says little.",
     "refuses": "nearly every benign request is refused. A model that refuses everything has a perfect ASR.",
-    "truncated": "many responses ran out of tokens and count as unanswered.",
+    "unanswered": "most responses have no answer that can be read: the rates marked (!) say nothing of the model, and "
+    "no STR is made from them. If thoughts have no end, raise evaluate.max_new_tokens; if the model has "
+    "none, or others than its chat template says, set model.thought.",
+    "truncated": "many responses ran out of tokens. A thought without an end has no answer.",
     "unparsed": "many answers to reasoning problems are in no form that can be compared, and count as wrong.",
     "unjudged": "the judge gave no verdict on some responses. Rates leave them out, and may be off by as much.",
     "undefined": "runs without an STR, because attack success did not fall.",
@@ -80,6 +83,9 @@ def _concerns(summary: Summary, summaries: Sequence[Summary]) -> Iterator[tuple[
     truncated = sum(run.truncated for run in runs) / len(runs)
     if truncated >= OFTEN_TRUNCATED:
         yield "truncated", f"{truncated:.0%}"
+    reasons = [reason for kind in summary.runs[0].sets if (reason := summary.unreliable(kind))]
+    if reasons:
+        yield "unanswered", reasons[0]
     yield from _concerns_of_grading(summary)
     if summary.is_original:
         return
@@ -89,6 +95,9 @@ def _concerns(summary: Summary, summaries: Sequence[Summary]) -> Iterator[tuple[
     over_refusal = next(iter(summary.over_refusal.values()), 0.0)
     if over_refusal >= REFUSES_NEARLY_ALL:
         yield "refuses", f"{over_refusal:.0%}"
+    compared = [one for one in (original, summary) if one]
+    if any(one.unreliable("reasoning") or one.unreliable("attack") for one in compared):
+        return
     if undefined := sum(run.tax is None for run in runs):
         yield "undefined", f"{undefined} of {len(runs)} runs"
     elif summary.no_interval:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpsa.chat import render_prompt
+from rpsa.chat import read_thought, render_prompt
 from rpsa.generation import Sampling
 from rpsa.tiny.families import FAMILIES
 from rpsa.tiny.world import TinyItem, score
@@ -55,11 +55,12 @@ def measure(
 def respond(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
 ) -> list[str]:
-    """Greedy responses, each from after the `<think>` that the template opens."""
+    """Greedy responses, each from after the thought's opening, which the template writes."""
     from rpsa.generation.transformers import TransformersGenerator
 
-    rendered = [render_prompt(tokenizer, prompt) for prompt in prompts]
-    generator = TransformersGenerator(model, tokenizer, batch_size=128)
+    thought = read_thought(tokenizer)
+    rendered = [render_prompt(tokenizer, prompt, thought) for prompt in prompts]
+    generator = TransformersGenerator(model, tokenizer, 128, thought)
     sampling = Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     responses = dict(generator.generate(rendered, sampling, prompts))
     return [responses[i].text for i in range(len(prompts))]

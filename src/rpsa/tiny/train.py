@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rpsa.artifacts import atomic_directory
-from rpsa.chat import IGNORED_LABEL, OPEN_THOUGHT
+from rpsa.chat import IGNORED_LABEL
 from rpsa.parameters import fingerprint
 from rpsa.tiny.families import FAMILIES, draw_solved
 from rpsa.tiny.measure import measure
@@ -166,7 +166,7 @@ def _collate(batch: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -
         turns, padding=True, tokenizer_kwargs={"padding_side": "right"}, return_tensors="pt", return_dict=True
     )
     input_ids, real = encoded["input_ids"], encoded["attention_mask"].bool()
-    opening = input_ids == tokenizer.convert_tokens_to_ids(OPEN_THOUGHT)
+    opening = input_ids == tokenizer.convert_tokens_to_ids("<think>")
     response = opening.cumsum(1).bool() & ~opening & real
     return input_ids, input_ids.masked_fill(~response, IGNORED_LABEL)
 

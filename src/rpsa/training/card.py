@@ -121,6 +121,7 @@ def _results_section(results: Mapping[str, Any]) -> str:
         f"Safety Tax Rate (drop in reasoning per drop in attack success, lower is better): {tax:.2f}."
         if tax is not None
         else None,
+        f"No rate stands alone: {model['unreliable']}." if model.get("unreliable") else None,
         f"Judge: `{model['judge']}`." if model.get("judge") else "The judge is not recorded.",
         f"{model['samples']:,} responses." if model.get("samples") else None,
         f"Not measured: {', '.join(missing)}." if missing else None,

@@ -12,6 +12,7 @@ from rpsa.fisher.log_probs import check_causal
 from rpsa.fisher.samples import read_samples, refuse_foreign_ids
 from rpsa.reference import ReferenceDataset
 from rpsa.training.engines import refuse_accelerator, refuse_model
+from rpsa.training.kept import check_kept
 from rpsa.training.reasoning_gradient import reasoning_backward
 from rpsa.training.records import RecordsMixin, given
 
@@ -42,6 +43,7 @@ class ReasoningMixin(RecordsMixin):
         for parameter, weights in adapter:
             # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
             parameter.data = weights.to(parameter.device)
+        check_kept(self, kwargs.get("train_dataset"), kwargs.get("formatting_func"))
         refuse_accelerator(self.accelerator, self.args.n_gpu)
         self._starts_elsewhere = False
         if fisher is not None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rpsa.chat import IGNORED_LABEL, Example, render_example
+from rpsa.chat import IGNORED_LABEL, Example, read_thought, render_example, split_response
 from rpsa.errors import RPSAError
 from rpsa.rows import read_rows
+from rpsa.thought import NO_THOUGHT, THINK, ThoughtFormat
 from rpsa.training.safety_formats import SafetyExample, SafetyFormat, as_example, format_of, known_format
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "load_safety_data",
     "mix_benign",
     "tokenize_safety_data",
+    "without_thoughts",
 ]
 
 log = logging.getLogger(__name__)
@@ -65,25 +67,32 @@ class Contamination:
 
 
 def load_safety_data(
-    source: str | Path, format: str = "auto", n: int | None = None, seed: int = 42
+    source: str | Path,
+    format: str = "auto",
+    n: int | None = None,
+    seed: int = 42,
+    thought: ThoughtFormat = THINK,
 ) -> list[SafetyExample]:
     """Safety examples of a JSONL, JSON or CSV file or a Hugging Face dataset (`id` or `id:split`), shuffled.
 
     `format` is one of `SafetyFormat`; `auto` goes by the first row's fields. `n` takes that many (None: all).
-    Only `direct_refusal` adds a thought, "I should not answer this question!", where a response has none.
+    Only `direct_refusal` adds a thought, "I should not answer this question!", where a response has none. `thought`
+    is the format of the model to be trained: one without thoughts takes responses that have none.
 
     Raises RPSAError for an unreadable source, fields that fit no format, a row that lacks a field or a
     thought (naming the row), or `n` beyond what is there.
     """
-    return _load(source, format, n, seed, benign=False)
+    return _load(source, format, n, seed, thought, benign=False)
 
 
-def load_benign_data(source: str | Path, n: int | None = None, seed: int = 42) -> list[SafetyExample]:
+def load_benign_data(
+    source: str | Path, n: int | None = None, seed: int = 42, thought: ThoughtFormat = THINK
+) -> list[SafetyExample]:
     """Examples to be complied with, in the formats and with the errors of `load_safety_data`.
 
     They need thoughts of their own: the refusing thought is never put before a benign answer.
     """
-    return _load(source, "auto", n, seed, benign=True)
+    return _load(source, "auto", n, seed, thought, benign=True)
 
 
 def mix_benign(
@@ -104,6 +113,19 @@ def mix_benign(
     return mixed
 
 
+def without_thoughts(examples: Sequence[SafetyExample]) -> list[SafetyExample]:
+    """The examples for a model without thoughts: theirs are left out, which is said."""
+    split = [split_response(example.response, NO_THOUGHT) for example in examples]
+    if left_out := sum(bool(thought.strip()) for thought, _ in split):
+        log.warning(
+            "the model has no thoughts: those of %d of %d safety examples are left out; see model.thought",
+            left_out, len(examples),
+        )  # fmt: skip
+    return [
+        SafetyExample(example.prompt, answer) for example, (_, answer) in zip(examples, split, strict=True)
+    ]
+
+
 def hold_out(
     examples: Sequence[SafetyExample], share: float = 0.05, seed: int = 42
 ) -> tuple[list[SafetyExample], list[SafetyExample]]:
@@ -122,17 +144,24 @@ def hold_out(
 
 
 def tokenize_safety_data(
-    examples: Sequence[SafetyExample], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+    examples: Sequence[SafetyExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    thought: ThoughtFormat | None = None,
 ) -> tuple["Dataset", TokenCounts]:
     """The examples as a dataset with the columns `input_ids` and `labels` (see `rpsa.chat`), and counts.
 
-    An example whose prompt alone fills `max_length` teaches nothing and is dropped, with a log line.
+    They are written in the model's `thought` format (None: the chat template's). An example whose prompt alone fills
+    `max_length` teaches nothing and is dropped, with a log line.
 
     Raises RPSAError as `render_example` does, naming the example, and if none is left.
     """
     from datasets import Dataset
 
-    rendered = list(_rendered(examples, tokenizer, max_length))
+    thought = thought or read_thought(tokenizer)
+    if not thought.has_thoughts:
+        examples = without_thoughts(examples)
+    rendered = list(_rendered(examples, tokenizer, max_length, thought))
     kept = [example for example in rendered if example.labels[-1] != IGNORED_LABEL]
     counts = TokenCounts(
         examples=len(kept),
@@ -179,12 +208,14 @@ def contamination(
     return found
 
 
-def _load(source: str | Path, format: str, n: int | None, seed: int, benign: bool) -> list[SafetyExample]:
+def _load(
+    source: str | Path, format: str, n: int | None, seed: int, thought: ThoughtFormat, benign: bool
+) -> list[SafetyExample]:
     rows = read_rows(source)
     chosen = format_of(rows[0]) if format == "auto" else known_format(format)
     if benign and chosen == "direct_refusal":
         chosen = "prompt_response"
-    examples = [as_example(row, chosen) for row in rows]
+    examples = [as_example(row, chosen, thought) for row in rows]
     random.Random(seed).shuffle(examples)
     if n is not None and not 1 <= n <= len(examples):
         raise RPSAError(f"{source} has {len(examples)} examples: ask for 1 to {len(examples)}, not {n}")
@@ -192,11 +223,14 @@ def _load(source: str | Path, format: str, n: int | None, seed: int, benign: boo
 
 
 def _rendered(
-    examples: Sequence[SafetyExample], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+    examples: Sequence[SafetyExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    thought: ThoughtFormat,
 ) -> Iterator[Example]:
     for number, example in enumerate(examples):
         try:
-            yield render_example(tokenizer, example.prompt, example.response, max_length)
+            yield render_example(tokenizer, example.prompt, example.response, max_length, thought)
         except RPSAError as error:
             raise RPSAError(f"safety example {number}: {error}") from error
 

@@ -7,9 +7,10 @@ answers), and plain prompt/response or chat records.
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rpsa.chat import CLOSE_THOUGHT, OPEN_THOUGHT, split_response
+from rpsa.chat import format_of_response, split_response
 from rpsa.errors import RPSAError
 from rpsa.rows import Row, text_field
+from rpsa.thought import THINK, ThoughtFormat
 
 REFUSING_THOUGHT = "I should not answer this question!"
 
@@ -18,7 +19,8 @@ SafetyFormat = Literal["auto", "direct_refusal", "safechain", "star1", "prompt_r
 
 @dataclass(frozen=True)
 class SafetyExample:
-    """`prompt` is the full user message; `response` is `<think>thought</think>answer`."""
+    """`prompt` is the full user message; `response` is `<think>thought</think>answer`, or what else
+    `rpsa.chat.split_response` reads; `rpsa.chat.render_example` writes it in the model's own format."""
 
     prompt: str
     response: str
@@ -66,8 +68,8 @@ def format_of(row: Row) -> SafetyFormat:
     raise RPSAError(f"{row.where} has the fields {', '.join(map(str, row.fields))}: expected {expected}")
 
 
-def as_example(row: Row, format: str) -> SafetyExample:
-    """Raises RPSAError, naming the row, if it lacks a field or a thought."""
+def as_example(row: Row, format: str, thought: ThoughtFormat = THINK) -> SafetyExample:
+    """Raises RPSAError, naming the row, if it lacks a field, or a thought that the model of this format needs."""
     if format == "messages":
         prompt, response = _first_exchange(row)
     else:
@@ -75,14 +77,15 @@ def as_example(row: Row, format: str) -> SafetyExample:
         response = text_field(row, _RESPONSE_FIELDS[format])
         if row.fields.get("input"):
             prompt += f"\n{row.fields['input']}"
-    if format == "direct_refusal" and CLOSE_THOUGHT not in response:
-        response = f"{OPEN_THOUGHT}{REFUSING_THOUGHT}{CLOSE_THOUGHT}{_without_question(response)}"
+    has_thought = format_of_response(response, thought) is not None
+    if format == "direct_refusal" and not has_thought:
+        response = f"<think>{REFUSING_THOUGHT}</think>{_without_question(response)}"
     if not prompt.strip():
         raise RPSAError(f"{row.where} has an empty prompt")
     try:
-        split_response(response)
+        split_response(response, thought)
     except RPSAError as error:
-        hint = "" if CLOSE_THOUGHT in response else " (or format: direct_refusal, which adds a refusing one)"
+        hint = "" if has_thought else " (or format: direct_refusal, which adds a refusing one)"
         raise RPSAError(f"{row.where}: {error}{hint}") from None
     return SafetyExample(prompt, response)
 

@@ -13,7 +13,8 @@ from rpsa.evaluation.judges.agreement import Agreement, cohens_kappa, judges_agr
 from rpsa.evaluation.judges.cache import CachedJudge
 from rpsa.evaluation.judges.judgement import NO_ANSWER, UNPARSEABLE, Judge, Judgement, Tally, tally
 from rpsa.evaluation.judges.refusal import RefusalJudge
-from rpsa.evaluation.judges.views import Sees, judge_responses, judged_text
+from rpsa.evaluation.judges.views import Sees, judge_responses, judge_texts, judged_text
+from rpsa.thought import NO_THOUGHT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ __all__ = [
     "check_judge",
     "cohens_kappa",
     "judge_responses",
+    "judge_texts",
     "judged_text",
     "judges_agree",
     "make_judge",
@@ -98,7 +100,10 @@ def _classifier(name: str) -> Callable[..., Judge]:
 
         loaded, tokenizer, identity = load(model, revision, dtype)
         return ClassifierJudge(
-            classifier, TransformersGenerator(loaded, tokenizer, batch_size), tokenizer, identity
+            classifier,
+            TransformersGenerator(loaded, tokenizer, batch_size, NO_THOUGHT),
+            tokenizer,
+            identity,
         )
 
     return make
