@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 _FENCE = re.compile(r"`{3,}|~{3,}")
-_OPENING = re.compile(r"[^\n`]*\n")  # what follows an opening fence: its language, and attributes
+# What follows an opening fence: its language and attributes, or else its language and the code.
+_OPENING = re.compile(r"[^\n`]*\n|[ \t]*(?:python[\d.]*|py\d*)?[ \t]*", re.IGNORECASE)
 _MOST_FENCES = 24
 """So many of the last fences are tried in every pairing, where no block will do."""
 

@@ -24,12 +24,12 @@ _GROUP = r"\{" + r"(?:[^{}]|\{" * 4 + "[^{}]*" + r"\})*" * 4 + r"\}"  # braces i
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _BOLD = re.compile(r"\*\*(\S(?:.*?\S)?)\*\*")
 _LAYOUT = re.compile(
-    r"\\(?:display|text|script)style\b|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])(?:\.(?!\d))?|\\(?:begin|end)\s*\{(?:align|aligned"
+    r"\\(?:display|text|script)style\b|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])(?:\.(?!\d))?|\\(?:text)?color\s*\{\w+\}|\\(?:begin|end)\s*\{(?:align|aligned"
     r"|equation|gather|gathered|split)\*?\}|\\phantom\{[^{}]*\}|(?<!\\)\\[()\[\]]|\\?\$|[€£¥₹¢]"
 )
 _SPACE = re.compile(r"(?<!\\)\\[,;:!> ]|\\q?quad\b|\\hspace\{[^{}]*\}|~|\s+")
 _THOUSANDS = re.compile(
-    r"(?<![\d.,\w])[1-9]\d{0,2}(?:(?:\{,\}|,\\!\s*|\\[,! ]|[,'~ ])\d{3})+(?![\d'])(?! ?/)"
+    r"(?<![\d.,\w])[1-9]\d{0,2}(?:(?:\{,\}|\\text\{,\}|,\\!\s*|\\[,!;: ]|[,'~ ])\d{3})+(?![\d'])(?! ?/)"
 )
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)\b)|\\(?:text)?degree\b|\\?%")
 _WRAPPER = re.compile(
@@ -80,6 +80,7 @@ _ONE_SPELLING = [
         (rf"\\frac\s*({_GROUP})\s*(\d|[A-Za-z])", r"\\frac\1{\2}"),
         (r"\\sqrt\s*(\d|[A-Za-z])", r"\\sqrt{\1}"),
         (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
+        (r"(?<![\w\^}])\{\s*(-?[\d.]+)\s*\}", r"\1"),
         (r"\^(\d{2,})", r"^{\1}"),
         (r"\\log_(\w) ", r"\\log_{\1}"),
         (r"^(?:=|\\approx|\\sim|\+)\s*", ""),
@@ -120,12 +121,14 @@ def canonical(text: str) -> str:
 
 
 def named(text: str) -> str:
-    """A canonical answer without the name that it gives to its value: `m+n=204`, `f(2)=5`, `x\\in(0,1)`.
+    """A canonical answer without the name that it gives to its value: `m+n=204`, `f(2)=5`, `x\\in(0,1)`, `\\{x:x>3\\}`.
 
     An equation keeps its left side: letters with numbers (other than powers) say more than what something is called.
     """
     if match := re.match(r"[A-Za-z]\s?\\in(?![A-Za-z])", text):
         return text[match.end() :].strip()
+    if match := re.fullmatch(r"\\\{[A-Za-z](?:\s?\\in\s?\\mathbb\{R\})?(?::|\||\\mid\s?)(.+)\\\}", text):
+        return match[1]
     left, equals, right = _last_equals(text)
     bare = re.sub(rf"[_^](?:{_GROUP}|\w)|(?<=[A-Za-z])\([^()]*\)|\\[A-Za-z]+", "", left)
     if (

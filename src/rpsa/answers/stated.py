@@ -14,19 +14,20 @@ _BETWEEN_BOXES = re.compile(
 )
 _SEPARATES = re.compile(r"(?<!\\)[,;]|\b(?:and|or)\b|\n[ \t]*(?:[-*•+]|\d+[.)])[ \t]")
 
-_MARKUP = r"(?:[ \t>#*_`\"'“‘«$(\[{•-]|\\[(\[]|<\w{1,6}>|\\(?:text|math)\w{0,2}\s*\{)*"
+_MARKUP = r"(?:[ \t>#|*_`\"'“‘«$(\[{•-]|\\[(\[]|<\w{1,6}>|\\(?:text|math)\w{0,2}\s*\{)*"
 _CLOSING = r"(?:[ \t*_`\"'”’»$)\]}]|\\[)\]]|</\w{1,6}>)*"
 _SUBJECT = (
-    r"(?:(?:so|thus|hence|therefore|finally|and)\b,?[ \t]*)?(?:(?:the|my|our)[ \t]+)?final[ \t]+answer[*_]*"
-    r"(?:[ \t]*\([^()\n]{1,60}\)|[ \t]+in[ \t]+[a-z]+(?:[ \t]+[a-z]+)?)?"
+    r"(?:(?:so|thus|hence|therefore|finally|and)\b,?[ \t]*)?(?:(?:the|my|our)[ \t]+)?final[ \t-]*answer[*_]*"
+    r"(?:[ \t]*[(\[][^()\[\]\n]{1,60}[)\]]|,?[ \t]+(?:in|for|to|of|as)(?:[ \t]+[\w$']+){1,4}?)?"
 )
+_IS = r"(?:is|are|equals|becomes|(?:would|will) be|comes out (?:to|as))"
 # The best first: as a heading or with a colon, where a line or a sentence begins; "the final answer is", where a
 # clause begins; and anywhere.
 _FINAL_ANSWERS = [
     re.compile(pattern, re.IGNORECASE | re.MULTILINE)
     for pattern in (
-        rf"(?:^|(?<=[.!?:;])[ \t]){_MARKUP}{_SUBJECT}{_CLOSING}(?:(?:is[ \t]*)?[:：=]|[—–-](?=[ \t])|$)",
-        rf"(?:^|(?<=[.!?:;,])[ \t]){_MARKUP}{_SUBJECT}{_CLOSING}[ \t](?:is|are|equals)\b",
+        rf"(?:^|(?<=[.!?:;])[ \t]){_MARKUP}{_SUBJECT}{_CLOSING}(?:(?:is[ \t]*)?[:：=→⇒|]>?|[—–-]+>?(?=[ \t])|$)",
+        rf"(?:^|(?<=[.!?:;,])[ \t]){_MARKUP}{_SUBJECT}{_CLOSING}[ \t]{_IS}\b",
         r"\bfinal[ \t]+answer\b[*_ \t]*(?::|is\b:?)",
     )
 ]
@@ -38,7 +39,8 @@ _REMARK = re.compile(
 )
 _LONGEST = 2000  # characters: what is longer is no answer
 _EMPHASIS = " \t\n*_`\"'“”‘’«»"
-_TO_VALUE = re.compile(r"(?:[ \t*_}]|</\w{1,6}>)*(?:\n(?:[\s>*_#]|[-•+](?=[ \t]))*)?")
+_EMPHASISED = re.compile(r"(\*\*|__|`+)(?=\S)(.+?)(?<=\S)\1")
+_TO_VALUE = re.compile(r"(?:[ \t*_}]|</\w{1,6}>)*(?:\n(?:[\s>*_#]|[-•+](?=[ \t])|-{3,}|={3,})*)?")
 _DISPLAYS = [
     re.compile(pattern + r"(?P<rest>[^\n]*)", re.DOTALL)
     for pattern in (
@@ -143,11 +145,11 @@ def _value(text: str) -> str:
     value = _line_or_display(text)
     if lead := _LEAD.match(value):
         value = value[lead.end() :]
-    value = _MORE.sub("", value).strip(_EMPHASIS)
+    value = _MORE.sub("", _EMPHASISED.sub(r"\2", value)).strip(_EMPHASIS)
     formulas = list(_FORMULA.finditer(value))
     if len(formulas) == 1:  # "the value is $5$ dollars"
         value = value[formulas[0].start() :]
-    value = re.sub(r"^<\w{1,6}>|</\w{1,6}>$", "", value)
+    value = re.sub(r"^<\w{1,6}>|</\w{1,6}>$|\s\|$", "", value)  # of HTML, of a table
     for opening, closing in _PAIRS:
         ends = re.search(rf"(?:{closing})\.?$", value)
         if ends and len(re.findall(closing, value)) > len(re.findall(opening, value)):
