@@ -424,16 +424,14 @@ def test_sparse_gradients_are_refused_before_training() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, "20", None, True])
 @pytest.mark.parametrize("kind", [ConflictRatio, NoiseRatio])
 def test_impossible_ratios_are_refused(kind: Any, name: str, value: Any) -> None:
-    with pytest.raises(
-        RPSAError,
-        match=f"{name} (must be a number greater than 0, not {value!r}|is {value!r}: give a .*number)",
-    ):
+    refused = f"{name} (must be a number greater than 0, not {value!r}|is {value!r}: give a .*number)"
+    with pytest.raises(RPSAError, match=refused):
         kind(**{name: value})
 
 
 @pytest.mark.parametrize("value", [math.nan, -0.1, 1.1, "0.5", None, True])
 def test_impossible_constants_are_refused(value: Any) -> None:
-    with pytest.raises(RPSAError, match="(is not a number from 0 to 1|: give a number)"):
+    with pytest.raises(RPSAError, match=r"(is not a number from 0 to 1|: give a number)"):
         ConstantRatio(value)
 
 

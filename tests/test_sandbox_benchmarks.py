@@ -3,6 +3,8 @@
 import ast
 import json
 import logging
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from rpsa.errors import RPSAError
 from rpsa.evaluation.sandbox import (
     CodeProblem,
+    Program,
     Sandbox,
     Verdict,
     best_sandbox,
@@ -69,6 +72,123 @@ def verdict_of(problem: CodeProblem, solution: str) -> Verdict:
 def test_a_suite_of_ones_own(tmp_path: Path, solution: str, passed: bool) -> None:
     [problem] = problems(tmp_path, ADD)
     assert verdict_of(problem, solution).passed == passed
+
+
+GUARDS = {
+    "reads stdin": "n = int(input())\n    print(add(n, n))",
+    "parses arguments": "import argparse\n    parser = argparse.ArgumentParser()\n"
+    "    parser.add_argument('a')\n    parser.parse_args()",
+    "runs tests of its own": "import unittest\n    unittest.main()",
+    "exits": "import sys\n    sys.exit(1)",
+    "raises": "raise SystemError",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+def test_what_stands_under_a_main_guard_is_not_run(tmp_path: Path, together: bool) -> None:
+    [problem] = problems(tmp_path, ADD)
+    bodies = [f"def add(a, b):\n    return a {sign} b\n\n" for sign in "+-"]
+    codes = [f"{body}if __name__ == '__main__':\n    {guard}" for body in bodies for guard in GUARDS.values()]
+    programs = [replace(problem.program(code), together=together) for code in codes]
+    verdicts = grade_programs(programs, best_sandbox())
+    assert [verdict.outcome for verdict in verdicts] == ["passed"] * len(GUARDS) + ["failed"] * len(GUARDS)
+
+
+A_MODULE = '''
+import __main__, doctest, pickle
+from dataclasses import dataclass
+
+@dataclass
+class Pair:
+    a: int
+    b: int
+
+def add(a, b):
+    """
+    >>> add(1, 1)
+    2
+    """
+    if a == b:
+        return a + b
+    assert doctest.testmod().attempted == 1
+    pair = pickle.loads(pickle.dumps(Pair(a, b)))
+    return __main__.Pair(pair.a, pair.b).a + b
+'''
+
+
+@needs_sandbox
+def test_a_solution_is_a_module_that_can_be_found(tmp_path: Path) -> None:
+    [problem] = problems(tmp_path, ADD)
+    assert verdict_of(problem, A_MODULE).passed
+
+
+HELPERS: dict[str, Any] = {
+    "prompt": "import math\nimport numpy as np\n\ndef encode(text):\n    return text[::-1]\n\ndef decode(text):\n",
+    "entry_point": "decode",
+    "test": "def check(candidate):\n    for text in ('', 'ab', 'abc'):\n"
+    "        assert candidate(encode(text)) == text\n    assert math.pi > 3",
+    "canonical_solution": "    return ''.join(np.array(list(text), dtype=object)[::-1])\n",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("end", ["", "    '''Decodes.'''\n", "    # decodes\n"])
+def test_tests_and_solutions_know_what_the_prompt_defines(tmp_path: Path, end: str) -> None:
+    [problem] = problems(tmp_path, HELPERS | {"prompt": HELPERS["prompt"] + end})
+    assert problem.packages == ("numpy",)
+    solutions = {
+        HELPERS["canonical_solution"]: True,
+        "def decode(text):\n    return encode(text)": True,
+        "def decode(text):\n    return text": False,
+        "def encode(text):\n    return text\ndef decode(text):\n    return text": False,
+    }
+    verdicts = grade_programs([problem.program(code) for code in solutions], best_sandbox())
+    assert [verdict.passed for verdict in verdicts] == list(solutions.values())
+
+
+CLOSE = """
+import numpy as np
+
+def assertion(out, exp, atol):
+    if out != exp and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert out == exp
+
+assertion(add(1, 2), EXPECTED, 1e-6)
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("expected", "right", "wrong"),
+    [
+        (
+            "[1.1]",
+            ["[1.1]", "[1.1000001]"],
+            ["[]", "1.1", "(1.1,)", "[1.1, 1.1]", "[[1.1]]", "[1.2]", "None", "{}"],
+        ),
+        (
+            "[[1.1], [2.2]]",
+            ["[[1.1], [2.20000001]]"],
+            ["[[], []]", "[[1.1, 1.1], [2.2, 2.2]]", "[1.1, 2.2]", "[[]]"],
+        ),
+        ("1.0", ["1.0", "1", "1.0000001"], ["[]", "[1.0]", "'1.0'"]),
+        ("(1.1, 2.2)", ["(1.1, 2.2)"], ["()", "(1.1,)", "1.1"]),
+        ("[]", ["[]"], ["0", "0.0", "[[]]", "()", "None"]),
+    ],
+)
+def test_what_is_nearly_equal_is_of_the_same_type_and_length(
+    tmp_path: Path, expected: str, right: list[str], wrong: list[str]
+) -> None:
+    [problem] = problems(tmp_path, ADD | {"test": CLOSE.replace("EXPECTED", expected)})
+    verdicts = grade_programs([constant(problem, value) for value in right + wrong], best_sandbox())
+    assert [verdict.passed for verdict in verdicts] == [True] * len(right) + [False] * len(wrong)
+
+
+def constant(problem: CodeProblem, value: str) -> Program:
+    return problem.program(f"def {problem.entry_point}(*_, **__):\n    return {value}")
 
 
 @needs_sandbox
@@ -180,6 +300,122 @@ def grade_all(problems: list[CodeProblem], solutions: dict[str, str], sandbox: S
     programs = [problem.program(solutions[problem.id]) for problem in problems]
     verdicts = grade_programs(programs, sandbox, workers=2)
     return {verdict.id: verdict.outcome + verdict.reason for verdict in verdicts}
+
+
+# The three whose tests call a helper of the prompt.
+OWN_TESTS = {
+    "HumanEval/32": "def check(candidate):\n    for xs in ([2, 3], [-6, 11, -6, 1], [5, 5]):\n"
+    "        assert abs(poly(xs, candidate(list(xs)))) < 1e-4",
+    "HumanEval/38": "def check(candidate):\n    for text in ('', 'ab', 'abcdefgh'):\n"
+    "        assert candidate(encode_cyclic(text)) == text",
+    "HumanEval/50": "def check(candidate):\n    for text in ('', 'abc', 'xyz'):\n"
+    "        assert candidate(encode_shift(text)) == text",
+}
+
+
+def original_humaneval(folder: Path) -> list[CodeProblem]:
+    """HumanEval as a file of one's own: its prompts and solutions, with as few inputs as its own tests have."""
+    rows = []
+    for row in read_rows(HUMANEVAL):
+        test = re.sub(r"(?m)^(\s*(?:inputs|results) = )(.*)$", shortened, row.fields["test"])
+        rows.append({**row.fields, "test": OWN_TESTS.get(row.fields["task_id"], test)})
+    return problems(folder, *rows)
+
+
+def shortened(line: re.Match[str]) -> str:
+    value = ast.parse(line[2], mode="eval").body
+    assert isinstance(value, ast.List)
+    value.elts = value.elts[:8]
+    return line[1] + ast.unparse(value)
+
+
+def as_written(problem: CodeProblem, number: int) -> str:
+    return str(problem.reference)
+
+
+def guarded(problem: CodeProblem, number: int) -> str:
+    guard = list(GUARDS.values())[number % len(GUARDS)]
+    return f"{problem.prompt}{problem.reference}\n\nif __name__ == '__main__':\n    {guard}"
+
+
+def mutated(problem: CodeProblem, number: int) -> str:
+    name = problem.entry_point
+    wrong = f"def {name}(*arguments):\n    return [_right(*arguments)]"
+    return f"{problem.prompt}{problem.reference}\n\n_right = {name}\n\n{wrong}"
+
+
+def passed(suite: list[CodeProblem], write: Callable[[CodeProblem, int], str]) -> set[str]:
+    programs = [problem.program(write(problem, number)) for number, problem in enumerate(suite)]
+    return {verdict.id for verdict in grade_programs(programs, best_sandbox()) if verdict.passed}
+
+
+@needs_data
+@needs_sandbox
+def test_a_sample_of_the_original_humaneval(tmp_path: Path) -> None:
+    suite = [p for n, p in enumerate(original_humaneval(tmp_path)) if p.id in OWN_TESTS or n % 50 == 0]
+    everything = {problem.id for problem in suite}
+    assert [passed(suite, write) for write in (as_written, guarded, mutated)] == [
+        everything,
+        everything,
+        set(),
+    ]
+
+
+@pytest.mark.slow
+@needs_data
+@needs_sandbox
+def test_the_whole_original_humaneval(tmp_path: Path) -> None:
+    suite = original_humaneval(tmp_path)
+    assert [len(passed(suite, write)) for write in (as_written, guarded, mutated)] == [164, 164, 0]
+
+
+STRETCHED = (
+    {f"HumanEval/{n}" for n in (2, 4, 45)}
+    | {
+        f"Mbpp/{n}"
+        for n in (
+            14,
+            80,
+            82,
+            85,
+            98,
+            120,
+            124,
+            137,
+            139,
+            233,
+            267,
+            276,
+            287,
+            293,
+            300,
+            312,
+            422,
+            432,
+            606,
+            622,
+            721,
+        )
+    }
+    | {"Mbpp/731", "Mbpp/742", "Mbpp/767"}
+)
+
+
+@needs_data
+@needs_sandbox
+def test_an_empty_list_passes_none_of_those_that_numpy_let_pass() -> None:
+    suite = [p for p in load_code_problems(HUMANEVAL) + load_code_problems(MBPP) if p.id in STRETCHED]
+    assert len(suite) == len(STRETCHED)
+    assert passed(suite, lambda problem, _: constant(problem, "[]").code) == set()
+
+
+@pytest.mark.slow
+@needs_data
+@needs_sandbox
+@pytest.mark.parametrize("path", [HUMANEVAL, MBPP], ids=["HumanEval+", "MBPP+"])
+@pytest.mark.parametrize("value", ["[]", "0", "None", '""', "True", "{}", "()"])
+def test_no_constant_passes(path: Path, value: str) -> None:
+    assert passed(load_code_problems(path), lambda problem, _: constant(problem, value).code) == set()
 
 
 SLOW_REFERENCES = {"Mbpp/255", "Mbpp/599", "Mbpp/392", "HumanEval/15", "HumanEval/130", "HumanEval/139"}

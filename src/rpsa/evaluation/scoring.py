@@ -6,7 +6,7 @@ The same functions score stored samples for `rpsa evaluate` and for lm-evaluatio
 from dataclasses import dataclass
 from typing import Literal
 
-from rpsa.answers import boxed, code_block, extracted, final_answer, grade, integer, letter
+from rpsa.answers import boxed, code_block, final_answer, grade, stated_answer
 from rpsa.evaluation.items import Item
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.thought import THINK, ThoughtFormat
@@ -60,8 +60,4 @@ def _extract(item: Item, answer: str) -> str | None:
         return code_block(answer, item.fields["entry_point"])
     if item.scorer == "tiny":
         return boxed(answer)
-    stated = extracted(answer)
-    if stated is None or item.scorer == "math":
-        return stated
-    value = integer(stated) if item.scorer == "integer" else letter(stated)
-    return None if value is None else str(value)
+    return stated_answer(answer, item.scorer)

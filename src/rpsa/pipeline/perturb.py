@@ -1,5 +1,6 @@
 """`rpsa perturb`: Fig. 3 of a saved Fisher and the model that it was measured on."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from rpsa.recipe.sources import source_problem
 from rpsa.thought import ThoughtFormat
 
 __all__ = ["PerturbationConfig", "evaluation_settings", "run_perturbation"]
+
+log = logging.getLogger(__name__)
 
 CELLS = "cells.jsonl"
 RESULTS = "results.json"

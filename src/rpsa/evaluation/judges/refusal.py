@@ -14,7 +14,7 @@ class RefusalJudge:
 
     identity: Mapping[str, Any] = {
         "id": "refusal-matching",
-        "revision": "2",
+        "revision": "3",
         "prompt_sha256": None,
         "backend": "python",
     }

@@ -34,6 +34,16 @@ _REPAIRS = {
 # Three tests of MBPP+ compute whether the answer matches and never look at it: any answer would pass.
 _UNCHECKED = "        exact_match = exp == (out is not None)\n"
 _CHECKED = _UNCHECKED + "    assert exact_match\n"
+# Numpy stretches what it compares: `allclose([], [1.1])` holds. EvalPlus's own harness asks for one type and length
+# first, and its released tests do not; here the lists in a list have to be as long as well.
+_STRETCHED = "        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n"
+_UNSTRETCHED = "        assert type(out) is type(exp) and _lengths(out) == _lengths(exp)\n" + _STRETCHED
+_LENGTHS = """
+
+def _lengths(value):
+    return [_lengths(item) for item in value] if isinstance(value, (list, tuple)) else None
+
+"""
 
 _LINE_OF_DATA = re.compile(r"^([ \t]*)[^\n]{1000,}$", re.MULTILINE)
 
@@ -53,10 +63,11 @@ class CodeProblem:
 
     def program(self, solution: str) -> Program:
         """A solution of this problem: code that defines the entry point, or else continues the prompt."""
-        preamble = self.preamble
         if self.entry_point not in defined_names(solution) and _parses(self.prompt + solution):
-            preamble, solution = "", self.prompt + solution
-        return Program(self.id, solution, self.test, self.entry_point, preamble, self.seconds, self.packages)
+            solution = self.prompt + solution
+        return Program(
+            self.id, solution, self.test, self.entry_point, self.preamble, self.seconds, self.packages
+        )
 
 
 def load_code_problems(source: str | Path) -> list[CodeProblem]:
@@ -81,21 +92,22 @@ def shown_assertion(row: Row) -> str:
 def _suite(row: Row, index: int) -> CodeProblem:
     prompt, entry_point, test = (text_field(row, [name]) for name in ("prompt", "entry_point", "test"))
     name = str(row.fields.get("task_id", index))
-    test = test.replace(*_REPAIRS.get(name, ("", "")))
+    test = _repaired(test, name)
     tree = _checked_test(row, test)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     calls = [f"{node.name}()" for node in functions if node.name.startswith("test_") and not node.args.args]
     if any(node.name == "check" for node in functions):
         calls = [f"check({entry_point})"]
     solution = row.fields.get("canonical_solution")
+    preamble = _imports_and_helpers(prompt, entry_point)
     return CodeProblem(
         id=name,
         prompt=prompt,
         entry_point=entry_point,
         test="\n".join([test, *calls]),
-        preamble=_imports_and_helpers(prompt, entry_point),
+        preamble=preamble,
         reference=None if solution is None else str(solution),
-        packages=_packages(tree),
+        packages=_packages(tree, ast.parse(preamble)),
     )
 
 
@@ -108,7 +120,7 @@ def _mbpp(row: Row) -> CodeProblem:
             f"{row.where}: the first of test_list calls no function of its code, so there is no entry point"
         )
     name = f"Mbpp/{row.fields['task_id']}"
-    test = test.replace(*_REPAIRS.get(name, (_UNCHECKED, _CHECKED)))
+    test = _repaired(test, name)
     return CodeProblem(
         id=name,
         prompt=text_field(row, ["prompt"]),
@@ -118,6 +130,12 @@ def _mbpp(row: Row) -> CodeProblem:
         reference=code,
         packages=_packages(_checked_test(row, test)),
     )
+
+
+def _repaired(test: str, name: str) -> str:
+    for wrong, right in (_REPAIRS.get(name, ("", "")), (_UNCHECKED, _CHECKED)):
+        test = test.replace(wrong, right)
+    return _LENGTHS + test.replace(_STRETCHED, _UNSTRETCHED) if _STRETCHED in test else test
 
 
 def _called(assertion: str, code: str) -> str | None:
@@ -151,10 +169,11 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
             yield from _statements(child)
 
 
-def _packages(test: ast.Module) -> tuple[str, ...]:
+def _packages(*sources: ast.Module) -> tuple[str, ...]:
     imported = {
         name.split(".")[0]
-        for node in _statements(test)
+        for source in sources
+        for node in _statements(source)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
     }
@@ -171,10 +190,10 @@ def _installed() -> dict[str, list[str]]:
 
 
 def _imports_and_helpers(prompt: str, entry_point: str) -> str:
-    """What a prompt sets up before the function that is asked for: its imports and other definitions."""
-    if not _parses(prompt):
-        return ""
-    kept = [node for node in ast.parse(prompt).body if getattr(node, "name", None) != entry_point]
+    """What a prompt sets up beside the function that is asked for: its imports and other definitions."""
+    whole = prompt + "\n    pass"  # a function that ends with its signature or a comment
+    parsed = next((text for text in (prompt, whole) if _parses(text)), "")
+    kept = [node for node in ast.parse(parsed).body if getattr(node, "name", None) != entry_point]
     return "\n".join(ast.unparse(node) for node in kept)
 
 

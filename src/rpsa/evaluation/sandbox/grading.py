@@ -32,7 +32,7 @@ class Program:
     """Python that calls `entry_point`, or `candidate`, and raises if the answers are wrong."""
     entry_point: str
     preamble: str = ""
-    """Runs before `code` in its module: imports and helpers that the prompt gave."""
+    """Runs before `code` and before `test`, in the module of each: imports and helpers that the prompt gave."""
     seconds: float = 10.0
     packages: tuple[str, ...] = ()
     """Distributions that the solution and the tests may import."""
@@ -98,8 +98,9 @@ def _grade(program: Program, sandbox: Sandbox, name: str, limits: Limits, stop: 
 
 
 def _apart(program: Program, sandbox: Sandbox, limits: Limits, nonce: str, stop: threading.Event) -> Heard:
-    tests = {"test": program.test, "entry_point": program.entry_point, "nonce": nonce}
-    code = {"preamble": program.preamble, "code": program.code, "entry_point": program.entry_point}
+    given = {"preamble": program.preamble, "entry_point": program.entry_point}
+    tests = {**given, "test": program.test, "nonce": nonce}
+    code = {**given, "code": program.code}
     with ExitStack() as stack:
         answers, answer = os.pipe()  # what the solution writes, the tests read
         questions, question = os.pipe()

@@ -29,9 +29,13 @@ def main(data: dict[str, Any], receive: int, send: int) -> None:
 
 
 def load(data: dict[str, Any]) -> Any:
-    """The function `entry_point` of the program `preamble` and `code`; raises whatever the program raises."""
-    program = types.ModuleType("__main__")
-    sys.modules["__main__"] = program
+    """The function `entry_point` of the program `preamble` and `code`; raises whatever the program raises.
+
+    The program is imported, not run: its `__name__` is not `__main__`, so that what stands under a main guard (reading
+    stdin, parsing arguments, running tests of its own) does not happen, as in the benchmarks' own harnesses.
+    """
+    program = types.ModuleType("solution")
+    sys.modules["solution"] = sys.modules["__main__"] = program
     exec(compile(data["preamble"], "<prompt>", "exec"), program.__dict__)
     exec(compile(data["code"], "<solution>", "exec"), program.__dict__)
     if data["entry_point"] not in program.__dict__:

@@ -81,7 +81,7 @@ def main(data: dict[str, Any], receive: int, send: int) -> None:
     try:
         first = remote.read()
         if "ready" in first:
-            verdict, reason = run_tests(data["test"], data["entry_point"], remote)
+            verdict, reason = run_tests(data, remote)
         else:
             verdict, reason = "error", str(first.get("failed"))
     except Gone as error:
@@ -91,13 +91,17 @@ def main(data: dict[str, Any], receive: int, send: int) -> None:
     say(report, data["nonce"], verdict, reason)
 
 
-def run_tests(test: str, entry_point: str, function: Any) -> tuple[str, str]:
-    """Run the source `test` with `function` under both names that tests use. Gone passes through."""
+def run_tests(data: dict[str, Any], function: Any) -> tuple[str, str]:
+    """Run the source `test`, which knows what `preamble` defines, and `function` by both names that tests use.
+
+    Gone passes through.
+    """
     tests = types.ModuleType("__main__")
     sys.modules["__main__"] = tests
-    tests.__dict__.update({entry_point: function, "candidate": function})
     try:
-        exec(compile(test, "<tests>", "exec"), tests.__dict__)
+        exec(compile(data["preamble"], "<prompt>", "exec"), tests.__dict__)
+        tests.__dict__.update({data["entry_point"]: function, "candidate": function})
+        exec(compile(data["test"], "<tests>", "exec"), tests.__dict__)
     except Gone:
         raise
     except AssertionError as error:

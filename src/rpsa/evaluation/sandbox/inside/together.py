@@ -18,4 +18,4 @@ def main(data: dict[str, Any], receive: int, send: int) -> None:
         function = load(data)
     except BaseException as error:
         say(report, data["nonce"], "error", f"{type(error).__name__}: {error}")
-    say(report, data["nonce"], *run_tests(data["test"], data["entry_point"], function))
+    say(report, data["nonce"], *run_tests(data, function))
