@@ -4,7 +4,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -27,7 +26,7 @@ class CompletionsServer:
         self.generator = TransformersGenerator(model, tokenizer)
         self.tokenizer = tokenizer
         self.speaks, self.fault, self.key = speaks, fault, key
-        self.prompt_tokens, self.probe_fault = len, lambda attempt: None
+        self.prompt_tokens, self.probe_fault, self.retry_after = len, lambda attempt: None, "1"
         self.attempts, self.requests, self.answers = Counter(), [], {}
         self.under_way = self.most_under_way = 0
         self.lock, self.model_lock = threading.Lock(), threading.Lock()
@@ -80,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         owner = self.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with owner.lock:
-            owner.requests.append((time.monotonic(), body, dict(self.headers)))
+            owner.requests.append((self.path, body, dict(self.headers)))
             owner.under_way += 1
             owner.most_under_way = max(owner.most_under_way, owner.under_way)
         try:
@@ -108,11 +107,13 @@ class _Handler(BaseHTTPRequestHandler):
         fault = owner.probe_fault(attempt) if is_probe else owner.fault(prompt, attempt)
         if fault in (400, 401):
             return self.error(fault, "no\nway")
+        if fault == "quota":
+            return self.error(429, "you have used it up", code="insufficient_quota")
         if fault in (429, 500, 502, 503):
-            headers = {"Retry-After": "1"} if fault == 429 else {}
+            headers = {"Retry-After": owner.retry_after} if fault == 429 else {}
             return self.error(fault, "busy", headers)
         if fault == "slow":
-            owner.released.wait(10.0)
+            owner.released.wait(600.0)
         if fault in ("drop", "reset"):
             if fault == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -153,8 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.wfile.write(content)
 
-    def error(self, status, message, headers=()):
-        content = json.dumps({"error": {"message": message}}).encode()
+    def error(self, status, message, headers=(), code=None):
+        content = json.dumps({"error": {"message": message, "code": code}}).encode()
         self.send_response(status)
         for name, value in dict(headers).items():
             self.send_header(name, value)

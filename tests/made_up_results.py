@@ -80,7 +80,6 @@ def made_up(method: str, base: str, seed: int, lr: float | None, safety: str, sa
         }
         if aligned
         else None,
-        seconds=6.0,
         sets={
             "reasoning": _sets("reasoning", families),
             "attack": _sets("attack", {"direct": direct, "wrapped": wrapped}),

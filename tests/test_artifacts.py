@@ -6,17 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from rpsa import artifacts
 from rpsa.artifacts import (
-    altered_files,
     atomic_directory,
     atomic_write,
-    is_current,
-    read_manifest,
     sha256_of,
     stable_json,
-    write_manifest,
 )
+from rpsa.errors import RPSAError
 
 
 def _names(folder: Path) -> list[str]:
@@ -24,7 +20,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "deep" / "out") as folder:
+    with atomic_directory(tmp_path / "deep" / "out", "a") as folder:
         (folder / "a").write_text("1")
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "a").read_text() == "1"
@@ -32,11 +28,11 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "out") as folder:
+    with atomic_directory(tmp_path / "out", "a") as folder:
         (folder / "a").write_text("old")
 
     def interrupted() -> None:
-        with atomic_directory(tmp_path / "out") as folder:
+        with atomic_directory(tmp_path / "out", "a") as folder:
             (folder / "a").write_text("new")
             raise KeyboardInterrupt
 
@@ -44,10 +40,29 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
         interrupted()
     assert (tmp_path / "out" / "a").read_text() == "old"
     assert _names(tmp_path) == ["out"]
-    with atomic_directory(tmp_path / "out") as folder:
+    with atomic_directory(tmp_path / "out", "a") as folder:
         (folder / "b").write_text("new")
     assert _names(tmp_path / "out") == ["b"]
     assert _names(tmp_path) == ["out"]
+
+
+def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for name, message in (
+        ("home", "not written by this .a is missing."),
+        ("file", "is a file, where a folder"),
+    ):
+        with pytest.raises(RPSAError, match=message), atomic_directory(tmp_path / name, "a"):
+            pytest.fail("work has begun")
+    assert (tmp_path / "home" / "letters").read_text() == (tmp_path / "file").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with atomic_directory(tmp_path / "link", "a") as folder:
+        (folder / "a").write_text("1")
+    assert (tmp_path / "empty" / "a").read_text() == "1"
+    assert _names(tmp_path) == ["empty", "file", "home", "link"]
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
@@ -60,7 +75,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: 
     for path in (gone, alive, elsewhere):
         path.mkdir()
         (path / "x").write_text("x")
-    with atomic_directory(tmp_path / "out"):
+    with atomic_directory(tmp_path / "out", "a"):
         pass
     assert _names(tmp_path) == sorted([alive.name, elsewhere.name, "out"])
 
@@ -90,39 +105,3 @@ def test_hashes_follow_content_alone(tmp_path: Path) -> None:
     (tmp_path / "two" / "sub" / "f").write_text("y")
     assert sha256_of(tmp_path / "one") != sha256_of(tmp_path / "two")
     assert stable_json({"b": 1, "a": 2}).index('"a"') < stable_json({"b": 1, "a": 2}).index('"b"')
-
-
-def test_a_stage_is_current_until_anything_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("w")
-    inputs = {"seed": 1, "parts": {"fisher": "abc"}}
-    assert not is_current(tmp_path, "align", inputs)
-    write_manifest(tmp_path, "align", inputs)
-    assert is_current(tmp_path, "align", inputs)
-    assert not is_current(tmp_path, "align", inputs | {"seed": 2})
-    assert not is_current(tmp_path, "fisher", inputs)
-    with monkeypatch.context() as other:
-        other.setattr(artifacts, "package_versions", lambda: {"torch": "0.0"})
-        assert not is_current(tmp_path, "align", inputs)
-    (tmp_path / "model" / "weights").unlink()
-    assert not is_current(tmp_path, "align", inputs)
-
-
-def test_a_changed_file_is_found(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "b").write_text("2")
-    write_manifest(tmp_path, "align", {})
-    assert altered_files(tmp_path) == []
-    (tmp_path / "a").write_text("!")
-    (tmp_path / "b").unlink()
-    found = altered_files(tmp_path)
-    assert len(found) == 2
-    assert "changed" in found[0]
-    assert "missing" in found[1]
-
-
-@pytest.mark.parametrize("content", ["", "[1]", "{"])
-def test_a_broken_manifest_is_no_manifest(tmp_path: Path, content: str) -> None:
-    (tmp_path / "stage.json").write_text(content)
-    assert read_manifest(tmp_path) is None
-    assert not is_current(tmp_path, "align", {})

@@ -619,3 +619,20 @@ def test_public_names(tmp_path: Path) -> None:
     assert public_name(str(tmp_path)) == tmp_path.name
     assert public_name("/gone/model") == "model"
     assert public_name("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("name", ["a\n---\nevil: true\n# b", "a|b `c` <d> [e](f) \x1b[31m", "'\"{}: - !!x"])
+def test_names_in_a_card_are_nothing_but_text(pieces: Any, tmp_path: Path, name: str) -> None:
+    trainer = trained(pieces, tmp_path / "out")
+    names = CardNames(model=name, base=name, dataset=name, problems=name)
+    write_card(tmp_path, model_metadata(trainer, names))
+    add_results(
+        tmp_path, {"reasoning": {name: 0.5, "mean": 0.5}, "asr": {}, "over_refusal": {}, "judge": name}
+    )
+    card, _ = read(tmp_path)
+    assert card.data.model_name == name
+    assert "evil" not in card.data.to_dict()
+    assert set(filter(lambda c: not c.isprintable(), card.text)) <= {"\n"}
+    assert len([line for line in card.text.splitlines() if line.startswith("# ")]) == 1
+    rows = [line for line in card.text.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)

@@ -74,6 +74,24 @@ def test_lora_is_paired_by_seed_whatever_its_learning_rate() -> None:
     assert judged.difference == pytest.approx(-(0.1 + 0.15 + 0.2) / 3 / 0.5)
 
 
+def test_on_a_grid_of_learning_rates_runs_of_one_rate_are_paired() -> None:
+    """LoRA is worse by .1 at both rates, and both methods are better at the second."""
+    claim = Claim("less", "here", "lora", "fft")
+    results = [run("original", base, 0.9, 0.6) for base in range(3)]
+    for base in range(3):
+        for rate, accuracy in ((1e-3, 0.5), (2e-3, 0.8)):
+            results += [
+                replace(run("lora", base, accuracy - 0.1 + 0.001 * base), lr=rate),
+                replace(run("fft", base, accuracy), lr=rate),
+            ]
+    [judged] = judge_claims(results, [claim])
+    assert judged.runs == 6
+    assert judged.difference == pytest.approx((0.1 - 0.001) / 0.5)
+    assert judged.verdict == "contradicted"
+    own = [replace(one, lr=10 * one.lr) if one.method == "lora" and one.lr else one for one in results]
+    assert judge_claims(own, [claim])[0].verdict == "not tested"  # two rates against two others
+
+
 def test_what_was_not_run_is_not_tested() -> None:
     verdicts = {judged.claim: judged.verdict for judged in judge_claims(study((0.3, 0.1)))}
     assert set(verdicts) == set(CLAIMS)

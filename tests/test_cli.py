@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,21 +37,21 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_little() -> None:
+    """Half of it is typer's own."""
     code = (
         "import sys; from rpsa import cli; sys.argv = ['rpsa', '--help']\n"
         "try: cli.main()\n"
         "except SystemExit as e: assert not e.code\n"
-        "assert not {'torch', 'transformers', 'matplotlib', 'pydantic'} & set(sys.modules)"
+        "print(*sys.modules, file=sys.stderr)"
     )
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "verify" in done.stdout
-    assert min(times) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verify" in done.stdout
+    modules = done.stderr.split()
+    assert not {"torch", "transformers", "matplotlib", "pydantic", "numpy", "filelock"} & set(modules)
+    assert len([name for name in modules if name.startswith("rpsa")]) < 12
+    assert len(modules) < 400
 
 
 def test_version_and_schema() -> None:
@@ -74,7 +73,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2() -> None:
 
 def test_run_passes_the_checked_recipe_on(pipeline: ModuleType) -> None:
     calls: list[Any] = []
-    pipeline.run = lambda recipe, *, only: calls.append((recipe, only))  # type: ignore[attr-defined]
+    pipeline.run = lambda recipe, *, only, keep_finished: calls.append((recipe, only))  # type: ignore[attr-defined]
     result = invoke("run", DEMO, "fisher.probes=2", "matrix.methods=[original]", "--only", "evaluate")
     assert result.exit_code == 0, result.output
     recipe, only = calls[0]
@@ -101,7 +100,7 @@ def test_run_passes_the_checked_recipe_on(pipeline: ModuleType) -> None:
     ],
 )
 def test_what_a_stage_raises(pipeline: ModuleType, raised: BaseException, code: int, expected: str) -> None:
-    def run(recipe: object, *, only: str | None) -> None:
+    def run(recipe: object, *, only: str | None, keep_finished: bool) -> None:
         raise raised
 
     pipeline.run = run  # type: ignore[attr-defined]
@@ -112,7 +111,7 @@ def test_what_a_stage_raises(pipeline: ModuleType, raised: BaseException, code: 
 
 
 def test_our_own_mistakes_keep_their_traceback(pipeline: ModuleType) -> None:
-    def run(recipe: object, *, only: str | None) -> None:
+    def run(recipe: object, *, only: str | None, keep_finished: bool) -> None:
         raise ZeroDivisionError
 
     pipeline.run = run  # type: ignore[attr-defined]
@@ -121,7 +120,7 @@ def test_our_own_mistakes_keep_their_traceback(pipeline: ModuleType) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
 def test_a_disk_that_is_really_full(pipeline: ModuleType) -> None:
-    def run(recipe: object, *, only: str | None) -> None:
+    def run(recipe: object, *, only: str | None, keep_finished: bool) -> None:
         with open("/dev/full", "w") as file:
             file.write("x" * 10)
 

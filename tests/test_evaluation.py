@@ -174,7 +174,7 @@ def test_nothing_is_asked_twice(data_dir: Path, tmp_path: Path) -> None:
         Evaluate(tasks=list(BENCHMARKS), judge_traces=True),
         TaskOptions(data_dir=str(data_dir)),
         tmp_path / "b",
-        earlier=tmp_path / "a",
+        earlier=[tmp_path / "a"],
     )
     assert not third.asked
 
@@ -184,7 +184,7 @@ def test_responses_of_another_model_are_not_taken_over(data_dir: Path, tmp_path:
     settings, options = Evaluate(tasks=["rpsa_strongreject"]), TaskOptions(data_dir=str(data_dir))
     evaluate(subject(Scripted()), settings, options, tmp_path / "a")
     other = Subject("another", load_tokenizer("tiny:0", Model()), lambda: generator)
-    evaluate(other, settings, options, tmp_path / "b", earlier=tmp_path / "a")
+    evaluate(other, settings, options, tmp_path / "b", earlier=[tmp_path / "a"])
     assert len(generator.asked) == 6
 
 

@@ -51,9 +51,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 LAYERS = [
-    {"errors"},
+    {"errors", "text"},
     {"sharding"},
-    {"parameters", "artifacts", "rows", "evaluation_mode", "prompts", "thought"},
+    {"parameters", "artifacts", "rows", "evaluation_mode", "prompts", "thought", "http"},
     {"fisher"},
     {"freezing", "alternatives"},
     {"chat", "answers", "checkpoints"},

@@ -17,8 +17,9 @@ from judge_server import GRADES, JudgeServer, drops, fails, grades_of, half, jud
 
 from rpsa.errors import RPSAError
 from rpsa.evaluation.judges import CachedJudge, Judgement, make_judge
-from rpsa.evaluation.judges.http import Retry
+from rpsa.evaluation.judges.http import Retry, post
 from rpsa.evaluation.judges.rubrics import STRONGREJECT, XSTEST, read_strongreject, read_xstest
+from rpsa.http import read_refusal
 
 QUICK = Retry(tries=4, first_wait=0.01, longest_wait=0.02, timeout=5)
 KEY = "sk-secret-123"
@@ -81,12 +82,51 @@ def test_failures_that_pass_are_tried_again(server: JudgeServer) -> None:
     assert [server.calls[f"item-{i}"] for i in range(6)] == [4, 4, 4, 4, 2, 3]
 
 
-def test_retry_after_is_obeyed(server: JudgeServer) -> None:
-    server.actions = {"item-0": [fails(429, Retry_After="0.4")], "item-1": [fails(503, Retry_After="soon")]}
-    started = time.monotonic()
-    assert len(list(rubric(server, concurrency=1).judge(items(1)))) == 1
-    assert time.monotonic() - started > 0.4
-    assert len(list(rubric(server).judge(items(2)[1:]))) == 1
+class Stop:
+    """In place of an event: every wait between two tries, which takes no time."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        return False
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("0.4", 0.4), ("86400", 600.0), ("soon", None), ("-3", None)])
+def test_retry_after_is_obeyed_within_reason(server: JudgeServer, asked: str, waited: float | None) -> None:
+    server.actions = {"item-0": [fails(429, Retry_After=asked)]}
+    stop: Any = Stop()
+    body = rubric(server).rubric.messages("item-0", "text")
+    post(f"{server.base_url}/chat/completions", {"messages": body}, KEY, lambda answer: answer, QUICK, stop)
+    assert stop.waits == [waited] if waited else stop.waits[0] <= QUICK.first_wait
+
+
+@pytest.mark.parametrize(
+    ("header", "wait"),
+    [
+        *(("7", 7.0), ("86400", 600.0), ("inf", 600.0), ("nan", None), ("²", None), ("", None), (None, None)),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 600.0),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", None),
+    ],
+)
+def test_what_a_server_asks_for(header: str | None, wait: float | None) -> None:
+    assert read_refusal(429, b"", header, None).wait == wait
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "may_pass"),
+    [
+        *((status, b"", True) for status in (408, 409, 425, 429, 500, 503)),
+        *((status, b"", False) for status in (302, 400, 401, 403, 404, 422)),
+        (429, b'{"error": {"message": "m", "code": "insufficient_quota"}}', False),
+        (429, b'{"error": {"message": "m", "type": "insufficient_quota", "code": null}}', False),
+        (429, b'{"error": "busy"}', True),
+        (503, b"[" * 100_000, True),
+    ],
+)
+def test_what_is_asked_again(status: int, body: bytes, may_pass: bool) -> None:
+    assert read_refusal(status, body, None, None).may_pass is may_pass
 
 
 def test_giving_up_is_one_line_and_keeps_what_answered(server: JudgeServer) -> None:

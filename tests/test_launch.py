@@ -14,7 +14,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from ranks import free_port
-from test_pipeline import RECIPE, written
+from test_pipeline import RECIPE, hidden, written
 from transformers import AutoModelForCausalLM
 
 from rpsa.errors import RPSAError
@@ -58,7 +58,7 @@ def test_two_processes_leave_what_one_leaves(recipe_file: Path) -> None:
     other = f"output_dir={recipe_file.parent / 'launched'}"
     folder = run(small(recipe_file, "launch.num_processes=2", halved, same, other))
     verify(folder)
-    assert not list(folder.rglob(".*"))
+    assert not hidden(folder)
     for found, one in zip(trajectory(folder, "lora+rpsa"), expected, strict=True):
         assert found["tau"] == pytest.approx(one["tau"], rel=1e-4)
         assert found["c"] == pytest.approx(one["c"], abs=1e-3)
@@ -106,25 +106,23 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(recipe_file: Pa
         env=ENVIRONMENT,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not list(folder.glob(f"align/*/*/.*.unfinished/{CHECKPOINTS}/checkpoint-*/trainer_state.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(workers_of(process.pid)[1], signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = process.communicate(timeout=60)
-        print("ENDED AFTER", time.monotonic() - killed)
+        _, errors = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 2, errors
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("error: stage align: rank 1 was ended by SIGKILL, and the others were stopped")
+    assert last.startswith("error: align fft+rpsa/tiny-0/seed0: rank 1 was ended by SIGKILL, and the others")
     assert "Traceback" not in errors
     checkpoints = list(folder.glob(f"align/*/*/.*.unfinished/{CHECKPOINTS}/checkpoint-*"))
     assert checkpoints
 
-    run(small(recipe_file, *settings), only="align")
+    run(small(recipe_file, *settings))
     found = trajectory(folder, "fft+rpsa")
     assert [entry["step"] for entry in found] == list(range(40))
     verify(folder)
@@ -139,13 +137,13 @@ def test_a_mistake_in_launched_processes_is_one_line(recipe_file: Path, tmp_path
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1
-    assert errors[0].startswith(f"error: stage align: {broken} line 2 has no text field 'response'")
+    assert errors[0].startswith(f"error: fft/tiny-0/seed0: {broken} line 2 has no text field 'response'")
 
 
 @pytest.mark.slow
@@ -205,7 +203,7 @@ def test_two_machines_fill_one_folder(recipe_file: Path) -> None:
             )
             for number in range(2)
         ]
-        errors = [machine.communicate(timeout=180)[1] for machine in machines]
+        errors = [machine.communicate(timeout=900)[1] for machine in machines]
         assert [machine.returncode for machine in machines] == [0, 0], errors
     assert len(trajectory(recipe_file.parent / "run", "fft+rpsa")) == 2
     log = recipe_file.parent / "run" / "align" / "lora+rpsa" / "tiny-0" / "seed0" / "log.json"
@@ -219,7 +217,7 @@ def test_two_machines_fill_one_folder(recipe_file: Path) -> None:
 def test_what_is_launched_is_the_same_recipe(recipe_file: Path) -> None:
     more = ["launch.num_processes=2", "matrix.grid.align.window=[2, 3]", "align.every=4"]
     recipe = small(recipe_file, *more, "matrix.methods=[original, fft+constant, lora+rpsa]")
-    copy = recipe_file.parent / launch.RECIPE
+    copy = recipe_file.parent / launch.GIVEN
     copy.write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
     assert load_recipe(copy).cells() == recipe.cells()
     assert load_recipe(copy).folder == recipe.folder

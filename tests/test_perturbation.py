@@ -25,6 +25,7 @@ from rpsa.analysis.perturbation import (
     select,
 )
 from rpsa.analysis.perturbation_summary import accuracy, difference, effects, newcombe, wilson
+from rpsa.artifacts import LOCK
 from rpsa.cli import app
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
@@ -458,7 +459,7 @@ def test_another_models_fisher_has_to_be_asked_for(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
     assert "measured on another model" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
     done = CliRunner().invoke(app, [*command, "--any-weights"])
     assert done.exit_code == 0, done.output
 

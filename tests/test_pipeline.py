@@ -14,14 +14,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from rpsa.artifacts import AUDIT_FILE, write_manifest
+from rpsa.artifacts import AUDIT_FILE, LOCK, atomic_write
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
+from rpsa.pipeline.manifests import MADE_BY, write_manifest
 from rpsa.pipeline.models import add_adapter, generation_dtype, load_model, vllm_engine
 from rpsa.pipeline.subjects import loaded_to_generate
-from rpsa.pipeline.tasks import inputs_of, tasks_of, unfinished
+from rpsa.pipeline.tasks import Task, inputs_of, place_of, tasks_of, unfinished
 from rpsa.pipeline.trainers import starting_model
 from rpsa.recipe import Recipe, load_recipe
 from rpsa.recipe.sections import Model
@@ -66,12 +67,17 @@ def written(folder: Path) -> dict[str, int]:
     return {str(p.parent.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("stage.json")}
 
 
+def hidden(folder: Path) -> list[Path]:
+    """Unfinished work, leftovers and records of failures."""
+    return [path for path in folder.rglob(".*") if path.name != LOCK]
+
+
 def test_a_run_is_complete_and_is_not_repeated(recipe_file: Path) -> None:
     folder = run(small(recipe_file))
     stages = written(folder)
     assert {name.split("/")[0] for name in stages} == {"reference", "fisher", "align", "evaluate", "report"}
     assert len([name for name in stages if name.startswith("fisher")]) == 2  # full, and LoRA's own
-    assert not list(folder.rglob(".*"))
+    assert not hidden(folder)
     verify(folder)
 
     results = json.loads((folder / "report" / "results.json").read_text())
@@ -130,7 +136,7 @@ def test_a_study_has_sweeps_and_analyses_of_its_fishers(recipe_file: Path) -> No
     assert [name for name in fishers if name == "full" or name.startswith("full-per_sequence-")] != ["full"]
     assert len(fishers) == 4  # the recipe's own, that of per_sequence, and one for each rank
     for rank in (1, 2):
-        assert f"evaluate/sweep-rank/lora+constant/tiny-0/seed0/r={rank}" in stages
+        assert f"evaluate/sweep-rank/lora+constant/tiny-0/seed0,r={rank}" in stages
     perturbed = json.loads((folder / "analyse" / "perturb" / "tiny-0" / "results.json").read_text())
     assert {effect["selection"] for effect in perturbed["effects"]} >= {"fisher", "random"}
     results = json.loads((folder / "report" / "results.json").read_text())
@@ -234,7 +240,7 @@ def start(recipe_file: Path, *overrides: str) -> "subprocess.Popen[str]":
 
 
 def wait_for(folder: Path, pattern: str, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 900
     while not list(folder.glob(pattern)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{pattern} never came"
@@ -252,7 +258,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(recipe_file: Pat
     process = start(recipe_file, *settings)
     wait_for(folder, "align/*/*/.*.unfinished", process)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("error: interrupted")
@@ -262,7 +268,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(recipe_file: Pat
     run(small(recipe_file, *settings))
     after = written(folder)
     assert all(after[name] == time_ for name, time_ in before.items())
-    assert not list(folder.rglob(".*"))
+    assert not hidden(folder)
 
 
 class Terminated(TrainerCallback):
@@ -316,7 +322,9 @@ def test_a_run_that_diverges_is_one_line_and_no_model(method: str, recipe_file: 
     for stage in ("reference", "fisher"):
         run(small(recipe_file, *settings), only=stage)
     for _ in range(2):
-        with pytest.raises(RPSAError, match=r"training diverged, .* from step \d on: lower") as error:
+        with pytest.raises(
+            RPSAError, match=r"diverged: after \d steps .* .first at step \d.; lower"
+        ) as error:
             run(small(recipe_file, *settings), only="align")
         assert "\n" not in str(error.value)
     assert not list((recipe_file.parent / "run").glob("align/*/*/seed*"))
@@ -334,11 +342,13 @@ def test_a_killed_evaluation_goes_on_sample_by_sample(recipe_file: Path) -> None
     process.communicate()
     stored = responses.read_text().rpartition("\n")[0].splitlines()
     assert len(stored) < 200, "the run ended before it was killed"
-    responses.write_text(responses.read_text() + '{"id": "torn')
+    mark = '"finish_reason": "stop"'
+    stored = [line.replace(mark, '"finish_reason": "length"') for line in stored]  # nobody would say so again
+    responses.write_text("\n".join(stored) + '\n{"id": "torn')
     run(small(recipe_file, *settings), only="evaluate")
     [finished] = folder.glob("evaluate/*/*/responses.jsonl")
     lines = finished.read_text().splitlines()
-    assert lines[: len(stored)] == stored
+    assert set(stored) <= set(lines)
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
     assert len({row["id"] for row in rows}) == len(rows) == 200
     samples = finished.with_name("samples.jsonl").read_text().splitlines()
@@ -372,6 +382,17 @@ def test_what_evaluation_lacks_is_known_before_anything_runs(
     assert not list((recipe_file.parent / "run").glob("reference/*"))
 
 
+def leave(recipe: Recipe, task: Task) -> None:
+    """A result without content."""
+    for name in (*MADE_BY[task.stage].files, "file"):
+        atomic_write(task.folder / name, task.name)
+    try:
+        inputs = inputs_of(recipe, task)
+    except RPSAError:  # what it stands on is not there
+        inputs = {}
+    write_manifest(task.folder, task.stage, inputs, place_of(recipe, task))
+
+
 def test_benchmark_files_that_a_stage_reads_are_among_its_inputs(recipe_file: Path) -> None:
     data = recipe_file.parent / "data"
     data.mkdir()
@@ -385,13 +406,11 @@ def test_benchmark_files_that_a_stage_reads_are_among_its_inputs(recipe_file: Pa
         "matrix.methods=[original, fft+rpsa]",
     )
     [fisher] = tasks_of(recipe, "fisher")
-    fisher.folder.mkdir(parents=True)
-    write_manifest(fisher.folder, "fisher", {})
+    leave(recipe, fisher)
     tasks = [tasks_of(recipe, "evaluate")[0], *tasks_of(recipe, "analyse")]
     assert [task.stage for task in tasks] == ["evaluate", "analyse"]
     for task in tasks:
-        task.folder.mkdir(parents=True)
-        write_manifest(task.folder, task.stage, inputs_of(recipe, task))
+        leave(recipe, task)
     (data / "strongreject.csv").write_text("forbidden_prompt\nno task reads this\n")
     assert unfinished(recipe, tasks) == []
     aime.write_text('{"id": "1", "problem": "What is 1 + 1?", "answer": "3"}\n')
@@ -432,7 +451,7 @@ def test_a_mistake_in_the_data_is_one_line(recipe_file: Path, tmp_path: Path) ->
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "response": "<think>b</think>c"}\n{"prompt": "d"}\n')
     process = start(recipe_file, f"safety.data={broken}", "safety.n=null", "matrix.methods=[original, fft]")
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert f"{broken} line 2 has no text field 'response'" in errors
@@ -450,7 +469,7 @@ def test_what_training_refuses_is_known_before_anything_runs(
 ) -> None:
     methods = "[fft+rpsa]" if "optim" in setting else "[fft, fft+rpsa]"
     process = start(recipe_file, *setting.split(), f"matrix.methods={methods}")
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert message in errors
@@ -460,7 +479,7 @@ def test_what_training_refuses_is_known_before_anything_runs(
 def test_a_model_that_is_not_there_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     process = start(recipe_file, f"matrix.bases=[{tmp_path / 'empty'}]")
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert "cannot be loaded" in errors

@@ -146,7 +146,7 @@ def live_run(
         trainer = AlternativesTrainer(model=model, args=AlternativesConfig(**settings, **way), **common)
     else:
         trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **common)
-    scores = list(fisher.scores.values()) if method in ("rpsa", "penalty") else []
+    scores = list(fisher.scores.values()) if method != "plain" else []
     with LiveBytes([*model.parameters(), *model.buffers(), *scores]) as live:
         trainer.train()
     parts = {

@@ -1,13 +1,19 @@
 import dataclasses
+import json
+import re
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from rpsa.artifacts import folder_name
 from rpsa.errors import RPSAError
-from rpsa.pipeline.tasks import fisher_task
+from rpsa.pipeline.manifests import STAGES
+from rpsa.pipeline.tasks import fisher_task, tasks_of
 from rpsa.pipeline.trainers import training_arguments
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
 from rpsa.recipe.methods import WELL_KNOWN
@@ -374,14 +380,109 @@ def test_a_mistake_in_a_sweep_is_one_line(tmp_path: Path, written: str, message:
         small(tmp_path, SWEPT.replace("lora.r: [1, 2], align.frozen_ratio: [0.3, 0.6]", written))
 
 
-def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    for part, message in (
-        ('matrix: {bases: ["tiny:0", "tiny-0"]}', "matrix.bases: two of them would have the same folder"),
-        ("matrix: {grid: {train.run_name: ['a|b', 'a-b']}}", "matrix: 2 runs would have the same folder"),
-    ):
-        (tmp_path / "tiny-0").mkdir(exist_ok=True)
-        with pytest.raises(RPSAError, match=message):
-            small(tmp_path, part)
+@settings(max_examples=300)
+@given(st.lists(st.text(max_size=300), unique=True, max_size=8))
+@example(
+    [
+        "tiny:0",
+        "tiny-0",
+        "tiny--0",
+        "tiny/0",
+        "tiny 0",
+        "..",
+        ".",
+        "",
+        "-",
+        "a/b",
+        "a--b",
+        "a/../b",
+        "模型",
+        "型模",
+    ]
+)
+@example(
+    [folder_name("模型"), "模型", "a\0b", "a\nb", "x" * 101, "x" * 102, "con", "~", "$HOME", "*", "\ud800"]
+)
+def test_a_name_is_one_folder_and_no_other_names(names: list[str]) -> None:
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == len(names)
+    for name in folders:
+        assert re.fullmatch(r"[A-Za-z0-9+_][A-Za-z0-9+._-]{0,120}", name)
+        assert (Path("/run") / name).resolve().parent == Path("/run")
+
+
+def test_well_behaved_names_stay_as_they_are() -> None:
+    for name in ("fft+rpsa", "seed0", "Qwen2.5_x", "a-b", "1e-3"):
+        assert folder_name(name) == name
+    assert folder_name("tiny:0") == "tiny-0"
+    assert folder_name("Qwen/Qwen3-8B") == "Qwen--Qwen3-8B"
+
+
+METHOD = "{paradigm: fft}"
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "../../x", "模型", "a/b", " ", "*", "~", "a b", ".hidden", "-x", "x" * 300]
+)
+def test_whatever_a_method_is_called_its_folders_are_in_the_run(tmp_path: Path, name: str) -> None:
+    methods = json.dumps(
+        {name: {"paradigm": "fft"}, "fft": {"paradigm": "fft"}, "original": {"paradigm": "none"}}
+    )
+    recipe = small(
+        tmp_path, f"output_dir: {tmp_path}/run\nevaluate: {{tasks: [tiny]}}\nmatrix: {{methods: {methods}}}"
+    )
+    folders = [task.folder.resolve() for stage in ("align", "evaluate") for task in tasks_of(recipe, stage)]
+    assert len(set(folders)) == 5
+    for folder in folders:
+        place = folder.relative_to(tmp_path / "run").parts
+        assert place[0] in ("align", "evaluate")
+        assert len(place) in (3, 4)
+        assert not any(folder in other.parents for other in folders)
+
+
+def test_a_base_above_the_run_has_a_folder_in_it(tmp_path: Path) -> None:
+    recipe = small(
+        tmp_path, 'matrix: {bases: ["..", "."], methods: [original, fft+rpsa]}\nevaluate: {tasks: [tiny]}'
+    )
+    for stage in STAGES[:-1]:
+        for task in tasks_of(recipe, stage):
+            assert (recipe.folder / stage).resolve() in task.folder.resolve().parents
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "matrix: {grid: {train.run_name: ['a|b', 'a-b', 'a b']}}",
+        "matrix: {grid: {train.run_name: ['1', '1.0', 'true', '0.1']}}",
+        "matrix: {grid: {train.seed_: [1]}, methods: [fft]}".replace("train.seed_", "align.every"),
+        "matrix: {grid: {lora.target_modules: [[a, b], ['a, b'], ['a', 'b ']]}, methods: [lora]}",
+        "matrix: {methods: [fft, lora], grid: {train.learning_rate: [1e-3, 2e-3], lora.r: [1, 2]}, seeds: [0, 1]}",
+        "sweeps: {a: {methods: [fft], over: {train.learning_rate: [1e-3]}}}",
+    ],
+)
+def test_two_runs_never_share_a_folder(tmp_path: Path, part: str) -> None:
+    cells = [Path(cell.id) for cell in small(tmp_path, part + "\n" + "evaluate: {tasks: [tiny]}").cells()]
+    assert len(set(cells)) == len(cells)
+    assert not any(one in other.parents for one in cells for other in cells)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            f"matrix: {{methods: {{a: {METHOD}, A: {METHOD}}}}}",
+            "matrix: 2 runs would have the same folder, a/tiny-0",
+        ),
+        (
+            "matrix: {methods: {sweep-a: {paradigm: none}}, bases: [fft, tiny:0]}\nevaluate: {tasks: [tiny]}\n"
+            "sweeps: {a: {methods: [fft], over: {train.learning_rate: [1e-3]}}}",
+            "matrix: sweep-a/fft/fft/seed42,learning_rate=0.001 would be a folder inside of another run's",
+        ),
+    ],
+)
+def test_folders_that_would_be_the_same_are_refused(tmp_path: Path, part: str, message: str) -> None:
+    with pytest.raises(RPSAError, match=message):
+        small(tmp_path, part)
 
 
 def test_methods_with_fishers_of_their_own_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rpsa.fisher.config import FisherConfig
-from rpsa.pipeline.stages import check_settings
+from rpsa.pipeline.preflight import preflight
 from rpsa.pipeline.trainers import training_arguments
 from rpsa.recipe import Cell, Recipe, load_recipe
 from rpsa.reference import ReferenceConfig
@@ -114,4 +114,4 @@ def test_bf16_on_a_machine_without_a_gpu_is_refused_in_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RPSAError, match="bf16"):
-        check_settings(load_recipe(REAL[0]))
+        preflight(load_recipe(REAL[0]))

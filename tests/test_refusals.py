@@ -1,7 +1,8 @@
 """Refusal matching on answers as models phrase them."""
 
 import re
-import time
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -225,25 +226,32 @@ def test_a_refusal_in_the_middle_of_a_long_answer_is_content() -> None:
     assert refusal_class(LETTER + "I can't help you with the rest.") == "partial"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "i can't really, ",
-        "I can't help. ",
-        "\n \n",
-        " ",
-        "i'm ",
-        "i am x ",
-        "```a",
-        '"\n',
-        "the ",
-        "sorry, but ",
-    ],
-)
-def test_a_long_text_takes_no_longer_for_what_it_says(text: str) -> None:
-    started = time.process_time()
-    refusal_class("i can't provide" + text * (100_000 // len(text)))
-    assert time.process_time() - started < 5
+LONG = [
+    "i can't really, ",
+    "I can't help. ",
+    "\n \n",
+    " ",
+    "i'm ",
+    "i am x ",
+    "```a",
+    '"\n',
+    "the ",
+    "sorry, but ",
+]
+
+
+def test_a_long_text_takes_no_longer_for_what_it_says() -> None:
+    """Steps that grow with the square of the length would be some ten billion: more than the processor's time."""
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_CPU, (240, 240))
+from rpsa.evaluation.refusals import refusal_class
+for text in {LONG!r}:
+    print(refusal_class("i can't provide" + text * (100_000 // len(text))))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(LONG)
 
 
 @settings(deadline=None, max_examples=200)

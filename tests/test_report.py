@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from chromium import CHROMIUM, chromium
@@ -15,7 +16,7 @@ from made_up_results import FAMILIES, LEVELS, demo_results, made_up, study_resul
 from rich.console import Console
 
 from rpsa.evaluation.statistics import safety_tax_interval
-from rpsa.report import RunResult, render_console, summarise, with_safety_tax, write_report
+from rpsa.report import RunResult, Shown, render_console, summarise, with_safety_tax, write_report
 from rpsa.report.benchmarks import benchmark_table, rates_table
 from rpsa.report.latex import escaped, latex_table
 from rpsa.report.problems import with_problem_intervals
@@ -48,7 +49,7 @@ def _changed(method: str, **changes: Any) -> list[RunResult]:
 
 def test_results_json(demo: Path) -> None:
     content = json.loads((demo / "results.json").read_text())
-    assert set(content) == {"runs", "summary", "claims"}
+    assert set(content) == {"runs", "summary", "claims", "missing"}
     assert len(content["runs"]) == 21
     for run in content["runs"]:
         assert {
@@ -166,6 +167,65 @@ def test_figures_are_drawn_as_far_as_there_is_something_to_show(demo: Path, tmp_
         assert figure.stat().st_size > 20_000
 
 
+NAME = "a|b $\\frac{1}{ $ [bold red]x[/] <b onclick=x> `c` *d* _e_ ~f~ & % # \\ \x1b[31m \u202e \n| g | --> ]]> [h](i)"
+
+
+def renamed(results: list[RunResult]) -> list[RunResult]:
+    """Every name that a user, a file or a model may have chosen is `NAME`."""
+
+    def named(rates: Any) -> dict[str, Any]:
+        return {name if name == "mean" else f"{name} {NAME}": value for name, value in rates.items()}
+
+    return [
+        replace(
+            one,
+            method=one.method.replace("+rpsa", f"+{NAME}"),
+            base=f"{one.base} {NAME}",
+            safety=one.safety and f"{one.safety} {NAME}",
+            judge=NAME,
+            **{part: named(getattr(one, part)) for part in ("reasoning", "asr", "over_refusal")},
+            sets={kind: named(sets) for kind, sets in one.sets.items()},
+        )
+        for one in results
+    ]
+
+
+@pytest.mark.parametrize("study", [False, True])
+def test_names_are_nothing_but_text(tmp_path: Path, study: bool) -> None:
+    results = renamed(study_results(rates=(1e-4, 1e-3), seeds=(0,)) if study else demo_results())
+    shown = [Shown(NAME, (b"<svg width='1pt'></svg>"), NAME, NAME)]
+    provenance = PROVENANCE | {"name": NAME, NAME: NAME}
+    summaries = write_report(results, tmp_path, provenance, shown, {NAME: NAME})
+    page = _Page()
+    page.feed((tmp_path / "index.html").read_text())
+    assert page.open == []
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert "onclick" in " ".join(page.text)  # as text, and so nowhere else
+    assert (tmp_path / "index.html").read_text().count("<b onclick") == 0
+
+    for path in tmp_path.glob("*.svg"):
+        ElementTree.fromstring(path.read_bytes())
+    markdown = (tmp_path / "table.md").read_text()
+    assert markdown.isprintable() or set(filter(lambda c: not c.isprintable(), markdown)) == {"\n"}
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"\\\\", "", line))) for line in tables]
+    assert len(set(cells)) <= 2  # the main table, and that of the benchmarks
+    assert "<b" not in re.sub(r"\\<", "", markdown)
+
+    tex = (tmp_path / "table.tex").read_text()
+    assert re.findall(r"(?<!\\)[&]", tex.replace("\\&", ""))
+    assert "\\frac" not in tex
+    bare = re.sub(r"\\[&%$#_{}]", "", tex)
+    assert all(bare.count(mark) % 2 == 0 for mark in "$")
+    assert bare.count("{") == bare.count("}")
+
+    console = Console(file=io.StringIO(), width=400, force_terminal=False)
+    render_console(summaries, console, {NAME: NAME})
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in said
+    assert "[bold red]x[/]" in said
+
+
 def test_equal_results_give_equal_files(demo: Path, tmp_path: Path) -> None:
     (samples := tmp_path / "samples").mkdir()
     write_report(with_samples(demo_results(), samples), tmp_path, PROVENANCE)
@@ -184,14 +244,19 @@ def test_a_study_is_drawn_against_the_learning_rate(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text()
     assert page.index("<h2>Figures") < page.index("<h2>Results")
     svg = (tmp_path / "learning_rate.svg").read_text()
-    assert len(re.findall(r'<g id="axes_\d+">', svg)) == 4 * 2
+    assert len(re.findall(r'<g id="axes_\d+">', svg)) == 5 * 2  # two sets of over-refusal
 
 
 @pytest.mark.parametrize(
     ("method", "changes", "detail", "sentence"),
     [
         ("lora", {"asr": {"direct": 0.5, "wrapped": 0.5, "mean": 0.5}}, "50%; untouched 62%", "many harmful"),
-        ("lora", {"over_refusal": {"benign": 0.95, "borderline": 1.0}}, "95%", "nearly every benign"),
+        (
+            "lora",
+            {"over_refusal": {"benign": 0.1, "borderline": 0.95}},
+            "95% of borderline",
+            "nearly every benign",
+        ),
         ("lora", {"truncated": 0.2}, "20%", "ran out of tokens"),
         ("lora", {"asr": {"direct": 0.9, "wrapped": 0.9, "mean": 0.9}}, "3 of 3 runs", "runs without an STR"),
         (

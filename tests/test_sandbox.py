@@ -13,7 +13,6 @@ from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -89,11 +88,10 @@ def test_runs_share_nothing(sandbox: Sandbox) -> None:
     ],
 )
 def test_how_a_program_ended(sandbox: Sandbox, program: str, ending: str, exit_code: int | None) -> None:
-    start = monotonic()
-    finished = sandbox.run(program, Limits(seconds=1.5, output_bytes=5000))
+    limits = Limits(seconds=1.5 if ending == "timeout" else 600, output_bytes=5000)
+    finished = sandbox.run(program, limits)
     assert (finished.ending, finished.exit_code) == (ending, exit_code)
     assert len(finished.output) <= 5000
-    assert monotonic() - start < 15
 
 
 def test_limits_are_those_asked_for(sandbox: Sandbox) -> None:
@@ -204,8 +202,9 @@ from rpsa.evaluation.sandbox.tiers import Bubblewrap, Namespaces
 from rpsa.evaluation.sandbox import probe
 from hostile.measuring import ATTACKS, escapes
 for sandbox in (Bubblewrap(), Namespaces()):
-    print(sandbox.name, probe(sandbox))
-    for attack in ATTACKS[5::6]:
+    problem = probe(sandbox)
+    print("tier", sandbox.name, problem)
+    for attack in ATTACKS[5::6] if problem is None else ():
         print(attack.name, escapes(attack, sandbox))
 """
     done = subprocess.run(
@@ -216,10 +215,12 @@ for sandbox in (Bubblewrap(), Namespaces()):
         env={"PATH": os.environ["PATH"]},
     )
     assert done.returncode == 0, done.stderr
-    for tier in (Bubblewrap(), Namespaces()):
-        if probe(tier) is None:
-            assert f"{tier.name} None" in done.stdout
-            assert not [line for line in done.stdout.splitlines() if not line.endswith(("[]", "None"))]
+    lines = done.stdout.splitlines()
+    tiers = [line for line in lines if line.startswith("tier ")]
+    assert len(tiers) == 2
+    assert all(line.endswith("[]") for line in lines if line not in tiers)
+    if len(lines) == len(tiers):
+        pytest.skip(f"no sandbox works here for an ordinary user: {'; '.join(tiers)}")
 
 
 def _nobody_can_run(python: str | None) -> bool:
@@ -282,16 +283,14 @@ def test_many_at_a_time_in_their_order(sandbox: Sandbox) -> None:
 
 def test_an_interrupt_does_not_wait_for_what_runs(sandbox: Sandbox) -> None:
     quick, *slow = [Program("q", "def add(a, b): return a + b", TESTS, "add")] + [
-        Program(str(i), "while True: pass", TESTS, "add", seconds=60) for i in range(3)
+        Program(str(i), "while True: pass", TESTS, "add", seconds=86400) for i in range(3)
     ]
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    start = monotonic()
     with pytest.raises(KeyboardInterrupt):
         grade_programs([quick, *slow], sandbox, workers=2, progress=interrupt)
-    assert monotonic() - start < 20
 
 
 def test_tests_see_the_solutions_exceptions(sandbox: Sandbox) -> None:

@@ -34,7 +34,7 @@ from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline.command import EvaluateCommand, evaluate_command
 from rpsa.pipeline.evaluation import Subject, evaluate
 from rpsa.pipeline.models import said_model
-from rpsa.pipeline.stages import check_settings
+from rpsa.pipeline.preflight import preflight
 from rpsa.plan.base import Base
 from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Evaluate, Thought
@@ -588,7 +588,7 @@ def test_a_recipe_and_a_command_say_it_and_a_plan_shows_it() -> None:
     assert Base(load_recipe(recipe), "tiny:0", [1], 80).thought == ThoughtFormat("<think>", "</think>")
     # before anything runs: the tiny models' template opens a thought whatever is said
     with pytest.raises(RPSAError, match="thought: none, but by its chat template"):
-        check_settings(load_recipe(recipe, ["model.thought=none"]))
+        preflight(load_recipe(recipe, ["model.thought=none"]))
     with pytest.raises(RPSAError, match="thought: none, but by its chat template"):
         evaluate_command(EvaluateCommand("tiny:0", ["rpsa_tiny_add"], thought="none"))
 

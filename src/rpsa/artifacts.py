@@ -1,58 +1,149 @@
-"""What a run leaves on disk: files and folders that appear whole or not at all, and a manifest for a stage.
-
-A stage is a folder with a `stage.json`: what went in, the versions of the packages that matter, one hash over
-both, and the size and hash of every file that came out. A stage whose hash still fits is not run again.
-"""
+"""Files and folders: names, locks, files that appear whole or not at all, hashes, lines that survive a crash."""
 
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 from rpsa.errors import RPSAError
+from rpsa.text import json_problem, printable
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "stage.json"
 AUDIT_FILE = "rpsa_audit.json"
 """What the trainer leaves beside a model about its frozen elements; here, where reading it needs no torch."""
 PACKAGES = ("rpsa", "torch", "transformers", "trl", "peft")
+DISK_MESSAGES = (
+    *("No space left on device", "File too large", "Disk quota exceeded"),
+    *("PytorchStreamWriter failed", "unexpected pos"),
+)
+"""How safetensors and torch say of a full disk what no OSError of theirs says."""
 _CHUNK = 1 << 20
+_LONGEST_NAME = 100
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+_HASHED = re.compile(r"-[0-9a-f]{8}$")
+
+
+def folder_name(text: str) -> str:
+    """The name of the folder of something that a user has named: safe in any path, and no other text has it.
+
+    Plain names are what they are, `org/model` becomes `org--model`, and `tiny:0` `tiny-0`. All else is spelt in plain
+    characters, with a hash of the text behind it.
+    """
+    name = re.sub("^tiny:", "tiny-", text.replace("/", "--"))
+    stands_for = re.sub("^tiny-", "tiny:", name.replace("--", "/"))
+    # of all texts with this name only the one that it stands for has it
+    if (
+        stands_for == text
+        and _PLAIN.fullmatch(name)
+        and not _HASHED.search(name)
+        and len(name) <= _LONGEST_NAME
+    ):
+        return name
+    spelt = re.sub(r"[^A-Za-z0-9+._]+", "-", text)[:_LONGEST_NAME].strip("-.")
+    return f"{spelt or 'name'}-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:8]}"
+
+
+LOCK = ".lock"
 
 
 @contextmanager
-def atomic_directory(path: Path | str) -> Iterator[Path]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process out of `folder` while the block runs; a process that dies lets go of it.
+
+    Raises:
+        RPSAError: another one is in it; says which.
+    """
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RPSAError(
+            f"{folder} is in use by {_holder(path)}: wait for it, or give another folder"
+        ) from None
+    try:
+        if not isinstance(lock, SoftFileLock):  # which has written the same, where there is no flock
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    try:
+        process, host = lock.read_text(errors="replace").split()[:2]
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {printable(process)} on {printable(host)}"
+
+
+@contextmanager
+def atomic_directory(path: Path | str, mark: str) -> Iterator[Path]:
     """A temporary sibling of `path` to fill; it becomes `path` when the block ends, and goes if the block raises.
 
     A folder that was at `path` stays until the new one is complete, and is then replaced. Leftovers of processes
     of this machine that died are removed on entry.
+
+    Args:
+        mark: a file that every such folder has. One without it is not ours to replace.
+
+    Raises:
+        RPSAError: at `path` is a file, or a folder of somebody else's.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    refuse_foreign(target, mark)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     temporary = _sibling(target)
     temporary.mkdir()
     try:
         yield temporary
-        if target.exists():
-            previous = _sibling(target)
-            target.rename(previous)
-            temporary.rename(target)
-            shutil.rmtree(previous)
-        else:
-            temporary.rename(target)
+        replace_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def refuse_foreign(folder: Path, mark: str) -> None:
+    """Raise RPSAError if something is at `folder` that is neither empty nor has the file `mark`."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RPSAError(
+            f"{folder} is a file, where a folder is to be written: move it away, or name another folder"
+        )
+    if not (folder / mark).is_file() and any(folder.iterdir()):
+        raise RPSAError(
+            f"{folder} holds files that were not written by this ({mark} is missing): name another folder"
+        )
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Move a complete folder to where an older one may be, which goes once the new one is in its place."""
+    previous = _sibling(target)
+    with suppress(FileNotFoundError):
+        target.rename(previous)
+    try:
+        new.rename(target)
+    except BaseException:
+        if previous.exists():
+            previous.rename(target)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def atomic_write(path: Path | str, content: str | bytes) -> None:
@@ -74,8 +165,8 @@ def atomic_write(path: Path | str, content: str | bytes) -> None:
 
 
 @contextmanager
-def reading(called: str) -> Iterator[None]:
-    """Within, whatever a library raises over a file is an RPSAError: in one line, `called` first.
+def reading(called: str, failed: str = "cannot be loaded") -> Iterator[None]:
+    """Within, whatever a library raises over a file is an RPSAError: in one line, `called` first, what `failed` next.
 
     A file can be broken in any way, and parsers raise whatever they like.
     """
@@ -90,7 +181,7 @@ def reading(called: str) -> Iterator[None]:
             text = f"a file of weights is damaged or cut off ({text})"
         elif not isinstance(error, OSError | ValueError | RuntimeError):
             text = f"{kind}: {text}"
-        raise RPSAError(f"{called}: cannot be loaded: {text}") from error
+        raise RPSAError(f"{called}: {failed}: {text}") from error
 
 
 def stable_json(value: Any) -> str:
@@ -109,12 +200,26 @@ def without_nan(value: Any) -> Any:
     return value
 
 
+def read_json(path: Path, what: str = "JSON") -> Any:
+    """The value in a file.
+
+    Raises:
+        RPSAError: there is no such file, or it does not hold JSON: `what` it should be is in the message.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RPSAError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RPSAError(f"{path}: not readable as {what} ({json_problem(error)})") from error
+
+
 def sha256_of(value: Any) -> str:
     """Hex SHA-256 of a file's bytes, of a folder's relative names and bytes, or of a JSON-able value."""
     if not isinstance(value, Path):
         return hashlib.sha256(stable_json(value).encode(errors="backslashreplace")).hexdigest()
     if value.is_dir():
-        return sha256_of({name: sha256_of(value / name) for name in _files_below(value)})
+        return sha256_of({name: sha256_of(value / name) for name in files_below(value)})
     digest = hashlib.sha256()
     with value.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -122,10 +227,10 @@ def sha256_of(value: Any) -> str:
     return digest.hexdigest()
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages whose change makes a finished stage out of date."""
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The installed versions; "absent" where there is none."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -133,66 +238,9 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(directory: Path, stage: str, inputs: Mapping[str, Any]) -> None:
-    """Write `stage.json` into a finished stage folder. `inputs` is JSON-able: all that decides the result."""
-    versions = package_versions()
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
-        for name in _files_below(directory)
-        if name != MANIFEST
-    }
-    manifest = {
-        "stage": stage,
-        "inputs": dict(inputs),
-        "versions": versions,
-        "inputs_sha256": _inputs_hash(stage, inputs, versions),
-        "files": files,
-    }
-    atomic_write(directory / MANIFEST, stable_json(manifest))
-
-
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The stage's manifest; None where there is none that can be read."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
-
-
-def is_current(directory: Path, stage: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether `directory` holds this stage's result for these inputs and versions, with no file missing."""
-    manifest = read_manifest(directory)
-    if manifest is None or manifest.get("inputs_sha256") != _inputs_hash(stage, inputs, package_versions()):
-        return False
-    return not any(_size(directory / name) != file["bytes"] for name, file in manifest["files"].items())
-
-
-def altered_files(directory: Path) -> list[str]:
-    """One line for each file that is missing or no longer has the bytes that the stage wrote."""
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return [f"{directory / MANIFEST}: missing or unreadable"]
-    problems = []
-    for name, file in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif sha256_of(path) != file["sha256"]:
-            problems.append(f"{path}: changed since the stage {manifest['stage']} wrote it")
-    return problems
-
-
-def _inputs_hash(stage: str, inputs: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    return sha256_of({"stage": stage, "inputs": dict(inputs), "versions": dict(versions)})
-
-
-def _files_below(directory: Path) -> list[str]:
+def files_below(directory: Path) -> list[str]:
+    """Relative paths of all files in a folder and its folders, in a fixed order."""
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def _sibling(target: Path) -> Path:
@@ -224,11 +272,22 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+@contextmanager
+def reading_records(path: Path) -> Iterator[None]:
+    """Raises RPSAError where what was read from `path` is JSON and yet not what a caller has once written there."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise RPSAError(
+            f"{path} is damaged or of another version ({type(error).__name__}: {error}): delete it and start again"
+        ) from error
+
+
 def recover_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file that `append_line` wrote to; a last line that a crash cut off is removed from it.
 
     Raises:
-        RPSAError: another line is damaged.
+        RPSAError: another line is damaged, or is no record.
     """
     if not path.is_file():
         return []
@@ -240,11 +299,14 @@ def recover_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise RPSAError(
-                f"{path} line {number} is damaged ({error}): delete the file and start again"
+                f"{path} line {number} is damaged ({json_problem(error)}): delete the file and start again"
             ) from error
+        if not isinstance(record, dict):
+            raise RPSAError(f"{path} line {number} is no record: delete the file and start again")
+        records.append(record)
     return records
 
 

@@ -1,10 +1,13 @@
 """Models and adapters read whole, or refused: libraries fill what a checkpoint lacks with random numbers, and go on."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from rpsa.artifacts import reading
 from rpsa.errors import RPSAError
+
+log = logging.getLogger(__name__)
 
 
 def load_pretrained(auto: Any, location: str, called: str, **settings: Any) -> Any:
@@ -20,12 +23,35 @@ def load_pretrained(auto: Any, location: str, called: str, **settings: Any) -> A
         model, info = auto.from_pretrained(
             location, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
-    refuse_misfits(called, info["missing_keys"], info["unexpected_keys"])
+    aside = {name for name in info["unexpected_keys"] if not info["missing_keys"] and _is_aside(name, model)}
+    if aside:
+        log.warning(
+            "%s: %d tensors of its checkpoint are left out, such as %r: parts that its language model does not have",
+            called,
+            len(aside),
+            min(aside),
+        )
+    refuse_misfits(called, info["missing_keys"], info["unexpected_keys"] - aside)
     for name, stored, wanted in sorted(info["mismatched_keys"]):
         raise RPSAError(
             f"{called}: the checkpoint's {name!r} is {tuple(stored)}, its config makes it {tuple(wanted)}"
         )
     return model
+
+
+def _is_aside(name: str, model: Any) -> bool:
+    """Whether a tensor without a place belongs to another part than the language model: a vision tower, a value head.
+
+    In a numbered layer of the model, or in a module that it has, it says that the config is not the checkpoint's.
+    """
+    module, *parts = model, *name.split(".")
+    for part in parts[:-1]:
+        if part.isdecimal():
+            return False
+        module = getattr(module, part, None)
+        if module is None:
+            return True
+    return False
 
 
 def load_adapter(model: Any, location: str, called: str, *, is_trainable: bool = False) -> Any:

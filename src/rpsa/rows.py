@@ -5,13 +5,16 @@ import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rpsa.errors import RPSAError
+from rpsa.text import json_problem
 
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".gz"}
+_LONGEST_FIELD = (1 << 31) - 1  # characters; the csv module's own limit is 128 Ki
 
 
 T = TypeVar("T")
@@ -31,9 +34,14 @@ def read_rows(source: str | Path, preferred_split: str = "train") -> list[Row]:
 
     Raises RPSAError for a missing, empty or broken file, naming the line, and if a dataset does not load.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise RPSAError(f"{source}: {error}") from error
     if path.is_file():
         rows = _read_file(path)
+    elif path.exists() and not path.is_dir():
+        raise RPSAError(f"{source} is neither a file nor a folder")
     elif isinstance(source, Path) or (path.suffix in _FILE_SUFFIXES and not path.is_dir()):
         raise RPSAError(f"{source}: no such file")
     else:
@@ -63,14 +71,12 @@ def _read_file(path: Path) -> list[Row]:
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RPSAError(f"{path} cannot be read: {error}") from error
     suffix = Path(path.name.removesuffix(".gz")).suffix
+    records: Iterable[tuple[str, Any]]
     if suffix in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t")
-        records: Iterable[tuple[str, Any]] = (
-            (f"row {n}", dict(record)) for n, record in enumerate(table, start=1)
-        )
+        records = _table(text, "," if suffix == ".csv" else "\t", path)
     elif text.lstrip().startswith("["):
         records = ((f"row {n}", item) for n, item in enumerate(_json(text, str(path)), start=1))
     else:
@@ -85,11 +91,33 @@ def _read_file(path: Path) -> list[Row]:
     return rows
 
 
+def _table(text: str, delimiter: str, path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Records of a CSV or TSV file, however long their fields; one that does not fit the header is refused."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise RPSAError(f"{path} is not a readable table: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    header, *rest = [row for row in rows if row] or [[]]
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise RPSAError(f"{path} has two columns called {twice!r}")
+    for number, row in enumerate(rest, start=1):
+        if len(row) != len(header):
+            raise RPSAError(
+                f"{path} row {number} has {len(row)} fields, the header {len(header)}: is a text with a "
+                "comma, a tab or a line break without quotes around it?"
+            )
+    return [(f"row {n}", dict(zip(header, row, strict=True))) for n, row in enumerate(rest, start=1)]
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RPSAError(f"{where} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits among them
+        raise RPSAError(f"{where} is not valid JSON: {json_problem(error)}") from error
 
 
 def _read_dataset(source: str, preferred_split: str) -> list[Row]:

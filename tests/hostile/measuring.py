@@ -185,7 +185,7 @@ def escapes(attack: Hostile, sandbox: Sandbox) -> list[str]:
         found.append(f"the attack itself is broken: {finished.output[-200:]}")
     if finished.ending not in attack.endings:
         found.append(f"it ended by {finished.ending}: {finished.output[-200:]}")
-    if seconds > SECONDS + 15:
+    if seconds > SECONDS + 300:  # an hour's sleep is no timeout, a busy machine is no escape
         found.append(f"it took {seconds:.0f} s")
     return found
 

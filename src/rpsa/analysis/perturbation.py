@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rpsa.analysis.structure import Role, roles
-from rpsa.artifacts import append_line, recover_lines
+from rpsa.artifacts import append_line, reading_records, recover_lines
 from rpsa.errors import RPSAError, check_fields
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.masks import Mask, control_scores, keep_top
@@ -53,6 +53,12 @@ class PerturbationConfig:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise RPSAError(f"fraction {fraction!r} is not above 0 and at most 1")
+        for factor in self.factors:
+            if not math.isfinite(factor):
+                raise RPSAError(f"factor {factor!r} is not a finite number")
+        for name in ("fractions", "factors", "selections"):
+            if not getattr(self, name):
+                raise RPSAError(f"{name}: empty; give at least one")
         for selection in self.selections:
             if selection not in get_args(Mask):
                 raise RPSAError(f"selection {selection!r} is not one of {', '.join(get_args(Mask))}")
@@ -218,11 +224,18 @@ def _stored(store: Path, inputs: Mapping[str, Any]) -> dict[Cell, Outcome]:
         with store.open("a", encoding="utf-8") as file:
             append_line(file, {"inputs": inputs})
         return {}
+    with reading_records(store):
+        return _outcomes(store, records, inputs)
+
+
+def _outcomes(
+    store: Path, records: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]
+) -> dict[Cell, Outcome]:
     first, *rest = records
     old = first["inputs"]
     if different := [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]:
         raise RPSAError(
             f"{store} holds cells of another {', '.join(different)}: give another folder, or delete that file"
         )
-    outcomes = [Outcome(**record | {"cell": Cell(**record["cell"])}) for record in rest]
+    outcomes = [Outcome(**{**record, "cell": Cell(**record["cell"])}) for record in rest]
     return {outcome.cell: outcome for outcome in outcomes}

@@ -60,6 +60,7 @@ def perturb(
     selections or draws it runs only what is new.
     """
     with readable_errors():
+        from rpsa.artifacts import locked
         from rpsa.pipeline.models import said_model
         from rpsa.pipeline.perturb import PerturbationConfig, evaluation_settings, run_perturbation
 
@@ -79,7 +80,10 @@ def perturb(
             seed=seed,
         )
         described = said_model(thought)
-        run_perturbation(model, fisher, settings, config, out, described=described, any_weights=any_weights)
+        with locked(out):
+            run_perturbation(
+                model, fisher, settings, config, out, described=described, any_weights=any_weights
+            )
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

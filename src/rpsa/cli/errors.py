@@ -7,7 +7,11 @@ from contextlib import contextmanager
 
 import typer
 
+from rpsa.artifacts import DISK_MESSAGES
 from rpsa.errors import RPSAError
+from rpsa.text import hide_credentials, printable
+
+_FREE = "; free some space and run the same command again"
 
 
 @contextmanager
@@ -26,8 +30,7 @@ def readable_errors() -> Iterator[None]:
         said = str(error) or "interrupted; finished stages are kept, and the same command goes on from there"
         _stop(said, 130)
     except Exception as error:
-        # safetensors and torch report a full disk through errors of their own.
-        if not isinstance(error, OSError) and "No space left on device" not in str(error):
+        if not isinstance(error, OSError) and not any(said in str(error) for said in DISK_MESSAGES):
             if _tell_launcher(error):
                 raise typer.Exit(1) from None
             raise
@@ -37,13 +40,17 @@ def readable_errors() -> Iterator[None]:
 def _machine_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
-        free = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        return f"{error.strerror}{where}{free}"
-    return " ".join(str(error).split())
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{error.strerror}{where}{_FREE if is_full else ''}"
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return said
+    said = str(error).strip().partition("\n")[0]
+    return f"{said if said[:1].isalpha() else f'a file could not be written: {said}'}{_FREE}"
 
 
 def _stop(message: str, code: int) -> None:
-    message = " ".join(message.split())
+    message = hide_credentials(printable(message))
     if not _tell_launcher(RPSAError(message)):
         typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rpsa.artifacts import AUDIT_FILE
+from rpsa.artifacts import AUDIT_FILE, read_json, reading_records
 from rpsa.cli.errors import readable_errors
 from rpsa.errors import RPSAError
 
@@ -38,7 +38,9 @@ def audit(
         _require_folder(model_dir)
         from rpsa.report.audit import render_audit
 
-        render_audit(_read_json(model_dir / AUDIT_FILE))
+        audit = _read_json(model_dir / AUDIT_FILE)
+        with reading_records(model_dir / AUDIT_FILE):
+            render_audit(audit)
 
 
 def _require_folder(path: Path) -> None:
@@ -47,14 +49,9 @@ def _require_folder(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RPSAError(
-            f"{path}: no such file; only models that RPSATrainer saved with audit=True have one"
-        ) from None
-    except ValueError as error:
-        raise RPSAError(f"{path}: not readable as JSON: {error}") from None
+    if not path.exists():
+        raise RPSAError(f"{path}: no such file; only models that RPSATrainer saved with audit=True have one")
+    value = read_json(path)
     if not isinstance(value, dict):
         raise RPSAError(f"{path}: expected a mapping")
     return value

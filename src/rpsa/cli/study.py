@@ -15,6 +15,9 @@ def run(
         list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
     ] = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.", metavar="STAGE")] = None,
+    keep_finished: Annotated[
+        bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
+    ] = False,
 ) -> None:
     """Run a recipe: reference, Fisher, alignment, evaluation, report. Finished stages are not run again."""
     with readable_errors():
@@ -23,7 +26,7 @@ def run(
         checked = load_recipe(recipe, overrides or [])
         from rpsa import pipeline
 
-        pipeline.run(checked, only=only)
+        pipeline.run(checked, only=only, keep_finished=keep_finished)
 
 
 def sweep(
@@ -48,13 +51,16 @@ def sweep(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    keep_finished: Annotated[
+        bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
+    ] = False,
 ) -> None:
     """Run a recipe at every point of a grid of its settings (Fig. 5 and 7). Finished points are not run again."""
     with readable_errors():
         from rpsa.pipeline.sweep import SweepConfig
         from rpsa.pipeline.sweep import sweep as run_sweep
 
-        config = SweepConfig(recipe, over, overrides or [], out, parallel, launcher)
+        config = SweepConfig(recipe, over, overrides or [], out, parallel, launcher, keep_finished)
         failed = any(outcome.failure is not None for outcome in run_sweep(config))
     if failed:
         raise typer.Exit(1)

@@ -13,10 +13,13 @@ tiny_app = typer.Typer(help="The tiny reasoning models that come with the packag
 @tiny_app.command("train")
 def tiny_train(
     seed: Annotated[
-        int, typer.Option(help="The seed of the world, the data and the weights.", show_default=False)
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, help="The seed of the world, the data and the weights.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    steps: Annotated[int | None, typer.Option(help="Training steps, if not the usual number.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, if not the usual number.")] = None,
 ) -> None:
     """Train a tiny base model from its seed, in minutes on a CPU."""
     with readable_errors():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rpsa.errors import RPSAError
 from rpsa.evaluation.items import Kind
 from rpsa.evaluation.scoring import Outcome
 
@@ -57,10 +58,18 @@ class Sample:
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
-    """The samples of a `samples.jsonl`, one after the other: long responses need not be held all at once."""
+    """The samples of a `samples.jsonl`, one after the other: long responses need not be held all at once.
+
+    Raises:
+        RPSAError: a line is damaged.
+    """
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield Sample(**json.loads(line))
+        for number, line in enumerate(file, start=1):
+            try:
+                sample = Sample(**json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise RPSAError(f"{path} line {number} is no sample: evaluate again") from error
+            yield sample
 
 
 def scores_by_item(samples: Iterable[Sample]) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from rpsa.artifacts import reading
+from rpsa.artifacts import read_json, reading
 from rpsa.errors import RPSAError, check_type
 from rpsa.fisher.origin import Origin, origin_of
 from rpsa.fisher.quantile import Ranking, threshold_rank
@@ -210,7 +210,7 @@ class FisherDiagonal:
             raise RPSAError(f"{folder}: no Fisher here ({MANIFEST} is missing)")
         scores: dict[str, Tensor] = {}
         with reading(f"Fisher {folder}"):
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = read_json(folder / MANIFEST)
             for filename in manifest["files"]:
                 if not (folder / filename).is_file():
                     raise RPSAError(f"{folder}: {filename} is missing; estimate the Fisher again")

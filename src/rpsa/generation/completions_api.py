@@ -6,10 +6,7 @@ What makes a response exact are extensions that vLLM and SGLang share: token ids
 """
 
 import json
-import time
-from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 import httpx2
@@ -17,6 +14,7 @@ import httpx2
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling, sample_seed
 from rpsa.generation.decoding import ResponseDecoder
+from rpsa.http import Refusal, read_refusal, short
 
 PromptForm = Literal["token_ids", "text"]
 
@@ -27,8 +25,6 @@ _EXTENSIONS = {
     "skip_special_tokens": False,
     "return_token_ids": True,
 }
-_TEMPORARY = {408, 425, 429}  # and every 5xx
-_SHOWN = 300
 
 
 class TryAgain(Exception):
@@ -81,15 +77,15 @@ class CompletionsAPI:
             response = await client.post(f"{self.url}/completions", json=body)
         except httpx2.RequestError as error:
             raise TryAgain(f"{type(error).__name__} {error}".strip()) from error
-        status = response.status_code
-        if status in _TEMPORARY or status >= 500:
-            raise TryAgain(f"status {status} {_excerpt(response)}".strip(), _retry_after(response))
-        if status != 200:
-            raise Refused(self._refusal(response), status)
+        if response.status_code != 200:
+            refusal = _refusal(client, response)
+            if refusal.may_pass:
+                raise TryAgain(f"status {refusal.status} {refusal.said}".strip(), refusal.wait or 0.0)
+            raise Refused(self._declined(refusal), refusal.status)
         try:
             return json.loads(response.content)
-        except ValueError as error:
-            raise TryAgain(f"an answer that is no JSON: {_excerpt(response) or 'empty'}") from error
+        except (ValueError, RecursionError) as error:
+            raise TryAgain(f"an answer that is no JSON: {short(response.text) or 'empty'}") from error
 
     def completion(self, answer: Any, prompt: list[int]) -> Completion:
         """Check an answer and turn it into a `Completion`.
@@ -144,42 +140,24 @@ class CompletionsAPI:
             "only: use a server that takes token ids (vLLM, SGLang)"
         )
 
-    def _refusal(self, response: httpx2.Response) -> str:
+    def _declined(self, refusal: Refusal) -> str:
         advice = {
             401: "set RPSA_API_KEY or OPENAI_API_KEY",
             403: "check the API key's rights",
             404: "check the URL (it ends in /v1) and the model's name (see GET /v1/models)",
-        }.get(response.status_code, "correct the request")
-        message = f"status {response.status_code} {_excerpt(response)}".strip()
-        return f"{self.url}, model {self.model!r}: {message}; {advice}"
+            429: "see to the account",
+        }.get(refusal.status, "correct the request")
+        said = f"status {refusal.status} {refusal.said}".strip()
+        return f"{self.url}, model {self.model!r}: {said}; {advice}"
 
 
 def _only_choice(answer: Any) -> dict[str, Any]:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise TryAgain(f"an answer without exactly one choice: {_short(json.dumps(answer))}")
+        raise TryAgain(f"an answer without exactly one choice: {short(json.dumps(answer))}")
     return choices[0]
 
 
-def _retry_after(response: httpx2.Response) -> float:
-    """Seconds, from either form of the header (RFC 9110, 10.2.3); 0 without it."""
-    value = response.headers.get("retry-after", "")
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-
-
-def _excerpt(response: httpx2.Response) -> str:
-    """The server's own words on one line; the message alone where the body has OpenAI's form of an error."""
-    text = response.text
-    with suppress(ValueError, TypeError, KeyError):
-        text = json.loads(text)["error"]["message"]
-    return _short(str(text))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
+def _refusal(client: httpx2.AsyncClient, response: httpx2.Response) -> Refusal:
+    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
+    return read_refusal(response.status_code, response.content, response.headers.get("Retry-After"), key)

@@ -1,12 +1,12 @@
 """Generation that goes on where it was stopped: every completion is on disk before it is yielded."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import append_line, atomic_write, recover_lines, sha256_of
+from rpsa.artifacts import append_line, atomic_write, reading_records, recover_lines, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Generator, Sampling, check_lengths
 from rpsa.generation.progress import track
@@ -41,9 +41,10 @@ def generate_resumable(
     target.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "identity": identity, "sampling": asdict(sampling)}
     lines = recover_lines(target)
-    if lines:
-        _check_header(target, lines[0], header)
-    stored = _stored(target, lines[1:], prompts, index_of)
+    with reading_records(target):
+        if lines:
+            _check_header(target, lines[0], header)
+        stored = _stored(target, lines[1:], prompts, index_of)
     yield from stored.items()
     missing = [i for i in range(len(prompts)) if i not in stored]
     if not missing:
@@ -61,6 +62,19 @@ def generate_resumable(
             key = {"id": sample_ids[index], "prompt_sha256": _prompt_hash(prompts[index])}
             append_line(file, key | asdict(completion))
             yield index, completion
+
+
+def in_order(path: Path, sample_ids: Sequence[str]) -> None:
+    """Put the records of a file into the order of `sample_ids`, others last, however often it was interrupted."""
+    header, *records = recover_lines(path)
+    places = {name: place for place, name in enumerate(sample_ids)}
+    ordered = sorted(records, key=lambda record: places.get(record["id"], len(places)))
+    if ordered != records:
+        atomic_write(path, _lines([header, *ordered]))
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _check_header(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
@@ -118,5 +132,6 @@ def carry_over(
     if path.exists() or not lines or lines[0] != header:
         return
     wanted = {name: _prompt_hash(prompt) for name, prompt in zip(sample_ids, prompts, strict=True)}
-    fitting = [record for record in lines[1:] if wanted.get(record["id"]) == record["prompt_sha256"]]
-    atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [header, *fitting]))
+    with reading_records(earlier):
+        fitting = [record for record in lines[1:] if wanted.get(record["id"]) == record["prompt_sha256"]]
+    atomic_write(path, _lines([header, *fitting]))

@@ -1,24 +1,26 @@
 """The stage align: one cell's safety data, its model, its trainer, and what is kept of the run."""
 
+import json
 import logging
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.loading import load_tasks
-from rpsa.pipeline.evaluation import Progress, no_progress
-from rpsa.pipeline.models import load_tokenizer, thought_of
-from rpsa.pipeline.tasks import Task, reference_task, task_options
+from rpsa.pipeline.manifests import TIMING
+from rpsa.pipeline.models import load_tokenizer, settle_adapter, thought_of
+from rpsa.pipeline.tasks import Progress, Task, no_progress, reference_task, task_options
 from rpsa.pipeline.trainers import CHECKPOINTS, make_trainer
-from rpsa.recipe.schema import Cell, Recipe, slug
+from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import local, on_any_rank, rank, world_size
@@ -30,6 +32,7 @@ from rpsa.training.names import CardNames
 from rpsa.training.rehearsal import rehearse
 from rpsa.training.safety_data import (
     SafetyExample,
+    TokenCounts,
     contamination,
     hold_out,
     load_benign_data,
@@ -39,9 +42,18 @@ from rpsa.training.safety_data import (
     without_thoughts,
 )
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 log = logging.getLogger(__name__)
 
 LOG = "log.json"
+_TIMES = ("runtime", "per_second")
+"""In the names of what the trainer measures by the clock."""
+
+
+class Diverged(RPSAError):
+    """A training run ended in weights that are no numbers. Another start with the same settings ends there, too."""
 
 
 def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
@@ -54,21 +66,16 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     started = time.perf_counter()
     transformers.set_seed(cell.seed)
     tokenizer = load_tokenizer(task.base, recipe.model)
-    thought = thought_of(tokenizer, recipe.model)
-    examples = safety_data(cell.safety, cell.seed, thought)
-    held: list[SafetyExample] = []
-    if cell.safety.validation_share:
-        examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
-    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length, thought)
+    data = training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
+    dataset = data.dataset
     reference, rehearsal = reference_task(recipe, cell), None
     if cell.alternatives and cell.alternatives.rehearsal_share:
         assert reference is not None
         traces, share = ReferenceDataset.load(reference.folder), cell.alternatives.rehearsal_share
         rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
         dataset = rehearsal.dataset
-    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length, thought)[0] if held else None
     trainer = make_trainer(
-        recipe, cell, tokenizer, dataset, validation, folder, quiet=progress is no_progress
+        recipe, cell, tokenizer, dataset, data.validation, folder, quiet=progress is no_progress
     )
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     with stopped_by_sigterm(trainer) as asked:
@@ -79,25 +86,29 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
             f"{task.name}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "its checkpoint is kept, and the same command goes on from there"
         )
-    refuse_diverged(trainer, task.name)
+    refuse_diverged(trainer)
     save_whole(trainer, folder)
     if rank() > 0:
         return
     tokenizer.save_pretrained(folder)
     rehearsed = rehearsal.rehearsed if rehearsal else 0
     write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed)))
+    history = [_figures(entry) for entry in trainer.state.log_history]
+    times = [_figures(entry, times=True) for entry in trainer.state.log_history]
+    seconds = time.perf_counter() - started + trainer.records.seconds_before
+    timing = {"seconds": seconds, "trainer": [entry for entry in times if entry]}
+    atomic_write(folder / TIMING, stable_json(timing))
     atomic_write(
         folder / LOG,
         stable_json(
             {
-                "history": trainer.state.log_history,
+                "history": history,
                 "steps": trainer.state.global_step,
-                "seconds": time.perf_counter() - started + trainer.records.seconds_before,
                 "processes": trainer.accelerator.num_processes,
-                "safety_data": asdict(counts),
+                "safety_data": asdict(data.counts),
                 "rehearsed": rehearsed,
                 "rehearsed_truncated": rehearsal.truncated if rehearsal else 0,
-                "contamination": [asdict(c) for c in contaminated(recipe, examples)],
+                "contamination": [asdict(c) for c in contaminated(recipe, data.examples)],
             }
         ),
     )
@@ -130,24 +141,36 @@ def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def refuse_diverged(trainer: Any, name: str) -> None:
-    """Raise RPSAError if the loss, or a weight, is not finite in the end; all ranks' work."""
-    weights = (local(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
-    is_finite = all(bool(part.isfinite().all()) for part in weights)
-    if trainer.records.diverged or on_any_rank(not is_finite):
-        bad = trainer.records.nonfinite
-        since = f" from step {bad['first']} on" if bad else ""
-        raise RPSAError(
-            f"{name}: training diverged, its loss or weights are not finite{since}: lower train.learning_rate, or "
-            "clip gradients (train.max_grad_norm)"
-        )
+class TrainingData(NamedTuple):
+    """What is trained on: the examples, tokenised, and those held out."""
+
+    examples: list[SafetyExample]
+    dataset: "Dataset"
+    counts: TokenCounts
+    validation: "Dataset | None"
+
+
+def training_data(cell: Cell, tokenizer: Any, thought: ThoughtFormat) -> TrainingData:
+    """D_S of a cell, without what rehearsal adds.
+
+    Raises:
+        RPSAError: it cannot be read, or an example does not fit the model's template.
+    """
+    assert cell.safety is not None
+    examples = safety_data(cell.safety, cell.seed, thought)
+    held: list[SafetyExample] = []
+    if cell.safety.validation_share:
+        examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
+    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length, thought)
+    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length, thought)[0] if held else None
+    return TrainingData(examples, dataset, counts, validation)
 
 
 def card_names(recipe: Recipe, cell: Cell, rehearsed: int = 0) -> CardNames:
     """The recipe's own names, for the model card."""
     assert cell.safety is not None
     return CardNames(
-        model=slug(cell.id),
+        model=cell.id.replace("/", "-"),
         base=cell.base,
         dataset=cell.safety.data,
         problems=recipe.reference.problems,
@@ -155,11 +178,38 @@ def card_names(recipe: Recipe, cell: Cell, rehearsed: int = 0) -> CardNames:
     )
 
 
+def refuse_diverged(trainer: Any) -> None:
+    """Raise `Diverged` if the loss, or a trained weight, is not finite in the end; all ranks' work."""
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    is_finite = all(bool(local(weight).isfinite().all()) for weight in trained)
+    if not (on_any_rank(not is_finite) or trainer.records.diverged):
+        return
+    bad = trainer.records.nonfinite
+    first = f" (first at step {bad['first']})" if bad else ""
+    raise Diverged(
+        f"diverged: after {trainer.state.global_step} steps the loss or the weights are no numbers any more"
+        f"{first}; lower train.learning_rate, or set train.max_grad_norm"
+    )
+
+
+def _figures(entry: Mapping[str, Any], *, times: bool = False) -> dict[str, Any]:
+    """Of a log entry's figures either those of the clock or the others."""
+    return {name: value for name, value in entry.items() if any(part in name for part in _TIMES) == times}
+
+
 def save_whole(trainer: Any, folder: Path) -> None:
-    """The model as Hugging Face writes it, put together from its shards if it has been sharded."""
+    """The model as Hugging Face writes it, put together from its shards if it has been sharded.
+
+    Without the trainer's arguments, a pickle: it would run code where it is loaded, and may hold a token.
+    """
+    from transformers.trainer import TRAINING_ARGS_NAME
+
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
+    if rank() == 0:
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        settle_adapter(folder)
 
 
 def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[SafetyExample]:
@@ -196,9 +246,21 @@ def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end."""
-    complete = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and not (path / "checkpoint-is-incomplete.txt").exists()
-    ]
+    complete = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its last file is there, and none of the others is cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    if (checkpoint / "checkpoint-is-incomplete.txt").exists():
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt*"))

@@ -3,30 +3,27 @@
 The card beside the weights stays as the stage align wrote it: a manifest vouches for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import atomic_directory
+from rpsa.artifacts import atomic_write
 from rpsa.pipeline.tasks import align_task
 from rpsa.recipe.schema import Recipe
 from rpsa.report import RunResult, with_safety_tax
 
 
-def write_cards(recipe: Recipe, results: Sequence[RunResult], folder: Path) -> None:
-    """Fill `folder`; `results` are those of the recipe's cells, in their order."""
+def write_cards(recipe: Recipe, results: Mapping[str, RunResult], folder: Path) -> None:
+    """Fill `folder`; `results` are those of the recipe's cells, by their ids."""
     from rpsa.training.card import CARD, card_with_results
 
-    results = with_safety_tax(results)
-    originals = {result.base: measured(result) for result in results if result.is_original}
-    with atomic_directory(folder) as cards:
-        for cell, result in zip(recipe.cells(), results, strict=True):
-            aligned = align_task(recipe, cell)
-            if aligned is not None:
-                card = card_with_results(aligned.folder, measured(result), originals.get(cell.base))
-                path = cards / cell.id / CARD
-                path.parent.mkdir(parents=True)
-                path.write_text(card, encoding="utf-8")
+    found = dict(zip(results, with_safety_tax(results.values()), strict=True))
+    originals = {result.base: measured(result) for result in found.values() if result.is_original}
+    for cell in recipe.cells():
+        aligned = align_task(recipe, cell)
+        if aligned is not None and cell.id in found:
+            card = card_with_results(aligned.folder, measured(found[cell.id]), originals.get(cell.base))
+            atomic_write(folder / cell.id / CARD, card)
 
 
 def measured(result: RunResult) -> dict[str, Any]:

@@ -8,16 +8,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rpsa.artifacts import folder_name, locked
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
-from rpsa.pipeline.evaluation import Subject, evaluate
-from rpsa.pipeline.models import said_model
-from rpsa.pipeline.subjects import model_subject, server_subject
+from rpsa.pipeline.evaluation import Subject, check_evaluation, evaluate
+from rpsa.pipeline.models import check_model, said_model
+from rpsa.pipeline.subjects import adapter_base, model_subject, server_subject
+from rpsa.recipe.hygiene import hygiene_problems
 from rpsa.recipe.problems import validation_problems
-from rpsa.recipe.schema import slug
 from rpsa.recipe.sections import Evaluate, Model
 from rpsa.recipe.sources import source_problem
 from rpsa.recipe.strict_yaml import parse_yaml
+from rpsa.text import hide_credentials
 
 _QUICK = {"n": 20, "samples": 1, "max_new_tokens": 4096}
 
@@ -52,11 +54,18 @@ def evaluate_command(command: EvaluateCommand) -> dict[str, Any]:
     for task in settings.tasks:
         if problem := source_problem("task", task):
             raise RPSAError(f"--tasks: {problem}")
+    if command.reference and not (command.reference / "traces.jsonl").is_file():
+        raise RPSAError(f"--reference {command.reference}: holds no D_ref (there is no traces.jsonl)")
     quiet()
     reference = str(command.reference) if command.reference else None
     options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
-    out = command.out or Path("evaluations") / f"{slug(command.model)}{'-quick' if command.quick else ''}"
-    results = evaluate(_subject(command, settings, model), settings, options, out)
+    out = command.out or Path("evaluations") / folder_name(
+        f"{command.model} quick" if command.quick else command.model
+    )
+    subject = _subject(command, settings, model)
+    check_evaluation(settings, options)
+    with locked(out):
+        results = evaluate(subject, settings, options, out)
     render_evaluation(results)
     print(f"\nEvery sample: {out / 'samples.jsonl'}")
     return results
@@ -69,13 +78,17 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
     for setting in command.settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise RPSAError(f"--set {setting}: write it as key=value")
+            raise RPSAError(f"--set {key.strip()}: write it as key=value")
         section, dot, name = key.strip().partition(".")
         value = parse_yaml(text, f"--set {key}")
+        if dot and not isinstance(raw.setdefault(section, {}), dict):
+            raise RPSAError(f"--set {key.strip()}: {section!r} is no section")
         if dot:
-            raw.setdefault(section, {})[name] = value
+            raw[section][name] = value
         else:
             raw[section] = value
+    if problem := next(hygiene_problems(raw), None):
+        raise RPSAError(f"--set {problem}")
     try:
         return Evaluate.model_validate(raw)
     except ValidationError as error:
@@ -84,9 +97,14 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
 
 def _subject(command: EvaluateCommand, settings: Evaluate, model: Model) -> Subject:
     if re.match(r"https?://", command.model):
+        if hide_credentials(command.model) != command.model:
+            raise RPSAError(
+                f"{hide_credentials(command.model)}: put the key into RPSA_API_KEY, not into the url"
+            )
         if command.served is None:
             raise RPSAError(f"{command.model}: give the name of the model there with --served-model")
         return server_subject(command.model, command.served, command.tokenizer or command.served, model)
     if problem := source_problem("model", command.model):
         raise RPSAError(problem)
+    check_model(adapter_base(command.model) or command.model, model)
     return model_subject(command.model, model, settings)

@@ -8,14 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import (
-    append_line,
-    atomic_write,
-    package_versions,
-    recover_lines,
-    sha256_of,
-    stable_json,
-)
+from rpsa.artifacts import append_line, atomic_write, reading_records, recover_lines, sha256_of, stable_json
 from rpsa.chat import read_thought, render_prompt
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.grading import Graders, Response, graded
@@ -24,9 +17,11 @@ from rpsa.evaluation.loading import load_tasks
 from rpsa.evaluation.results import results_by_set
 from rpsa.evaluation.samples import Sample
 from rpsa.generation import Completion, Generator, Sampling, sample_id
-from rpsa.generation.resumable import carry_over, generate_resumable
-from rpsa.pipeline.graders import agreement, check_graders, make_graders
+from rpsa.generation.resumable import carry_over, generate_resumable, in_order
+from rpsa.pipeline.graders import agreement, carry_judgements_over, check_graders, make_graders
+from rpsa.pipeline.manifests import MADE_BY, TIMING, sources, versions
 from rpsa.pipeline.models import free_memory
+from rpsa.pipeline.tasks import Progress
 from rpsa.recipe.sections import Evaluate
 from rpsa.thought import ThoughtFormat
 
@@ -36,13 +31,6 @@ if TYPE_CHECKING:
 RESPONSES = "responses.jsonl"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """For a run beside others, whose output would be in the way."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +53,12 @@ def evaluate(
     options: TaskOptions,
     folder: Path,
     progress: Progress | None = None,
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Fill `folder` with `responses.jsonl`, `samples.jsonl` and `results.json`; returns the last.
 
-    Responses that are stored there, or in the folder of an `earlier` evaluation, are not asked for again: another
-    judge costs no generation. Without `progress` a bar shows how long generation may take.
+    Responses that are stored there, or in the folders of `earlier` evaluations, are not asked for again: another
+    judge costs no generation. Nor are judgements. Without `progress` a bar shows how long generation may take.
 
     Raises:
         RPSAError: a task cannot be loaded, the backend or the judge fails for good, or there is no sandbox.
@@ -80,6 +68,7 @@ def evaluate(
     wanted = questions(items, settings, subject.tokenizer, subject.thought)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
     free_memory()  # the judge's model needs the GPU
+    carry_judgements_over(earlier, folder)
     graders = make_graders(settings, items, folder)
     samples = _grade(responses, graders, folder)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
@@ -95,10 +84,10 @@ def evaluate(
         "refusal_judge": dict(graders.refusal_judge.identity),
         "agreement": agreement(samples, settings, folder, wanted.thought),
         "sandbox": str(graders.sandbox) if graders.sandbox else None,
-        "versions": package_versions(),
-        "seconds": time.perf_counter() - started,
+        "versions": versions(MADE_BY["evaluate"]),
     }
     atomic_write(folder / RESULTS, stable_json(results))
+    atomic_write(folder / TIMING, stable_json({"seconds": time.perf_counter() - started}))
     return results
 
 
@@ -160,11 +149,11 @@ def questions(
 
 
 def _ask(
-    subject: Subject, wanted: Questions, path: Path, progress: Progress | None, earlier: Path | None
+    subject: Subject, wanted: Questions, path: Path, progress: Progress | None, earlier: Sequence[Path]
 ) -> list[Response]:
     given = (wanted.prompts, wanted.sampling, wanted.ids)
-    if earlier is not None:
-        carry_over(earlier / RESPONSES, path, *given, subject.identity)
+    for folder in earlier:
+        carry_over(folder / RESPONSES, path, *given, subject.identity)
     generator = _WhenNeeded(subject.make_generator)
     label = None if progress else "responses"
     found = {}
@@ -172,6 +161,7 @@ def _ask(
         found[position] = completion
         if progress:
             progress(len(found), len(wanted.asked))
+    in_order(path, wanted.ids)
     return wanted.responses(found)
 
 
@@ -191,9 +181,13 @@ def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> lis
     """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
     items = [response.item for response in responses if response.index == 0]
     thoughts = [thought.to_json() for thought in {response.thought for response in responses}]
-    key = sha256_of([sha256_of(folder / RESPONSES), _data_hashes(items), str(graders.sandbox), thoughts])
+    code = sources(MADE_BY["evaluate"])["evaluation"]
+    key = sha256_of(
+        [sha256_of(folder / RESPONSES), _data_hashes(items), str(graders.sandbox), thoughts, code]
+    )
     stored = folder / f"programs.{key[:12]}.jsonl"
-    found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
+    with reading_records(stored):
+        found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
     waiting = [response for response in responses if response.id not in found]
     for sample in graded(waiting, graders):
         if "program" in sample.details:

@@ -1,5 +1,6 @@
 """Stages in several processes: `rpsa run` starts them through `accelerate launch`, or finds itself in one of them."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline.models import free_memory
 from rpsa.recipe.schema import Recipe
@@ -18,11 +18,28 @@ from rpsa.recipe.sections import Launch
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from rpsa.pipeline.tasks import Stage
+    from rpsa.pipeline.manifests import Stage
 
 LAUNCHED_STAGES = ("fisher", "align")
 MARK = "RPSA_LAUNCHED"
-RECIPE = "launched.json"
+GIVEN = "given.json"
+"""The recipe in the run's folder as it was given, overrides included, without defaults."""
+_PR_SET_PDEATHSIG = 1
+
+
+class RankKilled(RPSAError):
+    """A rank was ended from outside; what the others say of it is what follows from that."""
+
+
+def is_first() -> bool:
+    """Whether this process is the one of several that says what all have to say, and keeps the run's folder."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def end_with_parent() -> None:
+    """A process that is killed cannot end its workers: the kernel does, so that none goes on writing into the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def is_launched() -> bool:
@@ -85,19 +102,18 @@ def launch(recipe: Recipe, stage: "Stage") -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     assert recipe.launch is not None
-    copy = recipe.folder / RECIPE
-    atomic_write(copy, stable_json(recipe.model_dump(mode="json", exclude_unset=True)))
-    arguments = [*options(recipe.launch), "--module", "rpsa", "run", str(copy), "--only", stage]
+    copy = str(recipe.folder / GIVEN)
+    arguments = [*options(recipe.launch), "--module", "rpsa", "run", copy, "--only", stage]
     free_memory()
     with _marked():
         try:
             launch_command(launch_command_parser().parse_args(arguments))
         except ChildFailedError as error:
-            raise RPSAError(f"stage {stage}: {_reason(error)}") from None
+            raise _reason(error) from None
         except SignalException:
             raise KeyboardInterrupt from None
         except (subprocess.CalledProcessError, SystemExit):  # one process, which has said why
-            raise RPSAError(f"stage {stage}: its process failed; see above") from None
+            raise RPSAError("its process failed; see above") from None
 
 
 def options(launch: Launch) -> list[str]:
@@ -115,7 +131,7 @@ def options(launch: Launch) -> list[str]:
     return result
 
 
-def _reason(error: "ChildFailedError") -> str:
+def _reason(error: "ChildFailedError") -> RPSAError:
     """What the first rank to fail has left. A rank that was killed comes first: the others fail because of it."""
     killed = [rank for rank, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
     rank = killed[0] if killed else error.get_first_failure()[0]
@@ -124,13 +140,14 @@ def _reason(error: "ChildFailedError") -> str:
     if isinstance(message, dict):  # from the process itself
         text = " ".join(str(message["message"]).removeprefix("RPSAError: ").split())
         if failure.exitcode in (1, 2) and "RPSAError" in str(message["message"]):
-            return text
+            return RPSAError(text)
         print(message["extraInfo"]["py_callstack"], file=sys.stderr)
-        return f"rank {rank} failed, and the others were stopped: {text}"
+        return RPSAError(f"rank {rank} failed, and the others were stopped: {text}")
     ended = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with {failure.exitcode}"
     )
-    return (
+    kind = RankKilled if killed else RPSAError
+    return kind(
         f"rank {rank} {ended}, and the others were stopped; "
         "the same command goes on from the last checkpoint, if there is one"
     )
@@ -158,6 +175,8 @@ def _marked() -> Iterator[None]:
 @contextmanager
 def joined(recipe: Recipe) -> Iterator[None]:
     """In a launched process: the process group and the device, before anything is loaded."""
+    if MARK in os.environ:
+        end_with_parent()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

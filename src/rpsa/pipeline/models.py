@@ -1,13 +1,15 @@
 """Models as a recipe names them: loaded, identified, and with a LoRA adapter that always starts the same."""
 
+import logging
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rpsa.artifacts import reading, sha256_of
+from rpsa.artifacts import atomic_write, read_json, reading, sha256_of, stable_json
 from rpsa.chat import thought_format
 from rpsa.checkpoints import load_pretrained
 from rpsa.errors import RPSAError
@@ -20,6 +22,8 @@ from rpsa.tiny import tiny_model_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 """Where in a Fisher's folder the adapter is that it was measured on."""
@@ -40,16 +44,22 @@ def identity(name: str, model: Model) -> dict[str, Any]:
     folder = Path(location(name))
     if not folder.is_dir():
         return {"name": name, "revision": model.revision}
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = {path: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     return {
         "name": name,
         "files": {
-            path.name: sha256_of(path)
-            if path.stat().st_size <= _HASHED_WHOLE
-            else [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in files
+            path.name: _content(path, stat.st_size, stat.st_mtime_ns)
+            if stat.st_size <= _HASHED_WHOLE
+            else [stat.st_size, stat.st_mtime_ns]
+            for path, stat in files.items()
         },
     }
+
+
+@cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """Of a file as it was when it had this size and time: a study asks for it again for each of its tasks."""
+    return sha256_of(path)
 
 
 def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrainedModel":
@@ -149,10 +159,19 @@ def add_adapter(model: "PreTrainedModel", cell: Cell) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(cell.seed)
-    try:
+    with reading("lora", "PEFT refuses it"):
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **cell.lora))
-    except ValueError as error:
-        raise RPSAError(f"lora: {_first_line(error)}") from error
+
+
+def settle_adapter(folder: Path) -> None:
+    """Give an adapter's config one order: PEFT writes sets, in another order in each process."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        content = read_json(path)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(content.get(name), list):
+                content[name].sort()
+        atomic_write(path, stable_json(content))
 
 
 def sharded(model: Any) -> Any:
@@ -173,11 +192,27 @@ def sharded(model: Any) -> Any:
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def check_model(name: str, model: Model) -> None:
+    """Look at a model's config and at the names and shapes in its files; no weight is loaded.
+
+    Raises:
+        RPSAError: `load_model` would raise it.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for path in sorted(Path(location(name)).glob("*.safetensors")):
+        with reading(str(path)), safe_open(path, "pt"):
+            pass
+    code: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    with reading(f"model {name}"):
+        config = AutoConfig.from_pretrained(location(name), **code)
+    if getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
+        return  # their code wants the weights
+    load_pretrained(AutoModelForCausalLM, location(name), f"model {name}", **code, device_map="meta")
 
 
-def empty_model(name: str) -> "PreTrainedModel":
+def empty_model(name: str, model: Model | None = None) -> "PreTrainedModel":
     """A model's modules and the shapes of its parameters, from its configuration alone.
 
     Raises:
@@ -186,7 +221,10 @@ def empty_model(name: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with reading(f"model {name}"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(location(name))
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+    described = model or Model()
+    code = {"trust_remote_code": described.trust_remote_code}
+    with reading(f"model {name}"):
+        config = AutoConfig.from_pretrained(location(name), revision=described.revision, **code)
+        with torch.device("meta"):
+            empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, **code)
+    return empty

@@ -1,5 +1,6 @@
 """`rpsa perturb`: Fig. 3 of a saved Fisher and the model that it was measured on."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from rpsa.analysis.perturbation import Cell, Evaluate, PerturbationConfig, cells, perturb
 from rpsa.analysis.perturbation_summary import effects
-from rpsa.artifacts import atomic_write, package_versions, sha256_of, stable_json
+from rpsa.artifacts import atomic_write, files_below, recover_lines, sha256_of, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.grading import Graders, graded
@@ -21,7 +22,14 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
 from rpsa.pipeline.evaluation import questions
 from rpsa.pipeline.graders import REFUSAL, sandbox_for
-from rpsa.pipeline.models import generation_dtype, identity, load_model, load_tokenizer, thought_of
+from rpsa.pipeline.manifests import MADE_BY, MANIFEST, TIMING, MadeBy, sources, versions
+from rpsa.pipeline.models import (
+    generation_dtype,
+    identity,
+    load_model,
+    load_tokenizer,
+    thought_of,
+)
 from rpsa.pipeline.tasks import tasks_identity
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.sections import Evaluate as EvaluateSettings
@@ -34,6 +42,13 @@ __all__ = ["PerturbationConfig", "evaluation_settings", "run_perturbation"]
 log = logging.getLogger(__name__)
 
 CELLS = "cells.jsonl"
+_MADE_BY = MadeBy(
+    MADE_BY["evaluate"].packages,
+    (
+        *("pipeline/perturb", "pipeline/models", "analysis/perturbation", "freezing/masks", "fisher"),
+        *("generation", "chat", "answers", "evaluation"),
+    ),
+)
 RESULTS = "results.json"
 
 
@@ -46,12 +61,14 @@ def run_perturbation(
     data_dir: str | None = None,
     described: Model | None = None,
     *,
+    earlier: Sequence[Path] = (),
     any_weights: bool = False,
 ) -> None:
     """Evaluate a model under each perturbation; writes `results.json` and the bar chart into `out`.
 
-    Cells that `out` holds already are not run again. `described` says in what dtype elements are scaled, and in what
-    the model then generates. With `any_weights` the model need not be the one that the Fisher was measured on.
+    Cells that `out` or an `earlier` folder holds already are not run again. `described` says in what dtype elements
+    are scaled, and in what the model then generates. With `any_weights` the model need not be the one that the Fisher
+    was measured on.
 
     Raises:
         RPSAError: see `perturb`; or no task has reasoning problems.
@@ -81,13 +98,16 @@ def run_perturbation(
     inputs = {
         "model": identity(name, described),
         "thought": thought.to_json(),
-        "Fisher": sha256_of(fisher_folder),
+        "Fisher": _content(fisher_folder),
         "evaluation": settings.model_dump(exclude={"batch_size"}),
         "data": tasks_identity(settings.tasks, data_dir),
         "seed": config.seed,
-        "versions": package_versions(),
+        "versions": versions(_MADE_BY),
+        "sources": sources(_MADE_BY),
         **({"generation_dtype": dtype} if is_cast else {}),
     }
+    for folder in earlier:
+        _carry_over(folder / CELLS, out / CELLS, inputs)
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         shown = bar.add_task("cells", total=len(cells(config)))
@@ -112,6 +132,18 @@ def run_perturbation(
     write_figure(figure, out, "perturbation")
     render_effects(found)
     print(f"\nNumbers and figure: {out}")
+
+
+def _content(fisher: Path) -> str:
+    """Of its own files, without those of a stage, which hold versions and times."""
+    names = [name for name in files_below(fisher) if name not in (MANIFEST, TIMING)]
+    return sha256_of({name: sha256_of(fisher / name) for name in names})
+
+
+def _carry_over(earlier: Path, store: Path, inputs: Mapping[str, Any]) -> None:
+    lines = recover_lines(earlier)
+    if lines and lines[0].get("inputs") == json.loads(stable_json(inputs)) and not store.exists():
+        atomic_write(store, earlier.read_bytes())
 
 
 def evaluation_settings(**settings: Any) -> EvaluateSettings:

@@ -1,19 +1,21 @@
 """What the finished cells of a run found, as the report wants it."""
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import AUDIT_FILE, package_versions, read_manifest
+from rpsa.artifacts import AUDIT_FILE, read_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline.evaluation import RESULTS, SAMPLES
+from rpsa.pipeline.manifests import read_manifest
 from rpsa.pipeline.tasks import (
+    Task,
     align_task,
     analysis_tasks,
     evaluate_task,
     fisher_task,
     reference_task,
-    upstream,
+    why_not,
 )
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult, Shown
@@ -32,32 +34,40 @@ _ANALYSES = {
 }
 
 
-def collect(recipe: Recipe) -> list[RunResult]:
-    """One result for each cell of the matrix.
+def collect(
+    recipe: Recipe, without_result: Mapping[Path, str] | None = None
+) -> tuple[dict[str, RunResult], dict[str, str]]:
+    """The results of the cells by their ids, and why the others have none.
 
-    Raises:
-        RPSAError: a cell has not been evaluated.
+    Args:
+        without_result: folders of tasks of which it is known why they have no result.
     """
-    return [_result(recipe, cell) for cell in recipe.cells()]
+    results, missing = {}, {}
+    for cell in recipe.cells():
+        try:
+            results[cell.id] = _result(recipe, cell, without_result or {})
+        except RPSAError as error:
+            missing[cell.id] = str(error)
+        except (KeyError, TypeError, AttributeError) as error:
+            missing[cell.id] = f"its files are damaged ({type(error).__name__}: {error}); see rpsa verify"
+    return results, missing
 
 
-def _result(recipe: Recipe, cell: Cell) -> RunResult:
-    import json
+def _require(recipe: Recipe, task: Task, without_result: Mapping[Path, str]) -> None:
+    why = without_result.get(task.folder) or why_not(recipe, task)
+    if why:
+        raise RPSAError(why)
 
+
+def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> RunResult:
     evaluated = evaluate_task(recipe, cell)
-    upstream(evaluated)
-    found = json.loads((evaluated.folder / RESULTS).read_text())
+    _require(recipe, evaluated, without_result)
+    found = read_json(evaluated.folder / RESULTS)
     sets, judge = found["sets"], found["judge"]
-    for kind, wanted in (("reasoning", "reasoning problems"), ("attack", "harmful requests")):
-        if not sets[kind]:
-            raise RPSAError(
-                f"evaluate.tasks: no task has {wanted}, so there is no safety tax to report; add one"
-            )
     aligned = align_task(recipe, cell)
     audit = None
     if aligned is not None and (aligned.folder / AUDIT_FILE).is_file():
-        audit = json.loads((aligned.folder / AUDIT_FILE).read_text())
-    log = json.loads((aligned.folder / "log.json").read_text()) if aligned is not None else {}
+        audit = read_json(aligned.folder / AUDIT_FILE)
     return RunResult(
         method=_label(cell),
         base=cell.base,
@@ -71,7 +81,6 @@ def _result(recipe: Recipe, cell: Cell) -> RunResult:
         safety=cell.safety.data if cell.safety else None,
         trajectory=_columns(audit["trajectory"]) if audit and audit["trajectory"] else None,
         audit=audit,
-        seconds=log.get("seconds"),
         sets=sets,
         judge=judge if isinstance(judge, str) else str(judge["id"]),
         sandbox=found["sandbox"],
@@ -114,23 +123,31 @@ def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def report_inputs(recipe: Recipe) -> dict[str, Any]:
+def report_inputs(recipe: Recipe, *, current: bool = True) -> dict[str, Any]:
     """What a report is made of: the recipe, wherever it writes, and the results that it shows.
 
     Raises:
-        RPSAError: a cell has not been evaluated.
+        RPSAError: a model or a file that the recipe names cannot be read.
     """
-    return {
-        "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
-        "evaluated": {cell.id: upstream(evaluate_task(recipe, cell)) for cell in recipe.cells()},
-    }
+    evaluated: dict[str, str | None] = {}
+    for cell in recipe.cells():
+        task = evaluate_task(recipe, cell)
+        manifest = None if current and why_not(recipe, task) else read_manifest(task.folder)
+        evaluated[cell.id] = manifest["inputs_sha256"] if manifest else None
+    return {"recipe": recipe.model_dump(mode="json", exclude={"output_dir"}), "evaluated": evaluated}
 
 
-def analysis_figures(recipe: Recipe) -> list[Shown]:
-    """Fig. 1 to 3 of the bases, as far as the recipe asks for them."""
-    figures = []
+def analysis_figures(
+    recipe: Recipe, without_result: Mapping[Path, str]
+) -> tuple[list[Shown], dict[str, str]]:
+    """Fig. 1 to 3 of the bases, as far as the recipe asks for them, and why some are not there."""
+    figures, missing = [], {}
     for task in analysis_tasks(recipe):
-        upstream(task)
+        try:
+            _require(recipe, task, without_result)
+        except RPSAError as error:
+            missing[task.name] = str(error)
+            continue
         for path in sorted(task.folder.glob("*.svg")):
             label, _, kind = path.stem.rpartition("-")
             title, caption = _ANALYSES[kind]
@@ -138,52 +155,66 @@ def analysis_figures(recipe: Recipe) -> list[Shown]:
             figures.append(
                 Shown(f"{task.folder.name}-{path.stem}", path.read_bytes(), f"{title}: {base}", caption)
             )
-    return figures
+    return figures, missing
 
 
-def provenance(recipe: Recipe) -> dict[str, Any]:
-    """Where the numbers come from: versions, D_ref and the Fishers, judges, sandbox, data, and the recipe."""
-    import json
+def provenance(recipe: Recipe, results: Iterable[str]) -> dict[str, Any]:
+    """Where the numbers come from: versions, D_ref and the Fishers, judges, sandbox, data, and the recipe.
 
+    Args:
+        results: the ids of the cells that have a result.
+    """
     references: dict[str, Any] = {}
     fishers: dict[str, Any] = {}
-    for cell in recipe.cells():
+    results = set(results)
+    cells = [cell for cell in recipe.cells() if cell.id in results]
+    for cell in cells:
         reference, fisher = reference_task(recipe, cell), fisher_task(recipe, cell)
-        if reference is None or fisher is None or read_manifest(fisher.folder) is None:
+        if reference is None or fisher is None:
             continue
-        built = json.loads((reference.folder / "manifest.json").read_text())
+        built = read_json(reference.folder / "manifest.json")
         references[reference.name] = (
             f"{built['traces']} traces, {built['correct']} correct, {built['truncated']} truncated"
         )
-        estimation = json.loads((fisher.folder / "manifest.json").read_text())["estimation"]
+        estimation = read_json(fisher.folder / "manifest.json")["estimation"]
         fishers[fisher.name] = estimated(estimation)
     return {
         "name": recipe.name,
-        "versions": package_versions() | {"python": platform.python_version()},
+        "versions": _versions(recipe, cells),
         "D_ref": references,
         "Fisher (split-half overlap of the top k)": fishers,
-        **_graded_by(recipe),
-        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        **_graded_by(recipe, cells),
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"}),
     }
 
 
 def estimated(estimation: Mapping[str, Any]) -> str:
     """What a Fisher's manifest tells of its estimation; no overlap is known of one sample, or of a few elements."""
-    shares = estimation["split_half"].items()
+    shares = (estimation["split_half"] or {}).items()
     overlap = ", ".join(f"{k}: {'not known' if share is None else f'{share:.3f}'}" for k, share in shares)
-    return f"{estimation['samples']} samples, {estimation['tokens']} tokens; overlap {overlap}"
+    return f"{estimation['samples']} samples, {estimation['tokens']} tokens; overlap {overlap or 'not known'}"
 
 
-def _graded_by(recipe: Recipe) -> dict[str, Any]:
+def _versions(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, str]:
+    """What the models were made and measured with: where results were kept, several versions of a package."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for task in (align_task(recipe, cell), evaluate_task(recipe, cell)):
+            manifest = read_manifest(task.folder) if task else None
+            for name, version in (manifest or {"versions": {}})["versions"].items():
+                if version != "absent":
+                    found.setdefault(name, {})[version] = None
+    return {name: " and ".join(found[name]) for name in sorted(found)}
+
+
+def _graded_by(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, Any]:
     """Who judged, where programs ran, and what tells the data from any other: of every evaluation, each once."""
-    import json
-
     graded: dict[str, dict[str, None]] = {
         name: {} for name in ("Thoughts", "Judge of attacks", "Judge of over-refusal", "Sandbox")
     }
     data: dict[str, str] = {}
-    for cell in recipe.cells():
-        found = json.loads((evaluate_task(recipe, cell).folder / RESULTS).read_text())
+    for cell in cells:
+        found = read_json(evaluate_task(recipe, cell).folder / RESULTS)
         sandbox = found["sandbox"] or "no programs were run"
         refusal_judge = "exact" if found["judge"] == "exact" else found["refusal_judge"]
         thoughts = str(ThoughtFormat.from_json(found["thought"]))

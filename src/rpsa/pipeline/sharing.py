@@ -1,13 +1,14 @@
 """Runs that have tasks in common: what one run has finished, another takes over instead of doing it again."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rpsa.artifacts import atomic_directory, is_current
+from rpsa.artifacts import atomic_directory, locked
 from rpsa.errors import RPSAError
+from rpsa.pipeline.manifests import MANIFEST, STAGES, is_current
 from rpsa.pipeline.results import report_inputs
-from rpsa.pipeline.tasks import STAGES, inputs_of, tasks_of, unfinished
+from rpsa.pipeline.tasks import inputs_of, tasks_of, unfinished
 from rpsa.recipe.schema import Recipe
 
 _STAGES = STAGES[:-1]  # the report has no tasks
@@ -27,6 +28,11 @@ def take_over(recipe: Recipe, others: Iterable[Path]) -> None:
     decide, results that it stands on included.
     """
     others = list(others)
+    with locked(recipe.folder):
+        _take_over(recipe, others)
+
+
+def _take_over(recipe: Recipe, others: Sequence[Path]) -> None:
     for stage in _STAGES:
         for task in tasks_of(recipe, stage):
             try:
@@ -38,7 +44,7 @@ def take_over(recipe: Recipe, others: Iterable[Path]) -> None:
             places = (other / task.folder.relative_to(recipe.folder) for other in others)
             source = next((place for place in places if is_current(place, stage, inputs)), None)
             if source is not None:
-                with atomic_directory(task.folder) as folder:
+                with atomic_directory(task.folder, MANIFEST) as folder:
                     shutil.copytree(source, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 

@@ -3,15 +3,16 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rpsa.answers import grade
-from rpsa.artifacts import sha256_of
+from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.pipeline.alignment import make_aligned
-from rpsa.pipeline.evaluation import Progress, check_evaluation, evaluate, no_progress
+from rpsa.pipeline.evaluation import evaluate
+from rpsa.pipeline.manifests import TIMING, Stage
 from rpsa.pipeline.models import (
     ADAPTER,
     add_adapter,
@@ -19,6 +20,7 @@ from rpsa.pipeline.models import (
     load_model,
     load_tokenizer,
     location,
+    settle_adapter,
     sharded,
     thought_of,
     training_dtype,
@@ -27,21 +29,20 @@ from rpsa.pipeline.models import (
 from rpsa.pipeline.subjects import cell_subject
 from rpsa.pipeline.tasks import (
     FISHER_MAP,
-    Stage,
+    Progress,
     Task,
     full_fishers,
+    no_progress,
     reference_of,
+    stands_on,
     task_options,
+    unfinished_folders,
 )
-from rpsa.pipeline.trainers import training_arguments
 from rpsa.recipe.schema import Recipe
 from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
 from rpsa.sharding import rank, world_size
 from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems
 from rpsa.training.warmup import warm_up
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ def reference_problems(source: str, n: int, seed: int) -> list[Problem]:
 
 def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
     """The Fisher diagonal of a base, or of a LoRA adapter on it, which is saved too: alignment starts from it."""
-    reference = ReferenceDataset.load(recipe.folder / "reference" / task.folder.parent.name)
+    [traces] = stands_on(recipe, task)
+    reference = ReferenceDataset.load(traces.folder)
     settings = task.fisher
     train = task.cell.train if task.cell else {}
     model: Any = load_model(
@@ -119,6 +121,7 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
             _warm_up(recipe, task, model, reference)
         if rank() == 0:
             model.save_pretrained(folder / ADAPTER)
+            settle_adapter(folder / ADAPTER)
     fisher = estimate_fisher(
         sharded(model),
         reference.batches(settings.batch_size, recipe.reference.reference_max_length),
@@ -131,9 +134,11 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
             progress=progress is not no_progress,
         ),
     )
-    overlap = fisher.manifest["estimation"]["split_half"]
-    log.info("%s: split-half overlap %s", task.name, overlap)
+    log.info("%s: split-half overlap %s", task.name, fisher.manifest["estimation"]["split_half"])
+    seconds = fisher.manifest["estimation"].pop("seconds", None)
     fisher.save(folder)
+    if rank() == 0:
+        atomic_write(folder / TIMING, stable_json({"seconds": seconds}))
 
 
 def _warm_up(recipe: Recipe, task: Task, model: Any, reference: ReferenceDataset) -> None:
@@ -166,7 +171,8 @@ def make_analysis(recipe: Recipe, task: Task, folder: Path, progress: Progress) 
         tuple(settings.fractions), tuple(settings.factors), tuple(settings.selections), settings.draws
     )
     run_perturbation(
-        task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir, described=recipe.model
+        *(task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir, recipe.model),
+        earlier=[one for one in (task.folder, *unfinished_folders(task)) if one != folder],
     )
 
 
@@ -180,22 +186,8 @@ def make_evaluated(recipe: Recipe, task: Task, folder: Path, progress: Progress)
     # the problems of this base's D_ref are no test of it, whatever the method
     options = task_options(recipe, reference_of(recipe, cell.base))
     subject = cell_subject(recipe, cell)
-    evaluate(subject, recipe.evaluate, options, folder, progress, earlier=task.folder)
-
-
-def check_settings(recipe: Recipe) -> None:
-    """What TRL or RPSA refuses, a chat template that contradicts `model.thought`, a task that is not to be had, a
-    judge or sandbox that is not there: known before anything runs."""
-    checked = set()
-    for cell in recipe.cells():
-        protection = [own.model_dump() if own else None for own in (cell.align, cell.alternatives)]
-        key = sha256_of([dict(cell.train), protection])
-        if cell.paradigm != "none" and key not in checked:
-            training_arguments(recipe, cell, recipe.folder, quiet=True)
-            checked.add(key)
-    for base in recipe.bases:
-        thought_of(load_tokenizer(base, recipe.model), recipe.model)
-    check_evaluation(recipe.evaluate, task_options(recipe))
+    earlier = [task.folder, *unfinished_folders(task)]
+    evaluate(subject, recipe.evaluate, options, folder, progress, [one for one in earlier if one != folder])
 
 
 WORK: dict[Stage, Callable[[Recipe, Task, Path, Progress], None]] = {

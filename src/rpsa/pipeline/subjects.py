@@ -1,16 +1,16 @@
 """Models to evaluate: a folder, a hub id, an adapter, a shipped base, or a server."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import package_versions, reading, sha256_of
+from rpsa.artifacts import read_json, sha256_of
 from rpsa.checkpoints import load_adapter
 from rpsa.errors import RPSAError
 from rpsa.generation import Generator
 from rpsa.generation.backends import BackendConfig, choose_backend, has_gpu, make_generator
 from rpsa.pipeline.evaluation import Subject
+from rpsa.pipeline.manifests import RESPONSES, sources, versions
 from rpsa.pipeline.models import (
     free_memory,
     generation_dtype,
@@ -24,6 +24,7 @@ from rpsa.pipeline.models import (
 from rpsa.pipeline.tasks import align_task, upstream
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Evaluate, Model
+from rpsa.recipe.sources import source_problem
 from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
@@ -55,7 +56,14 @@ def _subject(key: str, base: str, adapter: str | None, model: Model, settings: E
     config = BackendConfig(settings.backend, settings.batch_size, engine)
     backend = choose_backend(config)
     dtype = generation_dtype(model, on_gpu=has_gpu())
-    made_by = [key, backend, engine if backend == "vllm" else dtype, package_versions(), thought.to_json()]
+    made_by = [
+        key,
+        backend,
+        engine if backend == "vllm" else dtype,
+        versions(RESPONSES),
+        sources(RESPONSES),
+        thought.to_json(),
+    ]
 
     def generator() -> Generator:
         if adapter and backend == "vllm":
@@ -134,12 +142,12 @@ def adapter_base(name: str) -> str | None:
     config = Path(location(name)) / "adapter_config.json"
     if not config.is_file():
         return None
-    with reading(f"adapter {name}: {config.name}"):
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    content = read_json(config)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not base:
-        raise RPSAError(
-            f"adapter {name}: {config.name} names no base model: set base_model_name_or_path in it"
-        )
+        raise RPSAError(f"{config} names no base model: write it there as base_model_name_or_path")
+    if problem := source_problem("model", str(base)):
+        raise RPSAError(f"{config}: the adapter's base: {problem}")
     return str(base)
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import atomic_write, stable_json
+from rpsa.artifacts import atomic_write, folder_name, locked, stable_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline.results import collect
 from rpsa.pipeline.sharing import is_finished, take_over
-from rpsa.pipeline.sweep_points import Point, parse_axes, points_of
+from rpsa.pipeline.sweep_points import Point, Value, parse_axes, points_of
 from rpsa.report.results import Summary, summarise
 
 SWEEP = "sweep.json"
@@ -40,6 +40,7 @@ class SweepConfig:
     launcher: a command line that runs a point. `{args}` stands for the words after `rpsa`, `{command}` for the whole
         command as one word, as `sbatch --wrap` wants it, `{log}` for the point's log, and `{slot}` for a number below
         `parallel` that no other running point has.
+    keep_finished: leave results alone that other versions of packages or of this one have made.
     """
 
     recipe: Path
@@ -48,6 +49,7 @@ class SweepConfig:
     folder: Path | None = None
     parallel: int = 1
     launcher: str | None = None
+    keep_finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,30 @@ def sweep(config: SweepConfig) -> list[Outcome]:
     Raises:
         RPSAError: a setting, a value or the launcher is wrong; found before anything runs.
     """
+    axes = parse_axes(config.over, config.overrides)
+    keys = folder_name("+".join(axes))
+    folder = config.folder or Path("sweeps") / folder_name(config.recipe.stem) / keys
+    points = points_of(config.recipe, axes, config.overrides, folder)
+    _check_launcher(_launcher(config))
+
+    with locked(folder):
+        return _sweep(config, axes, points, folder)
+
+
+def _sweep(
+    config: SweepConfig, axes: Mapping[str, Sequence[Value]], points: Sequence[Point], folder: Path
+) -> list[Outcome]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from rpsa.report.sweep_table import render_sweep
 
-    axes = parse_axes(config.over, config.overrides)
-    keys = ",".join(key.rpartition(".")[2] for key in axes)
-    folder = config.folder or Path("sweeps") / config.recipe.stem / keys
-    points = points_of(config.recipe, axes, config.overrides, folder)
-    _check_launcher(_launcher(config))
-
     waiting = [point for point in points if not is_finished(point.recipe)]
     failures: dict[str, str] = {}
     columns = (TextColumn("points"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("[dim]{task.fields[now]}"), console=Console(stderr=True)) as bar:
+    with Progress(
+        *columns, TextColumn("{task.fields[now]}", style="dim", markup=False), console=Console(stderr=True)
+    ) as bar:
         news = "" if waiting else "up to date"
         line = bar.add_task("", total=len(points), completed=len(points) - len(waiting), now=news)
 
@@ -147,6 +158,7 @@ def _start(config: SweepConfig, point: Point, slot: int) -> "subprocess.Popen[by
     siblings = sorted(point.folder.parent.iterdir())
     take_over(point.recipe, [path for path in siblings if path.is_dir() and path != point.folder])
     arguments = ["run", str(config.recipe), *point.overrides]
+    arguments += ["--keep-finished"] if config.keep_finished else []
     log = point.folder / LOG
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -217,7 +229,8 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 def _outcome(point: Point, failure: str | None) -> Outcome:
     if failure is not None:
         return Outcome(point, failure=failure)
-    return Outcome(point, summarise(collect(point.recipe)))
+    results, _ = collect(point.recipe)
+    return Outcome(point, summarise(results.values()))
 
 
 def _draw(folder: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rpsa.errors import RPSAError
 from rpsa.recipe.loading import load_recipe
-from rpsa.recipe.schema import Recipe, slug
+from rpsa.recipe.schema import Recipe, point_name
 from rpsa.recipe.strict_yaml import parse_yaml
 
 
@@ -58,6 +58,8 @@ def parse_axes(over: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, 
         if key in fixed:
             raise RPSAError(f"--over {setting}: {key} is set for all points, too; leave one of the two out")
         axes[key] = _values(key, text)
+        if not axes[key]:
+            raise RPSAError(f"--over {key}: give at least one value")
     if "output_dir" in fixed | set(axes):
         raise RPSAError("output_dir: each point has a folder of its own; name the sweep's folder with --out")
     return axes
@@ -74,7 +76,7 @@ def points_of(
     points: list[Point] = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        name = ",".join(f"{key.rpartition('.')[2]}={slug(value.label)}" for key, value in chosen.items())
+        name = point_name({key: value.label for key, value in chosen.items()})
         own = [
             *overrides,
             *(f"{key}={value.yaml}" for key, value in chosen.items()),

@@ -1,26 +1,34 @@
 """What a recipe asks for, as tasks: each fills one folder of the run, and is done again only if its inputs change."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from rpsa.artifacts import is_current, read_manifest, sha256_of
+from rpsa.artifacts import folder_name, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.loading import local_benchmarks
 from rpsa.evaluation.sources import DATA_DIR
+from rpsa.pipeline.manifests import Stage, is_current, outdated, read_manifest
 from rpsa.pipeline.models import identity, training_dtype
-from rpsa.recipe.schema import Cell, Recipe, slug
+from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Fisher, Safety
 from rpsa.recipe.sources import SHIPPED
 
-Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
 FISHER_MAP = "fisher-map"
 _FISHER_COSTS = {"batch_size", "activation_checkpointing"}
 """Settings of the section fisher that do not change it."""
-STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """For a run beside others, whose output would be in the way."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,17 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
 
 
 def reference_task(recipe: Recipe, cell: Cell) -> Task | None:
-    if not cell.needs_reference:
-        return None
-    return Task("reference", cell.base, recipe.folder / "reference" / slug(cell.base), cell.base)
+    return _reference(recipe, cell.base) if cell.needs_reference else None
+
+
+def _reference(recipe: Recipe, base: str) -> Task:
+    return Task("reference", base, recipe.folder / "reference" / folder_name(base), base)
 
 
 def fisher_task(recipe: Recipe, cell: Cell) -> Task | None:
     if not cell.needs_fisher:
         return None
-    folder = recipe.folder / "fisher" / slug(cell.base)
+    folder = recipe.folder / "fisher" / folder_name(cell.base)
     own = _own_fisher(recipe, cell.fisher)
     if cell.paradigm == "fft":
         return Task("fisher", f"{cell.base}{own}", folder / f"full{own}", cell.base, fisher=cell.fisher)
@@ -87,7 +97,7 @@ def analysis_tasks(recipe: Recipe) -> list[Task]:
         tasks.append(Task("analyse", FISHER_MAP, recipe.folder / "analyse" / FISHER_MAP, bases[0]))
     if recipe.analysis.perturb:
         folder = recipe.folder / "analyse" / "perturb"
-        tasks += [Task("analyse", f"perturb {base}", folder / slug(base), base) for base in bases]
+        tasks += [Task("analyse", f"perturb {base}", folder / folder_name(base), base) for base in bases]
     return tasks
 
 
@@ -108,9 +118,59 @@ def evaluate_task(recipe: Recipe, cell: Cell) -> Task:
     return Task("evaluate", cell.id, recipe.folder / "evaluate" / cell.id, cell.base, cell)
 
 
+def place_of(recipe: Recipe, task: Task) -> str:
+    """Where in the run the task's folder is."""
+    return task.folder.relative_to(recipe.folder).as_posix()
+
+
+def unfinished_folder(task: Task, key: str) -> Path:
+    """Where a result grows; `key` is the identity that it will have."""
+    return task.folder.with_name(f".{task.folder.name}.{key[:8]}.unfinished")
+
+
+def unfinished_folders(task: Task) -> list[Path]:
+    """All that has been begun and not finished of a task, for whatever inputs."""
+    pattern = re.compile(re.escape(f".{task.folder.name}.") + r"[0-9a-f]{8}\.unfinished")
+    siblings = task.folder.parent.iterdir() if task.folder.parent.is_dir() else ()
+    return sorted(path for path in siblings if pattern.fullmatch(path.name))
+
+
+def failure_file(task: Task) -> Path:
+    """Where it is kept why the task has no result."""
+    return task.folder.with_name(f".{task.folder.name}.failed")
+
+
+def stands_on(recipe: Recipe, task: Task) -> list[Task]:
+    """The tasks whose results this one takes."""
+    cell = task.cell
+    needed: list[Task | None] = []
+    if task.stage == "fisher":
+        needed = [_reference(recipe, task.base)]
+    elif task.stage == "analyse":
+        needed = [f for f in full_fishers(recipe) if task.name == FISHER_MAP or f.base == task.base]
+    elif task.stage == "align":
+        assert cell is not None
+        needed = [reference_task(recipe, cell), fisher_task(recipe, cell)]
+    elif task.stage == "evaluate":
+        assert cell is not None
+        needed = [align_task(recipe, cell)]
+        if _leaves_problems_out(recipe):
+            needed.append(reference_of(recipe, cell.base))
+    return [one for one in needed if one is not None]
+
+
 def is_done(recipe: Recipe, task: Task) -> bool:
     """Whether the task's folder holds its result for the present inputs."""
     return is_current(task.folder, task.stage, inputs_of(recipe, task))
+
+
+def why_not(recipe: Recipe, task: Task) -> str | None:
+    """Why the task's result is not what the recipe asks for, all that it stands on included; None if it is."""
+    for needed in stands_on(recipe, task):
+        if reason := why_not(recipe, needed):
+            return f"{needed.stage} {needed.name}: {reason}"
+    reasons = outdated(task.folder, task.stage, inputs_of(recipe, task))
+    return ", ".join(reasons) or None
 
 
 def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -128,9 +188,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
     cell = task.cell
     if task.stage == "fisher":
         return {
-            "reference": upstream(
-                Task("reference", "", recipe.folder / "reference" / slug(task.base), task.base)
-            ),
+            "reference": upstream(_reference(recipe, task.base)),
             "reference_max_length": recipe.reference.reference_max_length,
             "fisher": task.fisher.model_dump(exclude=_FISHER_COSTS),
             "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
@@ -194,11 +252,13 @@ def reference_of(recipe: Recipe, base: str) -> Task | None:
 
 
 def _problems_left_out(recipe: Recipe, cell: Cell) -> str | None:
-    """MATH-500 as a test leaves out what D_ref has, so that its result stands on D_ref."""
-    if "rpsa_math500" not in recipe.evaluate.tasks:
-        return None
-    reference = reference_of(recipe, cell.base)
+    reference = reference_of(recipe, cell.base) if _leaves_problems_out(recipe) else None
     return upstream(reference) if reference else None
+
+
+def _leaves_problems_out(recipe: Recipe) -> bool:
+    """MATH-500 as a test leaves out what D_ref has, so that its result stands on D_ref."""
+    return "rpsa_math500" in recipe.evaluate.tasks
 
 
 def upstream(task: Task) -> str:

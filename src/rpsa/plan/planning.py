@@ -1,5 +1,6 @@
 """A recipe's plan: each base's methods and stages, and what there is to warn of."""
 
+import math
 from collections.abc import Sequence
 
 from rpsa.errors import RPSAError
@@ -19,7 +20,7 @@ def make_plan(recipe: Recipe, gpu_memory: float = 80, gpus: Sequence[int] = (1, 
     Raises:
         RPSAError: a model's config is not to be had, or the recipe's settings contradict each other.
     """
-    if gpu_memory <= 0 or not gpus or min(gpus) < 1:
+    if not 0 < gpu_memory < math.inf or not gpus or min(gpus) < 1:
         raise RPSAError("--gpu-memory is GiB greater than 0, --gpus one or more numbers such as 1,2,4")
     methods: list[MethodPlan] = []
     stages: dict[str, list[SingleGpuStage]] = {}

@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rpsa.plan.result import Layout, MethodPlan, Plan, SingleGpuStage
 from rpsa.plan.time import GPUS
+from rpsa.text import printable
 
 _WIDTH = 110
 _NOTES = (
@@ -38,7 +40,9 @@ def render(plan: Plan, console: Console | None = None) -> None:
         stages = plan.stages[base]
         unit = _unit(methods, stages)
         thought = plan.thoughts[base] or "as its chat template says, which is not here"
-        console.print(f"\n[bold]{base}[/bold], {_count(parameters)} parameters, {plan.gpu_memory:g} GiB GPUs")
+        console.print(
+            f"\n[bold]{_literal(base)}[/bold], {_count(parameters)} parameters, {plan.gpu_memory:g} GiB GPUs"
+        )
         console.print(f"Thoughts: {thought}", markup=False, highlight=False)
         if methods:
             console.print(f"\nAlign, {unit.name} of each GPU")
@@ -55,7 +59,7 @@ def render(plan: Plan, console: Console | None = None) -> None:
         console.print(_tokens_table(plan))
     console.print(f"\n[dim]{_NOTES}[/dim]")
     for warning in plan.warnings:
-        console.print(f"[yellow]•[/yellow] {warning}", highlight=False)
+        console.print(f"[yellow]•[/yellow] {_literal(warning)}", highlight=False)
 
 
 def _table(*columns: str) -> Table:
@@ -63,6 +67,11 @@ def _table(*columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     return table
+
+
+def _literal(text: str) -> str:
+    """A name of the user's: no markup, nothing that a terminal acts upon."""
+    return escape(printable(text))
 
 
 def _memory_table(methods: list[MethodPlan], unit: "_Unit") -> Table:
@@ -73,7 +82,7 @@ def _memory_table(methods: list[MethodPlan], unit: "_Unit") -> Table:
         for layouts in _alike(method.layouts):
             memory = layouts[0].memory
             table.add_row(
-                method.method if layouts[0] is method.layouts[0] else "",
+                _literal(method.method) if layouts[0] is method.layouts[0] else "",
                 f"{','.join(str(layout.gpus) for layout in layouts)} {_sharding(layouts[0])}".strip(),
                 *(unit(memory.kept[part]) if part in memory.kept else "" for part in kept),
                 unit(memory.work),
@@ -105,7 +114,7 @@ def _steps_table(methods: list[MethodPlan]) -> Table:
         examples, about = method.safety.examples, "" if method.safety.known else "~"
         cost = method.measurement_cost
         table.add_row(
-            method.method + (f" ×{method.runs}" if method.runs > 1 else ""),
+            _literal(method.method) + (f" ×{method.runs}" if method.runs > 1 else ""),
             _count(method.trainable),
             f"{'?' if examples is None else f'{examples:,}'} × {about}{method.safety.mean:,}",
             *(_steps(layout) for layout in method.layouts),
@@ -134,7 +143,7 @@ def _stages_table(stages: list[SingleGpuStage], unit: "_Unit") -> Table:
     for stage in stages:
         memory = stage.memory
         table.add_row(
-            stage.stage,
+            _literal(stage.stage),
             *(unit(memory.kept[part]) if part in memory.kept else "" for part in kept),
             unit(memory.work),
             unit(memory.total),
@@ -150,7 +159,7 @@ def _tokens_table(plan: Plan) -> Table:
     for responses, times in rows:
         each = "" if times == 1 else f" × {times}"
         table.add_row(
-            responses.name,
+            _literal(responses.name),
             f"{responses.count:,}{each}",
             f"~{responses.tokens:,}",
             f"~{responses.total * times / 1e6:,.2f}",

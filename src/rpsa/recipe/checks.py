@@ -10,18 +10,28 @@ from pydantic import ValidationError
 from rpsa.recipe.methods import Method
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.problems import dataclass_problems, validation_problems
-from rpsa.recipe.schema import Recipe, slug
+from rpsa.recipe.schema import Recipe
 from rpsa.recipe.sections import Align, Alternatives, Safety, Section
 from rpsa.recipe.sources import source_problem
 
 # Where a setting that belongs to another section is looked for by mistake.
-_SET_ELSEWHERE = {"output_dir": "output_dir", "seed": "matrix.seeds", "max_length": "safety.max_length"}
+_SET_ELSEWHERE = {
+    "output_dir": "output_dir",
+    "seed": "matrix.seeds",
+    "max_length": "safety.max_length",
+    "fsdp": "launch.config",
+    "fsdp_config": "launch.config",
+    "deepspeed": "launch.config",
+}
 _ABOVE_ZERO = (
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("r", "lora_alpha"),
 )
 _SECTIONS: dict[str, type[Section]] = {"align": Align, "alternatives": Alternatives, "safety": Safety}
-_NOT_BELOW_ZERO = ("weight_decay", "max_grad_norm", "warmup_steps")
+_NOT_BELOW_ZERO = (
+    *("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"),
+    *("logging_steps", "eval_steps", "save_steps"),
+)
 
 
 def recipe_problems(recipe: Recipe) -> Iterator[str]:
@@ -71,7 +81,7 @@ def _dataclass_problems(recipe: Recipe) -> Iterator[str]:
         from trl import SFTConfig
 
         for where, train, _ in settings:
-            ours = [key for key in train if key in _SET_ELSEWHERE]
+            ours = [key for key, value in train.items() if key in _SET_ELSEWHERE and value is not None]
             yield from (f"{where}train.{key}: set {_SET_ELSEWHERE[key]} instead" for key in ours)
             yield from dataclass_problems(f"{where}train", installed_names(train, SFTConfig), SFTConfig)
             yield from _range_problems(f"{where}train", train)
@@ -91,15 +101,19 @@ def _range_problems(path: str, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path}.{key}: {value!r} is not greater than 0"
         if key in _NOT_BELOW_ZERO and not 0 <= value < float("inf"):
             yield f"{path}.{key}: {value!r} is not at least 0"
+        if key == "data_seed" and not 0 <= value < 2**32:
+            yield f"{path}.{key}: {value!r} is not between 0 and {2**32 - 1}"
 
 
 def _name_problems(recipe: Recipe) -> Iterator[str]:
-    """Folders are named after bases and settings, without the characters that a path cannot hold."""
-    if len({slug(base) for base in recipe.bases}) < len(recipe.bases):
-        yield "matrix.bases: two of them would have the same folder; give one of them another name"
-    name, count = Counter(cell.id for cell in recipe.cells()).most_common(1)[0]
+    """No run's folder is another's, or inside of it, also where a file system does not tell capitals from others."""
+    folders = Counter(cell.id.casefold() for cell in recipe.cells())
+    name, count = folders.most_common(1)[0]
     if count > 1:
-        yield f"matrix: {count} runs would have the same folder, {name}; give one of the values another name"
+        yield f"matrix: {count} runs would have the same folder, {name}; give a method, base or value another name"
+    inside = (other for other in folders for parent in Path(other).parents if str(parent) in folders)
+    if name := next(inside, ""):
+        yield f"matrix: {name} would be a folder inside of another run's; give the method or the sweep another name"
 
 
 def _alternatives_problems(recipe: Recipe) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from rpsa.errors import RPSAError
 from rpsa.recipe.checks import recipe_problems
+from rpsa.recipe.hygiene import hygiene_problems
 from rpsa.recipe.problems import did_you_mean, validation_problems
 from rpsa.recipe.schema import Recipe
 from rpsa.recipe.strict_yaml import parse_yaml
@@ -27,6 +28,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         _override(raw, override)
+    if problem := next(hygiene_problems(raw), None):
+        raise RPSAError(f"{path.name}: {problem}")
     raw = _interpolate(raw, raw.get("data_dir"), path.name)
     # `report:` with nothing below it means the section's defaults.
     raw = {key: value for key, value in raw.items() if value is not None}
@@ -46,7 +49,7 @@ def _read(path: Path) -> str:
         raise RPSAError(f"{path}: is a folder, not a recipe; it holds {recipes}")
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RPSAError(
             f"{path}: no such recipe{did_you_mean(path.name, siblings) if siblings else ''}"
@@ -64,7 +67,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RPSAError(f"{override!r}: write an override as section.key=value")
+        raise RPSAError(f"{key!r}: write an override as section.key=value")
     value = parse_yaml(text, key)
     matrix = raw.get("matrix")
     if isinstance(matrix, dict):
@@ -79,7 +82,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, dict):
-            raise RPSAError(f"{override!r}: {part!r} is not a section of the recipe")
+            raise RPSAError(f"{key.strip()!r}: {part!r} is not a section of the recipe")
     place[parts[-1]] = value
 
 

@@ -89,7 +89,7 @@ def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:
         return str(context["error"])
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return _out_of_bounds(value, f"{words} {context[key]:g}", _field_at(model, error["loc"]))
+        return _out_of_bounds(value, f"{words} {_number(context[key])}", _field_at(model, error["loc"]))
     if kind == "string_pattern_mismatch":
         return f"{value!r} does not match {context['pattern']}"
     if kind == "too_short":
@@ -109,8 +109,12 @@ def _out_of_bounds(value: Any, bound: str, field: FieldInfo | None) -> str:
         if hasattr(m, name)
     }
     if len(limits) == 2:
-        return f"{value!r} is not between {limits['ge']:g} and {limits['le']:g}"
+        return f"{value!r} is not between {_number(limits['ge'])} and {_number(limits['le'])}"
     return f"{value!r} is not {bound}"
+
+
+def _number(bound: Any) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

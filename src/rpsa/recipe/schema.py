@@ -8,14 +8,15 @@ command line sets replaces the section's value, and takes the same key out of `m
 """
 
 import itertools
-import re
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
+from rpsa.artifacts import folder_name
 from rpsa.recipe.methods import (
     LORA_DEFAULTS,
     PARADIGM_DEFAULTS,
@@ -38,7 +39,10 @@ from rpsa.recipe.sections import (
     Report,
     Safety,
     Section,
+    Seed,
 )
+
+_LONGEST_POINT = 140
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -57,7 +61,7 @@ class Matrix(Section):
     ] = Field(default=["original", "fft+rpsa"], validate_default=True)
     paradigms: Paradigms = Paradigms()
     bases: Annotated[list[str], AfterValidator(_distinct)] = []
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_distinct)] = [42]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [42]
     grid: dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]] = {}
     parallel: PositiveInt = 1
 
@@ -72,7 +76,7 @@ class Sweep(Section):
     over: Annotated[
         dict[str, Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]], Field(min_length=1)
     ]
-    seeds: Annotated[list[NonNegativeInt], AfterValidator(_distinct)] = []
+    seeds: Annotated[list[Seed], AfterValidator(_distinct)] = []
 
 
 @dataclass(frozen=True)
@@ -230,13 +234,28 @@ def _part(point: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def _cell_id(method: str, base: str, seed: int | None = None, point: Mapping[str, Any] | None = None) -> str:
-    parts = [method, base]
+    """A path of folders none of which holds another run's: a point of a grid stands beside its seed."""
+    parts = [folder_name(method), folder_name(base)]
     if seed is not None:
-        parts.append(f"seed{seed}")
-    if point:
-        parts.append(",".join(f"{key.rpartition('.')[2]}={slug(str(value))}" for key, value in point.items()))
-    return "/".join(slug(part) for part in parts)
+        parts.append(
+            ",".join(
+                [f"seed{seed}", *([point_name({k: _written(v) for k, v in point.items()})] if point else [])]
+            )
+        )
+    return "/".join(parts)
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9+.,=_-]+", "-", text).strip("-")
+def point_name(point: Mapping[str, str]) -> str:
+    """A point of a grid as the name of a folder; another point of the same grid has another name."""
+    name = ",".join(f"{key.rpartition('.')[2]}={folder_name(value)}" for key, value in point.items())
+    return name if len(name) <= _LONGEST_POINT else folder_name(name)
+
+
+def _written(value: Any) -> str:
+    """Text stands as it is, unless it would read as a value of another kind: "1" is not 1."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -19,6 +19,8 @@ from pydantic import (
 from rpsa.recipe.problems import validation_problems
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""As numpy takes them."""
 
 
 class Section(BaseModel):
@@ -76,7 +78,7 @@ class Reference(Section):
 
     problems: str | None = None
     n: PositiveInt = 100
-    seed: int = 42
+    seed: Seed = 42
     temperature: Annotated[float, Field(ge=0)] = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_new_tokens: PositiveInt = 32768
@@ -103,7 +105,7 @@ class Fisher(Section):
 
     estimator: Literal["token_signs", "per_token", "per_sequence"] = "token_signs"
     probes: PositiveInt = 4
-    seed: int = 42
+    seed: Seed = 42
     scope: Annotated[str, AfterValidator(_regex)] | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
     warmup_steps: NonNegativeInt = 0
@@ -185,7 +187,7 @@ class Safety(Section):
     format: Literal["auto", "direct_refusal", "safechain", "star1", "prompt_response", "messages"] = "auto"
     max_length: PositiveInt | None = 4096
     n: PositiveInt | None = None
-    seed: int = 42
+    seed: Seed = 42
     benign: str | None = None
     benign_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -205,7 +207,7 @@ class Evaluate(Section):
     tasks: list[str] = []
     n: PositiveInt | None = None
     samples: PositiveInt | None = None
-    seed: int = 123
+    seed: Seed = 123
     prompt_style: Literal["appendix_b", "section_4"] = "appendix_b"
     temperature: Annotated[float, Field(ge=0)] = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

@@ -33,8 +33,13 @@ _FILE = (".json", ".jsonl", ".csv", ".gz", ".parquet", ".yaml", ".txt")
 def source_problem(kind: str, source: str) -> str | None:
     """What is wrong with a source, or None. Asks the disk, never the network."""
     shipped = SHIPPED[kind]
-    if source in shipped or Path(source).exists():
+    if not source.strip():
+        return "empty; name one"
+    if source in shipped:
         return None
+    if Path(source).exists():
+        is_ordinary = Path(source).is_file() or Path(source).is_dir()
+        return None if is_ordinary else f"{source!r} is neither a file nor a folder"
     is_file = source.endswith(_FILE) or "/" in source
     if source.startswith("tiny") or (kind == "task" and not is_file):
         return f"{source!r} is unknown{did_you_mean(source, shipped)}"

@@ -51,5 +51,7 @@ def parse_yaml(text: str, where: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = " ".join(part for part in (error.context, error.problem) if part)
         raise RPSAError(f"{where}:{line}: {problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # numbers of thousands of digits among them
         raise RPSAError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise RPSAError(f"{where}: not readable as YAML: nested too deeply") from error

@@ -1,6 +1,5 @@
 """D_ref as it is read: traces, and the batches that the Fisher and g_R see of them."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpsa.artifacts import reading
+from rpsa.artifacts import read_json, reading
 from rpsa.chat import IGNORED_LABEL
 from rpsa.errors import RPSAError, check_type
 from rpsa.rows import Row, read_rows
@@ -63,7 +62,7 @@ class ReferenceDataset:
             raise RPSAError(f"{folder} holds no finished D_ref (traces.jsonl, manifest.json): build it first")
         traces = [trace_of(row) for row in read_rows(folder / "traces.jsonl")]
         with reading(f"D_ref {folder}"):
-            return cls(traces, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+            return cls(traces, read_json(folder / "manifest.json"))
 
     def batches(self, batch_size: int, max_length: int | None) -> Iterator[dict[str, Any]]:
         """Every trace once, sorted by length, for `rpsa.fisher.estimators.estimate_fisher`.

@@ -22,6 +22,7 @@ def write_report(
     out_dir: Path | str,
     provenance: Mapping[str, Any],
     analyses: Sequence[Shown] = (),
+    missing: Mapping[str, str] | None = None,
 ) -> list[Summary]:
     """Write the report of all evaluated cells into `out_dir`, which is created if it is missing.
 
@@ -29,7 +30,8 @@ def write_report(
     `scatter_benchmarks.png`, `ablation.png`, `trajectories.png`, `learning_rate.png` and a `sweep-NAME.png` for each
     sweep, each figure as SVG too, and `index.html` with all of it. STR is computed here, against the untouched model
     of the same base. Cells of a sweep are in `results.json` and in its figure alone. `provenance` is JSON-able and
-    shown as it is; its "name" is the title. `analyses` are figures that are there already (Fig. 1 to 3).
+    shown as it is; its "name" is the title. `analyses` are figures that are there already (Fig. 1 to 3), `missing` the
+    runs without a result, each with the reason.
 
     Returns:
         The summaries that the tables show.
@@ -54,9 +56,10 @@ def write_report(
         "runs": [r.to_json() for r in results],
         "summary": [s.to_json() for s in summaries],
         "claims": [claim.to_json() for claim in judged],
+        "missing": dict(missing or {}),
     }
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    atomic_write(out / "table.md", table_markdown(summaries))
+    atomic_write(out / "table.md", table_markdown(summaries, missing))
     atomic_write(out / "table.tex", latex_table(matrix))
     drawn: dict[str, Figure | None] = {
         "scatter": scatter(summaries),
@@ -79,7 +82,7 @@ def write_report(
             shown.append(Shown(name, svg, *captions[name]))
     claims = claims_table(judged)
     page = render_page(
-        summaries, matrix, [*shown, *analyses], provenance, chosen_responses(summaries), claims
+        summaries, matrix, [*shown, *analyses], provenance, chosen_responses(summaries), claims, missing
     )
     atomic_write(out / "index.html", page)
     return summaries

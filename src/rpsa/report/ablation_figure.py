@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rpsa.evaluation.statistics import mean_interval
-from rpsa.report.drawing import style_of
+from rpsa.report.drawing import literal, style_of
 from rpsa.report.results import RunResult, Summary
 
 _PANELS = ("STR ↓", "Reasoning (%) ↑", "ASR (%) ↓")
@@ -38,7 +38,7 @@ def ablation(summaries: Sequence[Summary]) -> Figure | None:
             rates = original.reasoning if title.startswith("Reasoning") else original.asr
             axes.axvline(100 * rates["mean"], color="#2563ab", linewidth=1, linestyle="--")
     panels[0].axvline(0, color="#5f6368", linewidth=0.8)
-    panels[0].set_yticks(range(len(shown)), methods)
+    panels[0].set_yticks(range(len(shown)), map(literal, methods))
     panels[0].invert_yaxis()
     return figure
 

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rpsa.text import printable
+
 
 def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
     """Print the verdict, the drift of each module group and the course of k to a rich console (default: stdout)."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console(highlight=False)
     checked, moved = audit["frozen_element_steps_checked"], audit["frozen_elements_moved"]
@@ -31,5 +34,6 @@ def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
     table.add_column("elements changed", justify="right")
     for group, drift in audit["drift"]["groups"].items():
         relative = drift["relative"]  # None where weights are no numbers
-        table.add_row(group, "–" if relative is None else f"{relative:.2e}", f"{drift['changed']:.1%}")
+        shown = "–" if relative is None else f"{relative:.2e}"
+        table.add_row(Text(printable(group)), shown, f"{drift['changed']:.1%}")
     console.print(table)

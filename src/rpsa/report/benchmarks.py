@@ -1,6 +1,6 @@
 """Each benchmark by itself: its figure with its 95% interval, and the rates that qualify it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rpsa.evaluation.items import Kind
@@ -15,8 +15,10 @@ from rpsa.report.table import (
     main_table,
     markdown,
     marked,
+    missing_lines,
     percent,
 )
+from rpsa.text import markdown_text
 
 _MARKS: dict[Kind, str] = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
 _HEADINGS = {
@@ -67,10 +69,12 @@ def rates_table(summaries: Sequence[Summary]) -> Table:
     return Table(["Method", "Set", *(_HEADINGS[rate] for rate in rates)], rows)
 
 
-def table_markdown(summaries: Sequence[Summary]) -> str:
-    """The content of `table.md`: the main table, and each benchmark."""
+def table_markdown(summaries: Sequence[Summary], missing: Mapping[str, str] | None = None) -> str:
+    """The content of `table.md`: the main table with what it lacks, and each benchmark."""
+    lacking = "".join(f"- {markdown_text(line)}\n" for line in missing_lines(missing))
     return (
         markdown(main_table(summaries))
+        + (f"\n{lacking}" if lacking else "")
         + "\nRates in percent, means over bases and seeds; reasoning problems that were refused are counted as wrong. "
         f"STR: mean drop in reasoning over mean drop in ASR, lower is better. {interval_note(summaries)} Bold: best of "
         f"its group.{unreliable_note(summaries)}\n\n" + markdown(benchmark_table(summaries))

@@ -76,7 +76,8 @@ CLAIMS: tuple[Claim, ...] = (
 def judge_claims(results: Iterable[RunResult], claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
     """A verdict on each claim from the runs of the matrix; sweeps do not count.
 
-    Runs are paired by base, seed and the rest of the setting; the interval is Student's t over pairs (three at least).
+    Runs are paired by base, seed, safety set and learning rate; where each of two methods has one learning rate, of its
+    own, by the rest. The interval is Student's t over pairs (three at least).
     """
     matrix = with_safety_tax([result for result in results if result.sweep is None])
     return [_judge(claim, matrix) for claim in claims]
@@ -124,14 +125,16 @@ def _judge(claim: Claim, results: Sequence[RunResult]) -> Judged:
 
 def _partner(run: RunResult, method: str, results: Sequence[RunResult]) -> RunResult | None:
     """The run of `method` with which `run` is compared; the untouched model has no seed."""
-    for other in results:
-        if other.method != method or other.base != run.base:
-            continue
-        # LoRA has a learning rate of its own
-        same_rate = other.lr == run.lr or method == "lora"
-        if other.is_original or (same_rate and (other.seed, other.safety) == (run.seed, run.safety)):
-            return other
-    return None
+    others = [other for other in results if other.method == method and other.base == run.base]
+    if untouched := next((other for other in others if other.is_original), None):
+        return untouched
+    setting = (run.seed, run.safety)
+    at_rate = {other.lr: other for other in others if (other.seed, other.safety) == setting}
+    if run.lr in at_rate:
+        return at_rate[run.lr]
+    # LoRA has a learning rate of its own; which one of several would stand against which is anybody's guess
+    rates = {name: {one.lr for one in results if one.method == name} for name in (method, run.method)}
+    return next(iter(at_rate.values()), None) if all(len(found) == 1 for found in rates.values()) else None
 
 
 def _read(run: RunResult | None, figure: Figure) -> float | None:

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 
 from rpsa.artifacts import atomic_write
 from rpsa.report.results import Summary
+from rpsa.text import printable
 
 BLUE, GREEN, ORANGE, GREY = "#2563ab", "#2e8540", "#d9660a", "#5f6368"
 _COLOURS = {"original": BLUE, "fft": GREEN, "lora": ORANGE}
@@ -65,6 +66,11 @@ class Style:
         return scale * (13 if self.marker == "*" else 8.5 if self.marker != "D" else 7)
 
 
+def literal(text: str) -> str:
+    """A name as matplotlib draws it and nothing else: a dollar sign would begin a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def style_of(method: str) -> Style:
     paradigm, _, variant = method.partition("+")
     if paradigm == "original":
@@ -92,7 +98,7 @@ def new_panels(
 
 
 def set_title(axes: Axes, text: str) -> None:
-    axes.set_title(text, fontsize=10)
+    axes.set_title(literal(text), fontsize=10)
 
 
 def mark(axes: Axes, style: Style, reasoning: float, asr: float, scale: float, alpha: float = 1.0) -> None:
@@ -124,7 +130,7 @@ def add_legend(figure: Figure, methods: Sequence[str], lines: bool) -> None:
             [],
             color=style_of(method).colour,
             linestyle=("--" if method == "original" else style_of(method).line) if lines else "none",
-            label=method,
+            label=literal(method),
             **(marker_of(style_of(method), 0.9) if not (lines and method == "original") else {}),
         )
         for method in methods

@@ -6,6 +6,7 @@ from typing import Any
 from rpsa.evaluation.items import Kind
 from rpsa.evaluation.samples import MAIN_METRIC
 from rpsa.report.table import UNRELIABLE, marked
+from rpsa.text import printable
 from rpsa.thought import ThoughtFormat
 
 _TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
@@ -21,6 +22,7 @@ def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
     """Print `results.json`: each set's figure with its 95% interval, and the rates that qualify it, in percent."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console()
     for kind, sets in results["sets"].items():
@@ -32,7 +34,12 @@ def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
         for name in ("n", "%", "95% interval", *rates):
             table.add_column(name, justify="right", no_wrap=True)
         for name, found in sets.items():
-            table.add_row(name, _count(found), *_figure(found, kind), *(_percent(found[r]) for r in rates))
+            table.add_row(
+                Text(printable(name)),
+                _count(found),
+                *_figure(found, kind),
+                *(_percent(found[r]) for r in rates),
+            )
         console.print(table)
         for name, found in sets.items():
             if found["unreliable"]:
@@ -42,7 +49,8 @@ def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
         console.print()
     console.print(f"Thoughts: {ThoughtFormat.from_json(results['thought'])}", highlight=False, markup=False)
     judge = results["judge"]
-    console.print(f"Judge: {judge if isinstance(judge, str) else judge['id']}", highlight=False, markup=False)
+    who = printable(judge if isinstance(judge, str) else str(judge["id"]))
+    console.print(f"Judge: {who}", highlight=False, markup=False)
     if results["sandbox"]:
         console.print(f"Sandbox: {results['sandbox']}", highlight=False, markup=False)
 

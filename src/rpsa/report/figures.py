@@ -13,6 +13,7 @@ from rpsa.report.drawing import (
     GREY,
     add_legend,
     has_grid,
+    literal,
     marker_of,
     methods_of,
     new_panels,
@@ -63,8 +64,8 @@ def learning_rates(summaries: Sequence[Summary]) -> Figure | None:
         ("Safety Tax Rate ↓", lambda of: of.tax),
         ("ASR (%) ↓", lambda of: 100 * of.asr["mean"]),
         *(
-            (f"Over-refusal,\n{name} (%) ↓", lambda of, name=name: 100 * of.over_refusal[name])
-            for name in list(summaries[0].over_refusal)[:1]
+            (f"Over-refusal,\n{literal(name)} (%) ↓", lambda of, name=name: 100 * of.over_refusal[name])
+            for name in summaries[0].over_refusal
         ),
         ("Reasoning (%) ↑", lambda of: 100 * of.reasoning["mean"]),
     ]
@@ -111,7 +112,7 @@ def _draw_trajectories(axes: Axes, runs: Sequence[RunResult], what: str, method:
                 color=_LINES[index % len(_LINES)][0],
                 linestyle=_LINES[index % len(_LINES)][1],
                 linewidth=1.3,
-                label=f"{run.base}, seed {run.seed}",
+                label=literal(f"{run.base}, seed {run.seed}"),
             )
     axes.axhline(0.5, color=GREY, linewidth=0.7, linestyle=(0, (1, 3)), zorder=1)
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rpsa.analysis.anatomy import Anatomy, Tally, is_layer_matrix
 from rpsa.analysis.structure import Role
-from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE
+from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE, literal
 
 _KINDS = {"attention": BLUE, "mlp": ORANGE, "embedding": GREEN, "head": GREEN}
 _NAMES = {"attention": "Attention", "mlp": "MLP"}
@@ -32,7 +32,7 @@ def layer_map(of: Anatomy, title: str) -> Figure:
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[max(3, _ROW * len(rows) / 0.42), 3])
     _heat_map(upper, values, rows, figure)
-    upper.set_title(f"{title}: mean Fisher", fontsize=10)
+    upper.set_title(literal(f"{title}: mean Fisher"), fontsize=10)
     lower.plot(range(len(layers)), [t.mean for t in of.layers().values()], "o-", color=BLUE, markersize=4)
     lower.set_yscale("log")
     lower.set_ylabel("Whole layer", fontsize=9.5)
@@ -58,7 +58,7 @@ def module_bars(of: Anatomy, title: str) -> Figure:
     _bars(left, list(matrices), list(matrices.values()), [kinds[name] for name in matrices])
     _bars(right, [_NAMES[kind] for kind in blocks], list(blocks.values()), list(blocks))
     right.set_ylim(left.get_ylim())  # bars of one thickness
-    left.set_title(f"{title}: mean Fisher by matrix", fontsize=10)
+    left.set_title(literal(f"{title}: mean Fisher by matrix"), fontsize=10)
     right.set_title("of all matrices", fontsize=10)
     return figure
 
@@ -85,7 +85,7 @@ def _heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], figure: Figur
     scale = LogNorm(positive.min(), positive.max()) if positive.size and np.ptp(positive) else None
     axes.set_facecolor("#eceef0")  # a mean of zero, or no such matrix in this layer
     image = axes.imshow(np.where(values > 0, values, np.nan), aspect="auto", cmap="viridis", norm=scale)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8.5)
+    axes.set_yticks(range(len(rows)), map(literal, rows), fontsize=8.5)
     axes.tick_params(length=0)
     axes.tick_params(axis="x", labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -97,7 +97,7 @@ def _heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], figure: Figur
 def _bars(axes: Axes, names: Sequence[str], tallies: Sequence[Tally], kinds: Sequence[str]) -> None:
     places = range(len(names))
     axes.barh(places, [t.mean for t in tallies], color=[_KINDS.get(kind, GREY) for kind in kinds], height=0.7)
-    axes.set_yticks(places, names, fontsize=8.5)
+    axes.set_yticks(places, map(literal, names), fontsize=8.5)
     axes.invert_yaxis()
     axes.grid(True, axis="x", color="#e3e5e8", linewidth=0.7)
     axes.set_axisbelow(True)

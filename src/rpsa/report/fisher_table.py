@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rpsa.analysis.anatomy import Anatomy, Overlap
+from rpsa.text import printable
 
 
 def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:
     """Print one Fisher's modules to a rich console (default: stdout), at one k or several."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console(highlight=False)
     first = at[0]
@@ -22,12 +24,12 @@ def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> No
         table.add_column("its\nshare", justify="right", no_wrap=True)
     sums = [of.by(lambda role: role.module) for of in at]
     for module, tally in sums[0].items():
-        row = [module, f"{tally.elements + tally.unscored:,}"]
+        row = [printable(module), f"{tally.elements + tally.unscored:,}"]
         row += [f"{tally.mean:.1e}", f"{tally.zero_fraction:.0%}"] if tally.elements else ["–", "–"]
         for of, by in zip(at, sums, strict=True):
             row += [f"{by[module].frozen_fraction:.1%}", f"{of.trainable_share(by[module]):.1%}"]
-        table.add_row(*row)
-    console.print(f"\n{title}", style="bold")
+        table.add_row(*map(Text, row))
+    console.print(Text(f"\n{printable(title)}", style="bold"))
     console.print(table)
     console.print("mean F: over all elements; its share: of all that still train at this k.")
     if ratio := first.attention_over_mlp():
@@ -41,6 +43,7 @@ def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], conso
     """Print how much the frozen sets of several Fishers have in common."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -50,7 +53,7 @@ def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], conso
     for (first, second), found in overlaps.items():
         for one in found:
             table.add_row(
-                f"{first} and {second}",
+                Text(printable(f"{first} and {second}")),
                 f"{one.k:g}",
                 *(f"{value:.3f}" for value in (one.jaccard, one.by_chance, one.by_chance_within)),
             )

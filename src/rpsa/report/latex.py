@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from rpsa.evaluation.items import Kind
 from rpsa.report.results import RunResult, Summary, summarise
 from rpsa.report.table import group_of, is_best
+from rpsa.text import printable
 
 _METHODS = {"original": "Original", "fft": "FFT", "lora": "LoRA", "rpsa": "RPSA"}
 _SETS = {
@@ -24,6 +25,9 @@ _SPECIAL = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{
+        character: f"{{{character}}}" for character in "[]"
+    },  # an optional argument, at the beginning of a row
 }
 
 Reader = Callable[[Summary], float | None]
@@ -70,7 +74,8 @@ def latex_table(results: Sequence[RunResult]) -> str:
 
 
 def escaped(text: str) -> str:
-    return "".join(_SPECIAL.get(character, character) for character in text)
+    """Text that TeX sets as it is, on one line."""
+    return "".join(_SPECIAL.get(character, character) for character in printable(text))
 
 
 def _head(columns: Sequence[tuple[str, str, Reader, int, Kind]]) -> list[str]:

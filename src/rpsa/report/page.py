@@ -11,7 +11,7 @@ from rpsa.report import browser
 from rpsa.report.benchmarks import benchmark_table, rates_table, unreliable_note
 from rpsa.report.results import RunResult, Summary
 from rpsa.report.shown import Shown
-from rpsa.report.table import Entry, Table, interval_note, main_table
+from rpsa.report.table import Entry, Table, interval_note, main_table, missing_lines
 from rpsa.report.warnings import audit_line, warnings
 
 _STYLE = """
@@ -70,8 +70,10 @@ def render_page(
     provenance: Mapping[str, Any],
     responses: str | None = None,
     claims: Table | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> str:
-    """The report as HTML. `responses` is what `chosen_responses` chose; `claims` the verdicts."""
+    """The report as HTML. `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs
+    without a result."""
     title = escape(str(provenance.get("name", "rpsa")))
     table, shown = _main_table(summaries), _figures(figures)
     parts = [
@@ -80,7 +82,8 @@ def render_page(
         "the mean drop in reasoning accuracy for each unit of mean reduction in attack success rate (ASR): lower is "
         "better.</p>",
         # A study's table is long: its figures say more at a glance.
-        *([table, _warnings(summaries)] if len(summaries) <= _LONG else [_warnings(summaries)]),
+        *([table] if len(summaries) <= _LONG else []),
+        _warnings([*missing_lines(missing), *warnings(summaries)]),
         _audit(results),
         *([_claims(claims)] if claims else []),
         shown,
@@ -160,8 +163,7 @@ def _entry(entry: Entry) -> str:
     return (f"<b>{text}</b>" if entry.best else text) + note
 
 
-def _warnings(summaries: Sequence[Summary]) -> str:
-    sentences = warnings(summaries)
+def _warnings(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
@@ -178,10 +180,12 @@ def _audit(results: Sequence[RunResult]) -> str:
 
 def _figure(svg: bytes, title: str, caption: str) -> str:
     source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-    image = f'<div class="wide"><img alt="{title}" src="{source}"></div>'
+    image = f'<div class="wide"><img alt="{escape(title)}" src="{source}"></div>'
     width = re.search(rb'width="([\d.]+)pt"', svg)
     broad = ' class="broad"' if width and float(width[1]) > 400 else ""
-    return f"<figure{broad}>{image}<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
+    return (
+        f"<figure{broad}>{image}<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption></figure>"
+    )
 
 
 def _provenance(provenance: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from rpsa.analysis.perturbation import ORIGINAL
 from rpsa.analysis.perturbation_summary import Effect
-from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE
+from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE, literal
 
 _COLOURS = {
     ORIGINAL: GREY,
@@ -80,7 +80,7 @@ def _draw(axes: Axes, effects: Sequence[Effect], selections: Sequence[str]) -> N
             )
     if len(benchmarks) > 1:
         axes.axvline(len(benchmarks) - 1.5, color="#c9ccd1", linewidth=0.8)
-    axes.set_xticks(range(len(benchmarks)), benchmarks, fontsize=9)
+    axes.set_xticks(range(len(benchmarks)), map(literal, benchmarks), fontsize=9)
     axes.set_ylim(0, 104)
     axes.set_ylabel("Accuracy (%)", fontsize=9.5)
     axes.grid(True, axis="y", color="#e3e5e8", linewidth=0.7)

@@ -48,7 +48,6 @@ class RunResult:
     safety: str | None = None
     trajectory: Mapping[str, Sequence[float | None]] | None = None
     audit: Mapping[str, Any] | None = None
-    seconds: float | None = None
     sets: Mapping[Kind, Mapping[str, Any]] = field(default_factory=dict)
     judge: str = ""
     sandbox: str | None = None

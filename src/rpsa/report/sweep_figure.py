@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from rpsa.report.drawing import GREY, style_of
+from rpsa.report.drawing import GREY, literal, style_of
 
 _ORIGINAL = "original"
 
@@ -76,11 +76,11 @@ def sweep_figure(title: str, points: Sequence[SweepPoint]) -> Figure:
                 if level == 0:
                     _draw_intervals(axes, method, {place: point.tax_interval for place, point in own.items()})
     for axes, column in zip(grid[0], columns, strict=True):
-        axes.set_title(column, fontsize=10)
+        axes.set_title(literal(column), fontsize=10)
         axes.axhline(0, color=GREY, linewidth=0.7, zorder=1)
     _scale_tax(grid[0][0], points)
     for axes in grid[-1]:
-        axes.set_xlabel(title, fontsize=9.5)
+        axes.set_xlabel(literal(title), fontsize=9.5)
     figure.legend(
         handles=[_handle(method) for method in methods],
         loc="outside lower center",
@@ -104,7 +104,7 @@ def _dress(axes: Axes, values: Sequence[str]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5, length=3)
-    axes.set_xticks(range(len(values)), [value.replace("+", "\n") for value in values])
+    axes.set_xticks(range(len(values)), [literal(value).replace("+", "\n") for value in values])
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.margins(y=0.15)
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -138,7 +138,7 @@ def _line(method: str) -> dict[str, Any]:
 
 
 def _handle(method: str) -> Line2D:
-    return Line2D([], [], label=method, **_line(method))
+    return Line2D([], [], label=literal(method), **_line(method))
 
 
 def _scale_tax(axes: Axes, points: Sequence[SweepPoint]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rpsa.report.results import Summary
 from rpsa.report.table import marked
+from rpsa.text import printable
 
 _NONE = "–"
 
@@ -16,27 +17,27 @@ def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], 
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console(highlight=False)
     refused = list(dict.fromkeys(name for _, found in points for s in found for name in s.over_refusal))
     several = any(len({s.method for s in found}) < len(found) for _, found in points)
     settings = [key.rpartition(".")[2] for key in points[0][0]]
     columns = ["Method", *(["LR", "Safety data"] if several else []), "Reasoning ↑", "ASR ↓"]
-    columns += [*(f"Refused\n{name} ↓" for name in refused), "STR ↓", "95% interval"]
+    columns += [*(f"Refused\n{printable(name)} ↓" for name in refused), "STR ↓", "95% interval"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in [*settings, *columns]:
         left = name in settings or name == "Method"
-        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+        table.add_column(Text(name), justify="left" if left else "right", no_wrap=left)
     for values, found in points:
-        shown = [value.replace("+", "\n") for value in values.values()]
+        shown = [Text(printable(value).replace("+", "\n")) for value in values.values()]
         if not found:
             table.add_row(*shown, "failed")
         for summary in found:
-            grid = [_number(summary.lr, "g"), summary.safety or _NONE] if several else []
+            grid = [_number(summary.lr, "g"), printable(summary.safety or _NONE)] if several else []
             table.add_row(
                 *shown,
-                summary.method,
-                *grid,
+                *map(Text, [printable(summary.method), *grid]),
                 marked(_percent(summary.reasoning["mean"]), summary.unreliable("reasoning")),
                 marked(_percent(summary.asr["mean"]), summary.unreliable("attack")),
                 *(
@@ -46,7 +47,7 @@ def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], 
                 _number(summary.tax, ".2f"),
                 f"{i[0]:.2f} to {i[1]:.2f}" if (i := summary.tax_interval) else _NONE,
             )
-            shown = [""] * len(shown)
+            shown = [Text()] * len(shown)
     console.print(table)
 
 

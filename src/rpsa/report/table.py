@@ -1,12 +1,13 @@
 """Table 1 of the paper, with over-refusal beside it: as Markdown, and on the console."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rpsa.evaluation.items import Kind
 from rpsa.report.results import Summary
 from rpsa.report.warnings import audit_line, warnings
+from rpsa.text import markdown_text, printable
 
 NONE = "–"
 UNRELIABLE = "(!)"
@@ -98,16 +99,23 @@ def main_table(summaries: Sequence[Summary]) -> Table:
     return Table(header, rows, _MINOR - ({"LR"} if on_a_grid else set()))
 
 
+def missing_lines(missing: Mapping[str, str] | None) -> list[str]:
+    """A line for each run that a study lacks."""
+    return [f"Without a result: {name}: {why}" for name, why in (missing or {}).items()]
+
+
 def markdown(table: Table) -> str:
-    lines = ["| " + " | ".join(table.header) + " |", "|" + "---|" + "---:|" * (len(table.header) - 1)]
+    header = map(markdown_text, table.header)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(table.header) - 1)]
     for row in table.rows:
         lines.append("| " + " | ".join(map(_markdown, row)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _markdown(entry: Entry) -> str:
-    text = f"**{entry.text}**" if entry.best else entry.text
-    return (f"{text} ({entry.note})" if entry.note else text).replace("|", "\\|")
+    text = markdown_text(entry.text)
+    text = f"**{text}**" if entry.best else text
+    return f"{text} ({markdown_text(entry.note)})" if entry.note else text
 
 
 def interval_note(summaries: Sequence[Summary]) -> str:
@@ -120,8 +128,10 @@ def interval_note(summaries: Sequence[Summary]) -> str:
     return "The interval of the STR is over runs."
 
 
-def render_console(summaries: Sequence[Summary], console: Any = None) -> None:
-    """Print the table and the warnings to a rich console (default: stdout)."""
+def render_console(
+    summaries: Sequence[Summary], console: Any = None, missing: Mapping[str, str] | None = None
+) -> None:
+    """Print the table, what it lacks, and the warnings to a rich console (default: stdout)."""
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -131,15 +141,21 @@ def render_console(summaries: Sequence[Summary], console: Any = None) -> None:
     columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
     shown = RichTable(box=None, pad_edge=False, header_style="bold")
     for index in columns:
-        name = table.header[index].replace("Refused ", "Refused\n").replace(" ↑", "\n↑").replace(" ↓", "\n↓")
-        shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        name = (
+            printable(table.header[index])
+            .replace("Refused ", "Refused\n")
+            .replace(" ↑", "\n↑")
+            .replace(" ↓", "\n↓")
+        )
+        shown.add_column(Text(name), justify="left" if index == 0 else "right", no_wrap=True)
     for row in table.rows:
-        shown.add_row(*(Text(row[index].text, style="bold" if row[index].best else "") for index in columns))
+        cells = [row[index] for index in columns]
+        shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
     console.print(shown)
     if line := audit_line([run for summary in summaries for run in summary.runs]):
         console.print(f"\nAudit: {line}.", highlight=False, markup=False)
-    for warning in warnings(summaries):
-        console.print(f"• {warning}", highlight=False, markup=False)
+    for line in (*missing_lines(missing), *warnings(summaries)):
+        console.print(f"• {printable(line)}", highlight=False, markup=False)
 
 
 def group_of(summary: Summary) -> tuple[object, ...]:

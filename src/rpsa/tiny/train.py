@@ -53,7 +53,7 @@ def train_tiny(
     Returns:
         `out_dir`.
     """
-    with atomic_directory(out_dir) as folder, _one_thread():
+    with atomic_directory(out_dir, "info.json") as folder, _one_thread():
         started = time.perf_counter()
         tokenizer = build_tokenizer()
         model = _new_model(seed, tokenizer)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
+from rpsa.text import markdown_code, markdown_text
 from rpsa.training.card_text import METADATA, render_card
 
 CARD = "README.md"
@@ -114,7 +115,7 @@ def _results_section(results: Mapping[str, Any]) -> str:
     for label, rate in _rates(model).items():
         values = [rate, *([before.get(label)] if original else [])]
         shown = ["–" if value is None else f"{100 * value:.1f}" for value in values]
-        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+        lines.append(f"| {markdown_text(label)} | " + " | ".join(shown) + " |")
     missing = [name for key, (name, _) in _RATES.items() if not model.get(key)]
     tax = model.get("str")
     notes = [
@@ -122,7 +123,7 @@ def _results_section(results: Mapping[str, Any]) -> str:
         if tax is not None
         else None,
         f"No rate stands alone: {model['unreliable']}." if model.get("unreliable") else None,
-        f"Judge: `{model['judge']}`." if model.get("judge") else "The judge is not recorded.",
+        f"Judge: {markdown_code(model['judge'])}." if model.get("judge") else "The judge is not recorded.",
         f"{model['samples']:,} responses." if model.get("samples") else None,
         f"Not measured: {', '.join(missing)}." if missing else None,
     ]

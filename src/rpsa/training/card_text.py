@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rpsa.text import markdown_code, markdown_text
 from rpsa.training.alternatives_card import alternatives_section, changed_afterwards
 from rpsa.training.freezing_text import bullets, frozen, provenance
 
@@ -44,7 +45,7 @@ def render_card(metadata: Mapping[str, Any]) -> str:
         "Limits": _limits(metadata),
     }
     body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text)
-    return f"---\n{front_matter}\n---\n\n# {name}\n\n{_summary(metadata)}\n\n{body}"
+    return f"---\n{front_matter}\n---\n\n# {markdown_text(name)}\n\n{_summary(metadata)}\n\n{body}"
 
 
 def _tags(metadata: Mapping[str, Any]) -> list[str]:
@@ -60,9 +61,9 @@ def _tags(metadata: Mapping[str, Any]) -> list[str]:
 
 def _summary(metadata: Mapping[str, Any]) -> str:
     base, adapter, freezing = metadata["base_model"], metadata["adapter"], metadata["freezing"]
-    name = f"`{base['name']}`" if base["name"] else "a model without a name"
+    name = markdown_code(base["name"]) if base["name"] else "a model without a name"
     if base["hub_id"]:
-        name = f"[{base['name']}](https://huggingface.co/{base['hub_id']})"
+        name = f"[{markdown_text(base['name'])}](https://huggingface.co/{base['hub_id']})"
     if base["revision"]:
         name += f" (revision `{base['revision'][:12]}`)"
     how = (
@@ -96,9 +97,9 @@ def _use(metadata: Mapping[str, Any]) -> str:
 
 def _training(metadata: Mapping[str, Any]) -> str:
     training, data, adapter = metadata["training"], metadata["safety_data"], metadata["adapter"]
-    name = f"`{data['name']}`" if data["name"] else "not named"
+    name = markdown_code(data["name"]) if data["name"] else "not named"
     if data["hub_id"]:
-        name = f"[{data['name']}](https://huggingface.co/datasets/{data['hub_id']})"
+        name = f"[{markdown_text(data['name'])}](https://huggingface.co/datasets/{data['hub_id']})"
     examples = f", {data['examples']:,} examples" if data["examples"] is not None else ""
     digest = f", SHA-256 of the rows as trained on `{data['sha256']}`" if data["sha256"] else ""
     unfinished = training["steps"] < training["planned_steps"]

@@ -6,6 +6,8 @@ From the metadata of `rpsa.training.freezing_metadata`; the other sections are `
 from collections.abc import Mapping
 from typing import Any
 
+from rpsa.text import markdown_code
+
 
 def frozen(metadata: Mapping[str, Any]) -> str:
     freezing = metadata["freezing"]
@@ -105,7 +107,7 @@ def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
     if fisher["samples"] is None:
         return [f"Scores of unknown origin, with the fingerprint `{fisher['fingerprint']}`."]
     skipped = f" ({fisher['skipped']} more skipped)" if fisher["skipped"] else ""
-    scope = f", scope `{fisher['scope']}`" if fisher["scope"] else ""
+    scope = f", scope {markdown_code(fisher['scope'])}" if fisher["scope"] else ""
     tokens = f" with {fisher['tokens']:,} response tokens" if fisher["tokens"] is not None else ""
     overlap = ", ".join(
         f"{share:.3f} for the top {float(k):.0%}"
@@ -129,8 +131,10 @@ def _fisher(fisher: Mapping[str, Any]) -> list[str | None]:
 
 
 def _reference(reference: Mapping[str, Any]) -> list[str | None]:
-    sampled = f", sampled from `{reference['sampled_from']}`" if reference["sampled_from"] else ""
-    problems = f" to problems of `{reference['problems']}`" if reference["problems"] else ""
+    sampled = (
+        f", sampled from {markdown_code(reference['sampled_from'])}" if reference["sampled_from"] else ""
+    )
+    problems = f" to problems of {markdown_code(reference['problems'])}" if reference["problems"] else ""
     forms = {
         "temperature": "temperature {:g}",
         "top_p": "top-p {:g}",

@@ -33,6 +33,7 @@ __all__ = [
     "Tally",
     "check_judge",
     "cohens_kappa",
+    "judge_model",
     "judge_responses",
     "judge_texts",
     "judged_text",
@@ -72,7 +73,21 @@ def check_judge(name: str, settings: Mapping[str, Any]) -> None:
     except TypeError as error:
         raise RPSAError(f"judge {name}: {error}; it takes {_settings_of(maker)}") from None
     if name in _ENDPOINTS:  # these load no model: their settings can be tried
-        maker(**settings)
+        try:
+            maker(**settings)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise error if isinstance(error, RPSAError) else RPSAError(f"judge {name}: {error}") from None
+
+
+def judge_model(name: str, settings: Mapping[str, Any]) -> str | None:
+    """The model that a judge loads; None for one that loads none, or is given what has loaded it."""
+    if name in ("refusal", *_ENDPOINTS) or settings.get("generator") is not None:
+        return None
+    from rpsa.evaluation.judges.classifiers import CLASSIFIERS
+    from rpsa.evaluation.judges.strongreject import MODEL
+
+    default = CLASSIFIERS[name].model if name in CLASSIFIERS else MODEL
+    return str(settings.get("model") or default)
 
 
 def _classifier(name: str) -> Callable[..., Judge]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rpsa.artifacts import append_line, atomic_write, sha256_of, stable_json
+from rpsa.errors import RPSAError
 from rpsa.evaluation.judges.judgement import Judge, Judgement
 
 
@@ -60,9 +61,14 @@ class CachedJudge:
             for line in path.read_bytes().split(b"\n")[
                 :-1
             ]:  # what follows the last newline is torn, or not yet whole
-                record = json.loads(line)
-                key = record.pop("key")
-                found[key] = Judgement(**record)
+                try:
+                    record = json.loads(line)
+                    key = record.pop("key")
+                    found[key] = Judgement(**record)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    raise RPSAError(
+                        f"{path} is damaged: delete it, and what it held is judged again"
+                    ) from error
         return found
 
 

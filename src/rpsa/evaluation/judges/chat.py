@@ -11,6 +11,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.judges.http import EndpointError, Retry, Stopped, post
 from rpsa.evaluation.judges.judgement import Judgement, unparseable
 from rpsa.evaluation.judges.rubrics import Rubric
+from rpsa.text import hide_credentials
 
 KEY_VARIABLES = ("RPSA_JUDGE_API_KEY", "OPENAI_API_KEY")
 
@@ -36,6 +37,8 @@ class ChatJudge:
         request: Mapping[str, Any] | None = None,
         retry: Retry | None = None,
     ) -> None:
+        if concurrency < 1:
+            raise RPSAError(f"judge: concurrency is {concurrency}: give at least 1")
         self.rubric = rubric
         self.url = _checked(base_url) + "/chat/completions"
         self.model = model
@@ -111,7 +114,7 @@ def _content(answer: Any) -> str:
 def _checked(base_url: str) -> str:
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RPSAError(f"judge: base_url is {base_url!r}: give one like https://host/v1")
+        raise RPSAError(f"judge: base_url is {hide_credentials(base_url)!r}: give one like https://host/v1")
     if parts.username or parts.password or parts.query:
         raise RPSAError(f"judge: base_url holds more than an address: put the key into {KEY_VARIABLES[0]}")
     return base_url.rstrip("/")

@@ -3,12 +3,10 @@
 Nothing here knows what is asked. The key goes into one header, and into no message.
 """
 
-import email.utils
 import http.client
 import json
 import random
 import ssl
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,10 +15,7 @@ from threading import Event
 from typing import Any, TypeVar
 
 from rpsa.errors import RPSAError
-
-_WORTH_RETRYING = {408, 409, 425, 429}
-_LONGEST_RETRY_AFTER = 600.0
-_SHOWN = 300
+from rpsa.http import Refusal, read_refusal
 
 T = TypeVar("T")
 
@@ -84,11 +79,12 @@ def post(
                 answer = response.read()
             return read(json.loads(answer))
         except urllib.error.HTTPError as error:
-            problem, code = _described(error, key)
-            if (error.code not in _WORTH_RETRYING and error.code < 500) or code == "insufficient_quota":
-                raise EndpointError(f"{url}: {problem}", error.code, code) from None
-            wait = _retry_after(error.headers.get("Retry-After")) or wait
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            refusal = _refusal(error, key)
+            problem = f"HTTP {refusal.status} {refusal.said}".strip()
+            if not refusal.may_pass:
+                raise EndpointError(f"{url}: {problem}", refusal.status, refusal.code) from None
+            wait = refusal.wait or wait
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             problem = f"the answer is not what was asked for ({type(error).__name__})"
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -107,33 +103,9 @@ def _request(url: str, body: Any, key: str | None) -> urllib.request.Request:
     return urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
 
 
-def _described(error: urllib.error.HTTPError, key: str | None) -> tuple[str, str]:
-    """One line on what the server said, without the key, and its error code."""
+def _refusal(error: urllib.error.HTTPError, key: str | None) -> Refusal:
     try:
-        text = error.read().decode(errors="replace")
+        body = error.read()
     except (OSError, http.client.HTTPException):
-        text = ""
-    message, code = text, ""
-    try:
-        details = json.loads(text)["error"]
-        message, code = str(details["message"]), str(details.get("code") or details.get("type") or "")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        pass
-    line = " ".join(message.split())
-    if key:
-        line = line.replace(key, "***")
-    return f"HTTP {error.code} {line[:_SHOWN]}".strip(), code
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, a number or a date; None if there is none to go by."""
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return min(seconds, _LONGEST_RETRY_AFTER) if seconds > 0 else None
+        body = b""
+    return read_refusal(error.code, body, error.headers.get("Retry-After"), key)

@@ -1,6 +1,8 @@
 """A judge's model from the hub or a folder, and what tells it from others."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     called = f"judge model {name}"
-    try:
+    with _naming_what_is_gated(name):
         with reading(called):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
             config = _without_chunks(name, revision)
@@ -39,8 +41,6 @@ def load(
             dtype=dtype,
             **({"config": config} if config else {}),
         )
-    except RPSAError as error:
-        raise RPSAError(_gated(name, str(error.__cause__)) or str(error)) from error
     identity: dict[str, Any] = {
         "id": name,
         "revision": _revision(name, revision),
@@ -51,6 +51,22 @@ def load(
         base = next(iter(adapters.values())).base_model_name_or_path
         identity["base"] = {"id": base, "revision": _revision(base, None)}
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, identity
+
+
+def check_access(name: str, revision: str | None) -> None:
+    """What `load` would say of a model that is not there or closed to this account, from its tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    with _naming_what_is_gated(name), reading(f"judge model {name}"):
+        AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+@contextmanager
+def _naming_what_is_gated(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RPSAError as error:
+        raise RPSAError(_gated(name, str(error.__cause__)) or str(error)) from error
 
 
 def _without_chunks(name: str, revision: str | None) -> Any:

@@ -1,0 +1,153 @@
+"""What can be known before hours of work: what libraries refuse, data, models, judges, programs that are not there."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rpsa.analysis.perturbation import PerturbationConfig
+from rpsa.chat import render_prompt
+from rpsa.errors import RPSAError
+from rpsa.pipeline.alignment import training_data
+from rpsa.pipeline.evaluation import check_evaluation, questions
+from rpsa.pipeline.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
+from rpsa.pipeline.stages import reference_problems
+from rpsa.pipeline.tasks import reference_of, task_options
+from rpsa.pipeline.trainers import refusals_of_trl, training_arguments
+from rpsa.recipe.schema import Cell, Recipe
+from rpsa.reference.problems import check_ids
+
+
+def preflight(recipe: Recipe) -> None:
+    """Try what is cheap of every stage.
+
+    Raises:
+        RPSAError: some of it will not work.
+    """
+    trained = [cell for cell in recipe.cells() if cell.paradigm != "none"]
+    for cell in _first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives)):
+        _check_training(recipe, cell)
+    for base in recipe.bases:
+        check_model(base, recipe.model)
+        thought_of(load_tokenizer(base, recipe.model), recipe.model)
+    _check_reference(recipe)
+    _check_evaluation(recipe)
+    for cell in _first_of(trained, lambda cell: (cell.base, cell.safety)):
+        with _naming(cell):
+            tokenizer = load_tokenizer(cell.base, recipe.model)
+            training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
+    for cell in _first_of(trained, lambda cell: (cell.base, cell.lora) if cell.lora else ()):
+        if cell.lora:
+            # what starts from the model's weights has none here
+            started = replace(cell, lora={**cell.lora, "init_lora_weights": False})
+            with _naming(cell), torch.device("meta"):
+                add_adapter(empty_model(cell.base, recipe.model), started)
+    _check_analysis(recipe)
+
+
+def _first_of(cells: Iterable[Cell], settings: Callable[[Cell], tuple[Any, ...]]) -> Iterator[Cell]:
+    """The first cell with each of the `settings`."""
+    seen = []
+    for cell in cells:
+        if (own := settings(cell)) not in seen:
+            seen.append(own)
+            yield cell
+
+
+@contextmanager
+def _naming(cell: Cell) -> Iterator[None]:
+    try:
+        yield
+    except RPSAError as error:
+        raise RPSAError(f"{cell.id}: {error}") from error
+
+
+def _check_training(recipe: Recipe, cell: Cell) -> None:
+    """Arguments, optimizer, learning rate schedule and trackers, without a model."""
+    arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
+    with refusals_of_trl(cell):
+        _check_trackers(arguments)
+        asked = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+        if asked != "no" and not (cell.safety and cell.safety.validation_share):
+            raise ValueError(
+                f"eval_strategy: {asked}, and safety.validation_share holds nothing out to evaluate on"
+            )
+        _check_optimizer(arguments)
+
+
+def _check_trackers(arguments: Any) -> None:
+    from transformers.integrations import get_available_reporting_integrations as available
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    get_reporting_integration_callbacks(arguments.report_to)
+    for tracker in arguments.report_to:
+        if tracker not in available():
+            raise ValueError(
+                f"report_to: {tracker} is not installed; install it, or set train.report_to=none"
+            )
+
+
+def _check_optimizer(arguments: Any) -> None:
+    from transformers import Trainer, get_scheduler
+
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=arguments.device))
+    try:
+        try:
+            made_by, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        except ValueError as error:
+            if " a model" in str(error) or " a `model`" in str(error):
+                return  # some optimizers cannot be made without it
+            raise
+        made = made_by([{"params": [weight], "weight_decay": arguments.weight_decay}], **settings)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            made,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    except Exception as error:  # each optimizer refuses in its own way
+        raise ValueError(f"{optimizer}: {error or type(error).__name__}") from error
+
+
+def _check_reference(recipe: Recipe) -> None:
+    settings = recipe.reference
+    if settings.problems is None or not any(cell.needs_reference for cell in recipe.cells()):
+        return
+    problems = reference_problems(settings.problems, settings.n, settings.seed)
+    check_ids(problems)
+    for base in recipe.bases:
+        if reference_of(recipe, base):
+            tokenizer = load_tokenizer(base, recipe.model)
+            thought = thought_of(tokenizer, recipe.model)
+            for problem in problems:
+                render_prompt(tokenizer, problem.prompt, thought)
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    """Its items, what they can say together, who grades them, and every prompt through every template."""
+    if not recipe.evaluate.tasks:
+        return
+    items = check_evaluation(recipe.evaluate, task_options(recipe))
+    for kind, wanted in (("reasoning", "reasoning problems"), ("attack", "harmful requests")):
+        if not any(item.kind == kind for item in items):
+            raise RPSAError(
+                f"evaluate.tasks: no task has {wanted}, and without them there is no safety tax to report; add one"
+            )
+    for base in recipe.bases:
+        tokenizer = load_tokenizer(base, recipe.model)
+        questions(items, recipe.evaluate, tokenizer, thought_of(tokenizer, recipe.model))
+
+
+def _check_analysis(recipe: Recipe) -> None:
+    settings = recipe.analysis.perturb
+    if settings is None:
+        return
+    fractions, factors, selections = (settings.fractions, settings.factors, settings.selections)
+    try:
+        PerturbationConfig(tuple(fractions), tuple(factors), tuple(selections), settings.draws)
+    except RPSAError as error:
+        raise RPSAError(f"analysis.perturb: {error}") from error

@@ -1,0 +1,33 @@
+"""Texts of others: names of the user's, and what models, servers and files say, shown as nothing but text."""
+
+import re
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without characters that a terminal acts upon: each becomes its escape."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def hide_credentials(text: str) -> str:
+    """`text` without the user and the password of any address in it."""
+    return re.sub(r"://[^/\s@]*@", "://***@", text)
+
+
+def markdown_text(text: str) -> str:
+    """`text` on one line of Markdown, where it can be nothing but text: no cell, no HTML, no emphasis, no link."""
+    return re.sub(r"([\\`*|<>\[\]~$#&]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z]))", r"\\\1", printable(text))
+
+
+def markdown_code(text: str) -> str:
+    """`text` in Markdown's code font, on one line."""
+    return f"`{printable(text).replace('`', chr(39))}`"
+
+
+def json_problem(error: Exception) -> str:
+    """What is wrong with a text that is no JSON, or none that Python takes, in a few words."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return printable(str(error))

@@ -1,0 +1,108 @@
+"""Runs that are killed at random moments (`kill -9`) and started again end in the very files of one that was not."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_pipeline import RECIPE, hidden
+
+from rpsa.artifacts import LOCK
+from rpsa.pipeline import verify
+from rpsa.pipeline.manifests import STAGES, TIMING
+
+pytestmark = pytest.mark.slow
+
+KILLS, SEED = 40, 0
+SETTINGS = [
+    "output_dir=run",
+    "matrix.methods=[original, fft, fft+rpsa, lora+rpsa]",
+    *(
+        "train.save_strategy=steps",
+        "train.save_steps=3",
+        "train.num_train_epochs=6",
+        "train.save_total_limit=2",
+    ),
+    *("reference.n=24", "reference.batch_size=2", "reference.temperature=0.6"),
+    *("evaluate.n=8", "evaluate.batch_size=4", "evaluate.temperature=0.6"),
+    "analysis={fisher_map: [0.6], perturb: {factors: [0.5, 0.9], selections: [fisher, random], draws: 2}}",
+]
+
+
+def start(folder: Path) -> "subprocess.Popen[str]":
+    """`rpsa run` in a session of its own, so that a kill of the group reaches all of it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rpsa", "run", "small.yaml", *SETTINGS],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def artifacts(run: Path) -> dict[str, str]:
+    """A hash of every file that is not about the clock or the process."""
+    return {
+        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in (TIMING, LOCK)
+    }
+
+
+def has_begun(run: Path, stage: str) -> bool:
+    """Whether something of the stage is unfinished."""
+    hidden = run.glob(".report.*") if stage == "report" else (run / stage).rglob(".*")
+    return any(True for _ in hidden)
+
+
+def kill_in(folder: Path, stage: str, delay: float) -> bool:
+    """Start the run, and kill it `delay` seconds after the stage has begun; False if it ended before."""
+    process = start(folder)
+    while process.poll() is None and not has_begun(folder / "run", stage):
+        time.sleep(0.01)
+    try:
+        _, errors = process.communicate(timeout=delay)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return True
+    assert process.returncode == 0, errors
+    return False
+
+
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Each stage of a run is killed up to twice, at random moments; then the run is left to end."""
+
+    def new(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "small.yaml").write_text(RECIPE)
+        return tmp_path / name
+
+    untouched = new("untouched")
+    assert not kill_in(untouched, "no stage", 3600)
+    expected = artifacts(untouched / "run")
+    verify(untouched / "run")
+
+    rng = random.Random(SEED)
+    kills: Counter[str] = Counter()
+    while kills.total() < KILLS:
+        folder = new(f"killed-{kills.total()}")
+        for stage in STAGES:
+            for _ in range(2):
+                kills[stage] += kill_in(folder, stage, rng.uniform(0, 0.3 if stage == "report" else 4))
+        assert not kill_in(folder, "no stage", 3600)
+        verify(folder / "run")
+        assert not hidden(folder / "run")
+        found = artifacts(folder / "run")
+        assert set(found) == set(expected)
+        assert {name for name in found if found[name] != expected[name]} == set()
+    print(f"{kills.total()} kills: {dict(kills)}")
+    assert set(kills) == set(STAGES)
