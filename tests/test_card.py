@@ -103,6 +103,7 @@ def test_a_saved_model_carries_what_its_trainer_did(pieces: Any, tmp_path: Path)
         "sigma_scale": 2.0,
         "mask": "fisher",
         "exact": True,
+        "compact": False,
         "frozen_moments": "zero",
         "zero_fisher": "trainable",
         "last_ratio": trainer.freezer.frozen_ratio,

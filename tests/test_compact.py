@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_freezing import GrowingRatio, make_fisher, make_model
-from test_freezing_steps import forward_backward
+from test_freezing_steps import Waits, forward_backward
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -369,7 +369,12 @@ def test_two_optimizers_and_a_gradient_scaler() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 9, 65535, 65537, 140000])
-def test_selecting_and_scattering_are_boolean_indexing(n: int) -> None:
+@pytest.mark.parametrize("way", ["numpy", "kept", "torch"])
+def test_selecting_and_scattering_are_boolean_indexing(
+    n: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
     generator = torch.Generator().manual_seed(n)
     mask = torch.rand(n, generator=generator) < 0.4
     values = torch.randn(n, generator=generator)
@@ -377,6 +382,8 @@ def test_selecting_and_scattering_are_boolean_indexing(n: int) -> None:
     know_counts([bits])
     for where in (True, False):
         chosen = mask if where else ~mask
+        if way == "kept":
+            bits.keep_indices(where=where)
         assert bits.number(where) == int(chosen.sum())
         assert torch.equal(bits.select(values, where=where), values[chosen])
         into = torch.zeros(n, dtype=torch.bfloat16)
@@ -403,3 +410,26 @@ def test_it_is_not_copied() -> None:
     with pytest.raises(RPSAError, match="is not copied"):
         copy.deepcopy((freezer, opt))
     assert trainable_parameters(make_model()).keys() == freezer.parameters.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_compact_step_does_not_wait_for_the_device(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
+    model, plain = make_model(), make_model()
+    freezer = CompactFreezer(model, make_fisher(model), ConstantRatio(0.6))
+    ours_optimizer, plain_optimizer = (
+        OPTIMIZERS[optimizer](groups(model)),
+        OPTIMIZERS[optimizer](groups(plain)),
+    )
+    freezer.attach(ours_optimizer)
+    for step in range(3):
+        with Waits() as ours:
+            forward_backward(model, step)
+            freezer.mask_gradients()
+            freezer.clip_grad_norm_(1.0)
+            ours_optimizer.step()
+        with Waits() as theirs:
+            forward_backward(plain, step)
+            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            plain_optimizer.step()
+        assert ours.count == theirs.count

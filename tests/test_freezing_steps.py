@@ -605,7 +605,10 @@ def test_closing_and_opening_at_once_is_closing_and_opening() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 65535, 65536, 65537, 131080])
-def test_bits_are_the_mask(n: int) -> None:
+@pytest.mark.parametrize("way", ["numpy", "torch"])
+def test_bits_are_the_mask(n: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "torch":
+        monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
     generator = torch.Generator().manual_seed(n)
     mask = torch.rand(n, generator=generator) < 0.4
     bits = BitMask.pack(mask)
@@ -618,6 +621,9 @@ def test_bits_are_the_mask(n: int) -> None:
         compared = BitMask.compare(values, "greater", 0.25)
         assert torch.equal(compared.unpack(), values > 0.25)
         assert torch.equal(BitMask.compare(values, "less", 0.0).unpack(), values < 0)
+        positive, negative = BitMask.signs(values)
+        assert torch.equal(positive.unpack(), values > 0)
+        assert torch.equal(negative.unpack(), values < 0)
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
         cleared, copied = values.clone(), values.clone()
         bits.clear_(cleared)
@@ -663,7 +669,10 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("moments", ["zero", "raw"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused", "sgd"])
-def test_a_step_does_not_wait_for_the_device(optimizer: str, moments: Any) -> None:
+def test_a_step_does_not_wait_for_the_device(
+    optimizer: str, moments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
     if (optimizer, moments) == ("sgd", "raw"):
         pytest.skip("raw moments are Adam's")
     w = start(optimizer, frozen_moments=moments)

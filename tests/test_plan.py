@@ -12,7 +12,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from test_cli import invoke
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from rpsa.errors import RPSAError
@@ -115,6 +115,27 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(tiny_model_dir(0))
 
 
+COMPACT = 0.6
+"""k where training is compact."""
+
+
+def weights_dtype(lora: bool, method: str, bf16: bool) -> str:
+    return "bfloat16" if bf16 and (lora or method == "compact") else "float32"
+
+
+class Between(TrainerCallback):
+    """What compact training holds between two steps, and gives up in the end."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.masters, self.optimizer = trainer, 0, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(args, "compact", False):
+            self.masters = size_of(self.trainer.freezer.masters.values())
+            states = self.trainer.optimizer.optimizer.state.values()
+            self.optimizer = size_of(t for state in states for t in state.values())
+
+
 def live_run(
     config: PreTrainedConfig, *, lora: bool, method: str, bf16: bool, checkpointing: bool, folder: Path
 ) -> tuple[dict[str, int], int]:
@@ -125,7 +146,7 @@ def live_run(
         "disable_tqdm": True, "weight_decay": 0.1,
     }  # fmt: skip
     settings = installed_names(settings, SFTConfig)
-    model = real_model(config, "bfloat16" if lora and bf16 else "float32", lora)
+    model = real_model(config, weights_dtype(lora, method, bf16), lora)
     common: dict[str, Any] = {
         "train_dataset": safety_dataset(config.vocab_size),
         "processing_class": tokenizer(),
@@ -138,7 +159,10 @@ def live_run(
         )
         fisher = FisherDiagonal.load(folder / "fisher")
         common |= {"fisher": fisher, "reference_dataset": reference}
-    if method == "rpsa":
+    if method == "compact":
+        args = RPSAConfig(**settings, frozen_ratio=COMPACT, compact=True)  # type: ignore[arg-type]
+        trainer = RPSATrainer(model=model, args=args, **common)
+    elif method == "rpsa":
         args = RPSAConfig(**settings, frozen_ratio="dynamic", every=1, window=2)
         trainer = RPSATrainer(model=model, args=args, **common)
     elif method != "plain":
@@ -147,6 +171,8 @@ def live_run(
     else:
         trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **common)
     scores = list(fisher.scores.values()) if method != "plain" else []
+    between = Between(trainer)
+    trainer.add_callback(between)
     with LiveBytes([*model.parameters(), *model.buffers(), *scores]) as live:
         trainer.train()
     parts = {
@@ -160,7 +186,9 @@ def live_run(
         parts["start"] = size_of(trainer.start.values())
         parts["Fisher"] = size_of(trainer.weight_penalty._weights.values())
         return parts, parts["weights"] + live.peak
-    if method == "rpsa":
+    if method == "compact":
+        parts |= {"gradients": between.masters, "masters": between.masters, "optimizer": between.optimizer}
+    if method in ("rpsa", "compact"):
         freezer, audit = trainer.freezer, trainer.rpsa.audit
         parts["masks"] = size_of(b.packed for b in [*freezer._support.values(), *freezer.mask.values()])
         values = [*audit._initial.values(), *audit._opened.values.values()]
@@ -178,22 +206,26 @@ def planned_run(
 ) -> StageMemory:
     shape = Shape(SEQUENCES, LENGTH)
     reference = Shape(SEQUENCES, THOUGHT) if method in ("rpsa", "agem") else None
-    freezing = Freezing(dynamic=True, raw_moments=False, gradient_only=False, audit=True)
+    compact = 1 - COMPACT if method == "compact" else None
+    freezing = Freezing(
+        dynamic=method == "rpsa", raw_moments=False, gradient_only=False, audit=True, compact=compact
+    )
     with fake_tensors():
-        model = build_model(config, "bfloat16" if lora and bf16 else "float32", LORA if lora else None)
-        passes = dry_passes(model, shape, reference, Precision(bf16, checkpointing), accumulated=False)
+        model = build_model(config, weights_dtype(lora, method, bf16), LORA if lora else None)
+        precision = Precision(bf16, checkpointing)
+        passes = dry_passes(model, shape, reference, precision, compact, accumulated=False)
         instead = Instead("fisher" if method == "penalty" else None, method == "agem")
         memory = align_memory(
             model,
             passes,
             "adamw_torch_fused",
-            freezing if method == "rpsa" else None,
+            freezing if method in ("rpsa", "compact") else None,
             instead if method in ("penalty", "agem") else None,
         )
     return memory.on(1, "one GPU")
 
 
-@pytest.mark.parametrize("method", ["plain", "rpsa", "penalty", "agem"])
+@pytest.mark.parametrize("method", ["plain", "rpsa", "compact", "penalty", "agem"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_memory_is_what_is_alive(
@@ -209,8 +241,9 @@ def test_training_memory_is_what_is_alive(
     )
     assert set(planned.kept) == set(parts)
     for part, size in parts.items():
-        assert planned.kept[part] == pytest.approx(size, rel=0.02), part
-    assert planned.total == pytest.approx(peak, rel=0.01)
+        # tokens that D_ref lacks have F = 0 and train, so that compact training holds a little more than 1 - k
+        assert planned.kept[part] == pytest.approx(size, rel=0.06 if method == "compact" else 0.02), part
+    assert planned.total == pytest.approx(peak, rel=0.015 if method == "compact" else 0.01)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -334,6 +367,13 @@ def test_what_is_kept_is_shared_out() -> None:
     }  # fmt: skip
     assert sharded.work == n + n // 16 + n // 2  # the pass, a quarter of the signs, what is gathered
     assert dataclasses.replace(plain, optimizer="sgd").on(1, "one GPU").kept["optimizer"] == 0
+    constant = dataclasses.replace(freezing, dynamic=False, compact=0.5)
+    compact = AlignMemory(n, n, 2 * n, 2 * n, 1000, "adamw_torch_fused", Passes(3 * n, 7 * n), constant)
+    assert dict(compact.on(1, "one GPU").kept) == {
+        "weights": 2 * n, "gradients": 2 * n, "optimizer": 4 * n, "masters": 2 * n, "masks": n // 8, "audit": 0
+    }  # fmt: skip
+    assert compact.on(1, "one GPU").work == n  # no copy of the weights
+    assert compact.on(2, "DDP").kept["buckets"] == 4 * n
 
 
 def test_a_stage_fits_with_room_to_spare() -> None:
@@ -425,6 +465,19 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=False, dtype="bfloat16",
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+@pytest.mark.slow
+def test_an_8b_model_is_trained_in_full_on_one_80_gib_gpu_if_training_is_compact(eight_billion: Path) -> None:
+    recipe = load_recipe(
+        RECIPES / "deepseek-r1-distill-llama-8b" / "fft+rpsa.yaml",
+        [f"model.name={eight_billion}", "align.frozen_ratio=0.6", "align.compact=true"],
+    )
+    [method] = make_plan(recipe, gpu_memory=80, gpus=(1,)).methods
+    [one] = method.layouts
+    assert one.fits
+    assert method.dtype == "auto"
+    assert sum(one.memory.kept.values()) <= 8.6 * method.parameters
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rpsa.errors import RPSAError
 from rpsa.text import json_problem, printable
@@ -29,6 +29,7 @@ DISK_MESSAGES = (
 )
 """How safetensors and torch say of a full disk what no OSError of theirs says."""
 _CHUNK = 1 << 20
+_SYNCED = 64
 _LONGEST_NAME = 100
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _HASHED = re.compile(r"-[0-9a-f]{8}$")
@@ -284,7 +285,7 @@ def reading_records(path: Path) -> Iterator[None]:
 
 
 def recover_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `append_line` wrote to; a last line that a crash cut off is removed from it.
+    """The records of a file that `appending` wrote to; a last line that a crash cut off is removed from it.
 
     Raises:
         RPSAError: another line is damaged, or is no record.
@@ -310,8 +311,26 @@ def recover_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def append_line(file: TextIO, record: Mapping[str, Any]) -> None:
-    """Write one record as a line of JSON that is on disk when this returns."""
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yields what writes one more record, a line of JSON, to the end of a file.
+
+    The system has it when that returns, so that no end of this process loses it; the disk has it 64 records later, or
+    when the block ends, as waiting for each would take longer than making it.
+    """
+    # half a surrogate pair becomes its JSON escape
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        written = 0
+
+        def append(record: Mapping[str, Any]) -> None:
+            nonlocal written
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            written += 1
+            if written % _SYNCED == 0:
+                os.fsync(file.fileno())
+
+        try:
+            yield append
+        finally:
+            os.fsync(file.fileno())

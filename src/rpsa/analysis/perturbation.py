@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rpsa.analysis.structure import Role, roles
-from rpsa.artifacts import append_line, reading_records, recover_lines
+from rpsa.artifacts import appending, reading_records, recover_lines
 from rpsa.errors import RPSAError, check_fields
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.masks import Mask, control_scores, keep_top
@@ -181,7 +181,7 @@ def perturb(
     wanted = cells(config)
     chosen: dict[str, Tensor] = {}
     chosen_for: tuple[Any, ...] = ()
-    with store.open("a", encoding="utf-8") as file:
+    with appending(store) as append:
         for cell in wanted:
             if cell in done:
                 continue
@@ -193,7 +193,7 @@ def perturb(
                 scores = {name: list(values) for name, values in evaluate(model, tokenizer).items()}
             change = abs(1 - cell.factor) * _length(parameters, chosen) / _length(parameters)
             done[cell] = Outcome(cell, _by_kind(chosen, role_of), change, scores)
-            append_line(file, asdict(done[cell]))
+            append(asdict(done[cell]))
             on_cell(cell)
     return [done[cell] for cell in wanted]
 
@@ -221,8 +221,8 @@ def _stored(store: Path, inputs: Mapping[str, Any]) -> dict[Cell, Outcome]:
     store.parent.mkdir(parents=True, exist_ok=True)
     records = recover_lines(store)
     if not records:
-        with store.open("a", encoding="utf-8") as file:
-            append_line(file, {"inputs": inputs})
+        with appending(store) as append:
+            append({"inputs": inputs})
         return {}
     with reading_records(store):
         return _outcomes(store, records, inputs)

@@ -9,13 +9,16 @@ operation waits for the device.
 
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rpsa.fisher.quantile import blocks
+from rpsa.fisher.quantile import CPU_BLOCK, blocks
+
+NUMPY_ON = ("cpu",)
+"""Where numpy does the work and may keep what it works with; elsewhere torch does, and the device is not waited for."""
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PACKING = 0x0102040810204080  # a product with it brings the lowest bits of eight bytes into the highest byte
@@ -32,6 +35,8 @@ class BitMask:
     def __init__(self, packed: Tensor, shape: torch.Size) -> None:
         self.packed, self.shape = packed, shape
         self._block_counts: list[int] | None = None
+        self._kept: dict[bool, Tensor] = {}
+        self._unset: Any = None
 
     @classmethod
     def pack(cls, mask: Tensor) -> "BitMask":
@@ -48,6 +53,19 @@ class BitMask:
             _compare(flat[start:stop], relation, value) for start, stop in blocks(flat.numel(), flat.device)
         ]
         return cls(torch.cat(packed) if packed else flat.to(torch.uint8), tensor.shape)
+
+    @classmethod
+    def signs(cls, tensor: Tensor) -> tuple["BitMask", "BitMask"]:
+        """`compare` of greater and of less than 0, block by block, so that the tensor is read once."""
+        flat = tensor.reshape(-1)
+        pairs = [
+            (_compare(flat[start:stop], "greater", 0.0), _compare(flat[start:stop], "less", 0.0))
+            for start, stop in blocks(flat.numel(), flat.device)
+        ]
+        if not pairs:
+            pairs = [(flat.to(torch.uint8), flat.to(torch.uint8))]
+        positive, negative = zip(*pairs, strict=True)
+        return cls(torch.cat(positive), tensor.shape), cls(torch.cat(negative), tensor.shape)
 
     def __and__(self, other: "BitMask") -> "BitMask":
         return BitMask(self.packed & other.packed, self.shape)
@@ -81,10 +99,12 @@ class BitMask:
         counts = [ones.index_select(0, self._bytes(start, stop)).sum() for start, stop in self._blocks()]
         return torch.stack(counts) if counts else self.packed.long()
 
-    def select(self, tensor: Tensor, *, where: bool = True) -> Tensor:
+    def select(self, tensor: Tensor, *, where: bool = True, out: Tensor | None = None) -> Tensor:
         """The elements of `tensor` at which the mask is `where`, 1-D. `know_counts` must have been called."""
         flat = tensor.detach().reshape(-1)
-        result = flat.new_empty(self.number(where))
+        result = flat.new_empty(self.number(where)) if out is None else out
+        if where in self._kept:
+            return torch.index_select(flat, 0, self._kept[where], out=result)
         end = 0
         for (start, stop), indices in self._indices(where):
             begin, end = end, end + len(indices)
@@ -94,10 +114,13 @@ class BitMask:
     def scatter_(self, values: Tensor, into: Tensor, *, where: bool = True) -> None:
         """Write 1-D values into the elements of a tensor at which the mask is `where`: undoes `select`."""
         flat = into.detach().view(-1) if into.is_contiguous() else into.detach().reshape(-1)
-        end = 0
-        for (start, stop), indices in self._indices(where):
-            begin, end = end, end + len(indices)
-            flat[start:stop].scatter_(0, indices, values[begin:end].to(flat.dtype))
+        if where in self._kept:
+            flat.scatter_(0, self._kept[where], values.to(flat.dtype))
+        else:
+            end = 0
+            for (start, stop), indices in self._indices(where):
+                begin, end = end, end + len(indices)
+                flat[start:stop].scatter_(0, indices, values[begin:end].to(flat.dtype))
         if not into.is_contiguous():
             into.copy_(flat.view(into.shape))
 
@@ -106,11 +129,17 @@ class BitMask:
         assert self._block_counts is not None, "know_counts() first"
         return sum(self._block_counts) if where else self.shape.numel() - sum(self._block_counts)
 
+    def keep_indices(self, *, where: bool) -> None:
+        """On a CPU remember what `select` and `scatter_` look for (int64): finding it takes longer than using it."""
+        if self.packed.device.type in NUMPY_ON and where not in self._kept:
+            found = [indices + start for (start, _), indices in self._indices(where)]
+            self._kept[where] = torch.cat(found) if found else self.packed.long()
+
     def _indices(self, where: bool) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Of each block, where it lies and int64 indices into it; the device is not waited for."""
         assert self._block_counts is not None, "know_counts() first"
         for (start, stop), count in zip(self._blocks(), self._block_counts, strict=True):
-            if self.packed.device.type == "cpu":
+            if self.packed.device.type in NUMPY_ON:
                 packed = self.packed[start // 8 : -(-stop // 8)].numpy()
                 bits = np.unpackbits(packed if where else ~packed, count=stop - start, bitorder="little")
                 yield (start, stop), torch.from_numpy(np.flatnonzero(bits))
@@ -119,12 +148,28 @@ class BitMask:
                 size = count if where else stop - start - count
                 yield (start, stop), torch.nonzero_static(block, size=size).view(-1)
 
+    def _unset_words(self) -> Any:
+        """int8, -1 where the mask is not set and 0 where it is: a wider integer takes it for all of its bits or none.
+
+        On a CPU, where it is kept: numpy reads it faster than torch unpacks bits.
+        """
+        if self._unset is None:
+            bits = np.unpackbits(self.packed.numpy(), count=self.shape.numel(), bitorder="little")
+            self._unset = bits.view(np.int8) - np.int8(1)
+        return self._unset
+
     def clear_(self, tensor: Tensor) -> None:
         """Set `tensor` to 0 where the mask is set."""
         if not tensor.is_contiguous():
             tensor.masked_fill_(self.unpack(), 0)
             return
         bits = as_words(tensor)
+        if bits.device.type in NUMPY_ON:
+            whole, kept = bits.numpy(), self._unset_words()
+            for start, stop in self._blocks():
+                part = whole[start:stop]
+                np.bitwise_and(part, kept[start:stop], out=part)
+            return
         for start, stop in self._blocks():
             bits[start:stop].bitwise_and_(self.words(start, stop, bits.dtype, where=False))
 
@@ -134,6 +179,15 @@ class BitMask:
             into.copy_(torch.where(self.unpack(), source, into))
             return
         old, bits = as_words(source), as_words(into)
+        if bits.device.type in NUMPY_ON:
+            whole, before, kept = bits.numpy(), old.numpy(), self._unset_words()
+            scratch = np.empty(min(len(whole), CPU_BLOCK), whole.dtype)
+            for start, stop in self._blocks():
+                part, copied, differs = whole[start:stop], before[start:stop], scratch[: stop - start]
+                np.bitwise_xor(part, copied, out=differs)
+                np.bitwise_and(differs, kept[start:stop], out=differs)
+                np.bitwise_xor(copied, differs, out=part)
+            return
         for start, stop in self._blocks():
             # x ^= (x ^ y) & mask: two passes less than torch.where makes on a CPU
             changed = (bits[start:stop] ^ old[start:stop]).bitwise_and_(self.words(start, stop, bits.dtype))
@@ -156,7 +210,7 @@ def as_words(tensor: Tensor) -> Tensor:
 
 def _pack(flat: Tensor) -> Tensor:
     """uint8 (ceil(n / 8)) of a flat bool tensor."""
-    if flat.device.type == "cpu":
+    if flat.device.type in NUMPY_ON:
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
@@ -164,7 +218,7 @@ def _pack(flat: Tensor) -> Tensor:
 
 
 def _compare(flat: Tensor, relation: Literal["greater", "less"], value: float) -> Tensor:
-    if flat.device.type == "cpu":
+    if flat.device.type in NUMPY_ON:
         # four times as fast as torch's comparison, which does not use wide instructions here
         numbers = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
         return torch.from_numpy(np.packbits(getattr(np, relation)(numbers, value), bitorder="little"))

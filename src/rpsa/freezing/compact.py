@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.freezing.bits import as_words, know_counts
+from rpsa.freezing.bits import NUMPY_ON, as_words, know_counts
 from rpsa.freezing.exact import MARK, AttachedSteps, Mask
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import FrozenRatio
@@ -75,6 +75,7 @@ class CompactFreezer(Freezer):
         super().__init__(model, fisher, ratio, ranking=ranking, zero_fisher=zero_fisher)
         self.masters: dict[str, nn.Parameter] = {}
         """By name the trainable elements of a parameter, 1-D, fp32 (or wider, if it is)."""
+        self._spare: dict[str, Tensor] = {}
         self._gathers_early = world_size() == 1 or self.sharded
 
     # Gradients
@@ -97,9 +98,21 @@ class CompactFreezer(Freezer):
             return
         if parameter.grad.is_sparse:
             raise RPSAError(f"the gradient of {name!r} is sparse: build its module with sparse=False")
-        gradient = self._mask[name].select(local(parameter.grad), where=False).to(master.dtype)
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        gradient, bits = local(parameter.grad), self._mask[name]
+        if master.grad is not None:
+            master.grad.add_(bits.select(gradient, where=False))
+        elif name in self._spare and gradient.dtype == master.dtype:
+            master.grad = bits.select(gradient, where=False, out=self._spare.pop(name))
+        else:
+            master.grad = bits.select(gradient, where=False).to(master.dtype)
         parameter.grad = None
+
+    def _free_gradient(self, name: str) -> None:
+        """After a step. On a CPU the memory is kept for the next gradient: fresh pages cost more than filling them."""
+        gradient = self.masters[name].grad
+        self.masters[name].grad = None
+        if gradient is not None and gradient.device.type in NUMPY_ON:
+            self._spare[name] = gradient
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -124,6 +137,8 @@ class CompactFreezer(Freezer):
     def _new_mask(self) -> Mask:
         mask = super()._new_mask()
         know_counts(mask.values())
+        for bits in mask.values():
+            bits.keep_indices(where=False)
         return mask
 
     def _hooked(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> AttachedSteps:
@@ -174,7 +189,6 @@ class _CompactSteps:
 
     def detach(self) -> None:
         """The optimizer holds the model's parameters again, with moments of 0 where elements were frozen."""
-        self._write_back()
         for handle in self._handles:
             handle.remove()
         self._swap({id(master): self.parameters[name] for name, master in self._masters.items()})
@@ -235,7 +249,7 @@ class _CompactSteps:
                 master.detach(), into=local(self.parameters[name].detach()), where=False
             )
             self._seen(name)
-            master.grad = None
+            self._freezer._free_gradient(name)
         if was_trained:  # else a subclass's own step, around its parent's that was written back already
             self._freezer._after_step(self.optimizer)
 
@@ -257,6 +271,7 @@ class _CompactSteps:
                     zeros = torch.zeros_like(source, dtype=value.dtype)
                     self.optimizer.state[master][key] = remapped(value, zeros)
             master.data = remapped(master.detach(), source.to(master.dtype, copy=True))
+            self._freezer._spare.clear()
 
     # Checkpoints
 

@@ -19,8 +19,7 @@ class Signs:
 
     @classmethod
     def of(cls, gradient: Tensor) -> "Signs":
-        gradient = local(gradient).detach()
-        return cls(BitMask.compare(gradient, "greater", 0.0), BitMask.compare(gradient, "less", 0.0))
+        return cls(*BitMask.signs(local(gradient).detach()))
 
     def within(self, support: BitMask) -> "Signs":
         """Neither above nor below where `support` is not set."""

@@ -94,10 +94,8 @@ class Freezer:
         """c of the last measurement; None before the first, and where a gradient was not finite."""
         device = next(iter(self.parameters.values())).device
         scores = self._shards(fisher)
-        self._support = {
-            name: BitMask.compare(score.to(self.parameters[name].device), "greater", 0.0)
-            for name, score in scores.items()
-        }
+        self._fisher_scores = scores
+        self._support: Mask = {}
         self._scores = scores if ranking is None else self._shards(ranking)
         self._ranking = Ranking(self._scores.values(), sharded=self.sharded, device=device)
         self._fisher_nonzero = (
@@ -188,6 +186,11 @@ class Freezer:
 
         Parameters without scores are among them: nothing is to be trained on D_ref.
         """
+        if not self._support:
+            self._support = {
+                name: BitMask.compare(score.to(self.parameters[name].device), "greater", 0.0)
+                for name, score in self._fisher_scores.items()
+            }
         gradients = self._gradients()
         self._reference = signs(gradients, self._support)
         self._reference_norm = _norm(gradients)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import append_line, atomic_write, reading_records, recover_lines, sha256_of
+from rpsa.artifacts import appending, atomic_write, reading_records, recover_lines, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Generator, Sampling, check_lengths
 from rpsa.generation.progress import track
@@ -54,13 +54,13 @@ def generate_resumable(
     )
     if label is not None:
         completions = track(completions, len(prompts), label, done=len(stored))
-    with target.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with appending(target) as append:
         if not lines:
-            append_line(file, header)
+            append(header)
         for position, completion in completions:
             index = missing[position]
             key = {"id": sample_ids[index], "prompt_sha256": _prompt_hash(prompts[index])}
-            append_line(file, key | asdict(completion))
+            append(key | asdict(completion))
             yield index, completion
 
 

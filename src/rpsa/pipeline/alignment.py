@@ -10,11 +10,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
+from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.loading import load_tasks
 from rpsa.pipeline.manifests import TIMING
 from rpsa.pipeline.models import load_tokenizer, settle_adapter, thought_of
@@ -233,8 +235,7 @@ def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[
 
 def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
     """Training examples that the evaluation asks about, too."""
-    prompts = [item.prompt for item in load_tasks(recipe.evaluate.tasks, task_options(recipe))]
-    found = contamination(examples, prompts)
+    found = contamination(examples, _prompts(tuple(recipe.evaluate.tasks), task_options(recipe)))
     if found:
         log.warning(
             "%d safety examples share a prompt or eight words in a row with evaluation prompts; see %s",
@@ -242,6 +243,12 @@ def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
             LOG,
         )
     return found
+
+
+@cache
+def _prompts(tasks: tuple[str, ...], options: TaskOptions) -> list[str]:
+    """Of the evaluation: the same for all cells of a study."""
+    return [item.prompt for item in load_tasks(tasks, options)]
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """From a model and a list of tasks to `results.json`: ask, grade, summarise. Each step goes on where it was stopped."""
 
+import contextlib
 import json
 import time
 from collections import defaultdict
@@ -8,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import append_line, atomic_write, reading_records, recover_lines, sha256_of, stable_json
+from rpsa.artifacts import appending, atomic_write, reading_records, recover_lines, sha256_of, stable_json
 from rpsa.chat import read_thought, render_prompt
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.grading import Graders, Response, graded
@@ -189,11 +190,13 @@ def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> lis
     with reading_records(stored):
         found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
     waiting = [response for response in responses if response.id not in found]
-    for sample in graded(waiting, graders):
-        if "program" in sample.details:
-            with stored.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                append_line(file, asdict(sample))
-        found[sample.id] = sample
+    with contextlib.ExitStack() as open_when_needed:
+        append = None
+        for sample in graded(waiting, graders):
+            if "program" in sample.details:
+                append = append or open_when_needed.enter_context(appending(stored))
+                append(asdict(sample))
+            found[sample.id] = sample
     return [found[response.id] for response in responses]
 
 

@@ -153,6 +153,19 @@ def training_dtype(cell_train: Mapping[str, Any], paradigm: str, model: Model) -
     return "bfloat16" if paradigm == "lora" and cell_train.get("bf16") else "float32"
 
 
+def alignment_dtype(cell: Cell, model: Model) -> str:
+    """As `training_dtype`, but compact training, with its fp32 masters, leaves weights as the checkpoint has them."""
+    is_compact = cell.align is not None and cell.align.compact
+    if (
+        is_compact
+        and cell.paradigm != "lora"
+        and cell.train.get("bf16")
+        and "dtype" not in model.model_fields_set
+    ):
+        return "auto"
+    return training_dtype(cell.train, cell.paradigm, model)
+
+
 def add_adapter(model: "PreTrainedModel", cell: Cell) -> Any:
     """A fresh LoRA adapter, whose random start depends on the cell's seed alone."""
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rpsa.checkpoints import load_adapter
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.pipeline.models import ADAPTER, add_adapter, load_model, training_dtype
+from rpsa.pipeline.models import ADAPTER, add_adapter, alignment_dtype, load_model
 from rpsa.pipeline.tasks import fisher_task, reference_task
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.schema import Cell, Recipe
@@ -103,7 +103,7 @@ def refusals_of_trl(cell: Cell) -> Iterator[None]:
 
 def starting_model(recipe: Recipe, cell: Cell) -> Any:
     """The base, under LoRA with the adapter on which the Fisher was measured."""
-    model: Any = load_model(cell.base, recipe.model, training_dtype(cell.train, cell.paradigm, recipe.model))
+    model: Any = load_model(cell.base, recipe.model, alignment_dtype(cell, recipe.model))
     if cell.paradigm != "lora":
         return model
     fisher = fisher_task(recipe, cell)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rpsa.pipeline.models import training_dtype
+from rpsa.pipeline.models import alignment_dtype
 from rpsa.pipeline.trainers import training_arguments
 from rpsa.plan.base import Base
 from rpsa.plan.dry_run import Precision, Shape
@@ -58,7 +58,7 @@ class _Planner:
         # bf16 is refused on a machine without a GPU, but not for the CPU
         on_cpu = replace(cell, train={**cell.train, "use_cpu": True})
         args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder, quiet=True)
-        dtype = training_dtype(cell.train, cell.paradigm, self.base.recipe.model)
+        dtype = alignment_dtype(cell, self.base.recipe.model)
         safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:
             safety = with_rehearsal(safety, cell, self.base.recipe)
@@ -85,14 +85,17 @@ class _Planner:
         precision = Precision(bool(run.args.bf16), _checkpoints(run.args))
         reference = self._reference_shape(run)
         dtype = next(run.model.parameters()).dtype
-        key = repr((sharded, dict(run.cell.lora), dtype, run.shape, reference, precision, run.accumulated))
+        share = _trained_share(run.args)
+        key = repr(
+            (sharded, dict(run.cell.lora), dtype, run.shape, reference, precision, run.accumulated, share)
+        )
         if key not in self._passes:
             if sharded:
                 lean = self.base.model("bfloat16" if precision.bf16 else "float32", run.cell.lora)
                 self._passes[key] = sharded_passes(lean, run.shape, reference, precision)
             else:
                 self._passes[key] = dry_passes(
-                    run.model, run.shape, reference, precision, accumulated=run.accumulated
+                    run.model, run.shape, reference, precision, share, accumulated=run.accumulated
                 )
         return self._passes[key]
 
@@ -162,7 +165,15 @@ def _freezing(args: Any) -> Freezing:
         raw_moments=args.frozen_moments == "raw",
         gradient_only=args.gradient_only,
         audit=args.audit,
+        compact=_trained_share(args),
     )
+
+
+def _trained_share(args: Any) -> float | None:
+    """What compact training trains of the elements: all of them where k may become 0. None if it is not compact."""
+    if not getattr(args, "compact", False):
+        return None
+    return 1.0 if args.frozen_ratio in ("dynamic", "noise") else 1 - args.frozen_ratio
 
 
 def _checkpoints(args: Any) -> bool:

@@ -37,9 +37,17 @@ class Precision:
     checkpointing: bool
 
 
-def training_peak(model: Any, shape: Shape, precision: Precision, *, accumulated: bool = False) -> int:
+def training_peak(
+    model: Any,
+    shape: Shape,
+    precision: Precision,
+    compact: float | None = None,
+    *,
+    accumulated: bool = False,
+) -> int:
     """Bytes beside the weights at the worst moment of TRL's forward and backward pass, gradients included.
 
+    `compact`: this share of each gradient is gathered in fp32 and the whole one freed, as compact training does.
     `accumulated`: gradients of an earlier micro-batch are there already.
     """
     from trl.trainer.utils import add_fused_lm_head
@@ -54,8 +62,10 @@ def training_peak(model: Any, shape: Shape, precision: Precision, *, accumulated
         log_probs: Tensor = output.log_probs
         return -log_probs.sum()
 
+    gathered = nullcontext() if compact is None else _gathering(trainable_parameters(model).values(), compact)
     try:
-        return _peak(model, loss, precision, runs=2 if accumulated else 1)
+        with gathered:
+            return _peak(model, loss, precision, runs=2 if accumulated else 1)
     finally:
         base.forward = plain
 
@@ -209,6 +219,22 @@ def _dropping_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         parameter.grad = None
 
     handles = [p.register_post_accumulate_grad_hook(drop) for p in parameters]  # type: ignore[no-untyped-call]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def _gathering(parameters: Iterable[nn.Parameter], share: float) -> Iterator[None]:
+    held: dict[int, Tensor] = {}
+
+    def gather(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        part = parameter.grad.new_empty(round(share * parameter.numel())).float()
+        held[id(parameter)] = held[id(parameter)].add_(part) if id(parameter) in held else part
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(gather) for p in parameters]  # type: ignore[no-untyped-call]
     yield
     for handle in handles:
         handle.remove()

@@ -5,8 +5,11 @@ What stays in a training step with trainable parameters of b bytes each (4, as t
     weights b (and the frozen base's under LoRA) + gradients b + AdamW's moments 2 b
     + masks 1/4 (where F > 0, and what is frozen) + signs of g_R 1/4 (only from its measurement to the mask)
 
-(the scores stay on the host), and of an alternative: a penalty's starting weights b and Fisher 4, or a projection's
-g_R b (until it is used).
+(the scores stay on the host). Compact training of a share s of the elements has weights of any dtype, and of its own
+
+    masters 4 s + gradients 4 s + AdamW's moments 8 s + masks 1/8, or 1/4 if k changes
+
+An alternative has a penalty's starting weights b and Fisher 4, or a projection's g_R b (until it is used).
 """
 
 from collections.abc import Mapping
@@ -63,6 +66,8 @@ class Freezing:
     raw_moments: bool
     gradient_only: bool
     audit: bool
+    compact: float | None = None
+    """The share of the elements that is trained, if the optimizer holds no others."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,13 @@ class AlignMemory:
         parts = gpus if sharding == "FSDP2" else 1
         kept = {
             "weights": self.weights // parts,
-            "gradients": self.trainable_bytes // parts,
+            "gradients": self._gradient_bytes() // parts,
             "optimizer": self._optimizer_bytes() // parts,
         }
-        if sharding == "DDP":
-            kept["buckets"] = self.trainable_bytes
+        if self._masters is not None:
+            kept["masters"] = self._masters // parts
+        if sharding == "DDP":  # compact training gathers what is reduced, and so keeps it whole until then
+            kept["buckets"] = self.trainable_bytes * (1 if self._masters is None else 2)
         signs = 0
         if self.instead and self.instead.penalty:
             kept["start"] = self.trainable_bytes // parts
@@ -119,11 +126,11 @@ class AlignMemory:
         if self.instead and self.instead.projection:
             signs = self.trainable_bytes // parts
         if self.freezing:
-            kept["masks"] = self.trainable // 4 // parts
+            kept["masks"] = self.trainable // (4 if self.freezing.dynamic else 8) // parts
             kept["audit"] = self._audit_bytes(parts)
             signs = self.trainable // 4 // parts if self.freezing.dynamic else 0
         passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r else 0)
-        passes += self.passes.gathered if sharding == "FSDP2" else -self.trainable_bytes
+        passes += self.passes.gathered if sharding == "FSDP2" else -self._gradient_bytes()
         return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
 
     @property
@@ -133,7 +140,16 @@ class AlignMemory:
 
     def _optimizer_bytes(self) -> int:
         family = next((name for name in _STATES if name in self.optimizer), None)
-        return self.trainable_bytes * (2 if family is None else _STATES[family])
+        return self._gradient_bytes() * (2 if family is None else _STATES[family])
+
+    @property
+    def _masters(self) -> int | None:
+        """fp32 masters of compact training; gradients and moments are as large."""
+        share = self.freezing.compact if self.freezing else None
+        return None if share is None else 4 * round(share * self.trainable)
+
+    def _gradient_bytes(self) -> int:
+        return self.trainable_bytes if self._masters is None else self._masters
 
     def _audit_bytes(self, parts: int) -> int:
         """The first values and the current interval's of a sample, and where it is; of a small model, all of it."""
@@ -161,7 +177,7 @@ class AlignMemory:
         return max(threshold, checksum)
 
     def _update_bytes(self, parts: int) -> int:
-        if self.freezing is None:
+        if self.freezing is None or self._masters is not None:
             return 0
         raw = self.trainable_bytes if self.freezing.raw_moments else 0
         copy = 0 if self.freezing.gradient_only else self.trainable_bytes
@@ -171,11 +187,17 @@ class AlignMemory:
 
 
 def dry_passes(
-    model: Any, shape: Shape, reference: Shape | None, precision: Precision, *, accumulated: bool
+    model: Any,
+    shape: Shape,
+    reference: Shape | None,
+    precision: Precision,
+    compact: float | None = None,
+    *,
+    accumulated: bool,
 ) -> Passes:
-    """On one GPU or under DDP. `reference` is g_R's batch, if it is measured; `accumulated` as in `dry_run`."""
+    """On one GPU or under DDP. `reference` is g_R's batch, if it is measured; the others as in `dry_run`."""
     return Passes(
-        training_peak(model, shape, precision, accumulated=accumulated),
+        training_peak(model, shape, precision, compact, accumulated=accumulated),
         reasoning_peak(model, reference, precision, accumulated=accumulated) if reference else 0,
     )
 

@@ -142,6 +142,7 @@ class Align(Section):
     gradient_only: bool = False
     frozen_moments: Literal["zero", "raw"] = "zero"
     zero_fisher: Literal["trainable", "frozen"] = "trainable"
+    compact: bool = False
     audit: bool = True
 
 

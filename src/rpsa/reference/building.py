@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import append_line, atomic_write, recover_lines, sha256_of, stable_json
+from rpsa.artifacts import appending, atomic_write, recover_lines, sha256_of, stable_json
 from rpsa.chat import read_thought, render_prompt
 from rpsa.generation import Completion, Generator, Sampling
 from rpsa.reference.dataset import ReferenceDataset, Trace, trace_of
@@ -81,11 +81,11 @@ def build_reference(
     completions = generator.generate(
         [prompts[i] for i in missing], config.sampling, [problems[i].id for i in missing]
     )
-    with partial.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with appending(partial) as append:
         for index, completion in completions:
             problem, prompt_ids = problems[missing[index]], prompts[missing[index]]
             trace = _new_trace(problem, prompt_ids, completion, grade)
-            append_line(file, asdict(trace))
+            append(asdict(trace))
             done[problem.id] = trace
             if on_trace:
                 on_trace(trace)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from rpsa.artifacts import reading
 from rpsa.errors import RPSAError
 from rpsa.freezing.audit import Audit
+from rpsa.freezing.compact import CompactFreezer
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio
@@ -52,12 +53,10 @@ class RPSACallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.freezer is not None:
-            self.freezer.detach()
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        self.freezer = freezer = self._make_freezer(model)
-        self.trajectory = []
-        freezer.attach(kwargs["optimizer"])
+        if self.freezer is None:
+            self.attach(kwargs["optimizer"])
+        assert self.freezer is not None
+        freezer = self.freezer
         freezer.step = state.global_step
         self.audit = Audit(freezer, args.seed) if self.trainer.args.audit else None
         self._measure_shares()
@@ -68,14 +67,28 @@ class RPSACallback(TrainerCallback, ExportableState):
         self._between_steps = self._state()
         self._warn_if_never_dynamic(state.max_steps)
 
+    def release(self) -> None:
+        """Let go of the last run, which may have ended in an exception."""
+        if self.freezer is not None:
+            self.freezer.detach()
+        self.freezer, self.audit, self.trajectory = None, None, []
+
+    def attach(self, optimizer: Any) -> None:
+        """Make the freezer: when training begins, or before an optimizer's state is read that only masters fit."""
+        self.freezer = self._make_freezer(self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped))
+        self.freezer.attach(optimizer)
+
     def _make_freezer(self, model: nn.Module) -> Freezer:
         args, fisher = self.trainer.args, self.trainer.fisher
         ranking = None
         if args.mask != "fisher":
             ranking = control_scores(args.mask, fisher, trainable_parameters(model), args.seed)
+        scores = fisher.for_any_weights()  # the trainer has compared them
+        if args.compact:
+            return CompactFreezer(model, scores, args.ratio(), ranking=ranking, zero_fisher=args.zero_fisher)
         return Freezer(
             model,
-            fisher.for_any_weights(),  # the trainer has compared them
+            scores,
             args.ratio(),
             ranking=ranking,
             gradient_only=args.gradient_only,
@@ -169,9 +182,10 @@ class RPSACallback(TrainerCallback, ExportableState):
             "rpsa/k": self.freezer.frozen_ratio,
             "rpsa/tau": self.freezer.threshold,
             "rpsa/frozen_fraction": self._frozen_fraction,
-            "rpsa/grad_norm_unmasked": float(self.freezer.gradient_norm),
             **self._shares,
         }
+        if not self.trainer.args.compact:  # which has seen the trainable elements' gradients alone
+            logs["rpsa/grad_norm_unmasked"] = float(self.freezer.gradient_norm)
         self._shares = {}  # said once, and again when the mask has changed
         if ks:
             if (c := self.trajectory[-1]["c"]) is not None:

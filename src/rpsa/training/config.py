@@ -66,6 +66,13 @@ class RPSAArguments:
     reference_max_length: int | None = field(
         default=4096, metadata={"help": "Tokens of a reasoning trace that the reasoning gradient sees."}
     )
+    compact: bool = field(
+        default=False,
+        metadata={
+            "help": "Give the optimizer the trainable elements alone, as fp32 masters: frozen ones cost no gradient, "
+            "no moment and no time, and the model may be in bf16."
+        },
+    )
     audit: bool = field(
         default=True,
         metadata={"help": "Checksum the frozen set, and write rpsa_audit.json beside the model."},
@@ -94,6 +101,8 @@ class RPSAArguments:
         ):
             if getattr(self, name) not in choices:
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.compact:
+            refuse_what_is_not_compact(self)
         refuse_unsupported(self)
         refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
@@ -122,6 +131,27 @@ def check_own_fields(args: Any, ours: type, but: str = "") -> None:
     refuse_text_for_numbers(args)
     if args.reference_max_length is not None and args.reference_max_length < 1:
         raise RPSAError(f"reference_max_length is {args.reference_max_length}: give 1 or more, or None")
+
+
+_ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
+
+
+def refuse_what_is_not_compact(args: Any) -> None:
+    """Raise RPSAError for what needs a frozen element's gradient or moment, which compact training does not keep."""
+    if args.gradient_only:
+        raise RPSAError(
+            "compact and gradient_only: in compact training frozen elements cannot move; choose one"
+        )
+    if args.frozen_moments != "zero":
+        raise RPSAError(
+            "compact and frozen_moments=raw: compact training keeps no moments of frozen elements; choose one"
+        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer not in _ELEMENTWISE:
+        raise RPSAError(
+            f"compact: optim {optimizer} does not treat each element by itself, or is untested; use one of "
+            f"{', '.join(_ELEMENTWISE)}"
+        )
 
 
 def refuse_unsupported_ranks(args: Any) -> None:

@@ -42,6 +42,7 @@ def _freezing(trainer: "RPSAMixin") -> dict[str, Any]:
         **{name: getattr(args, name) if moves else None for name in ("window", "every", "sigma_scale")},
         "mask": args.mask,
         "exact": not args.gradient_only,
+        "compact": args.compact,
         "frozen_moments": args.frozen_moments,
         "zero_fisher": args.zero_fisher,
         "last_ratio": freezer.frozen_ratio if freezer else None,

@@ -18,7 +18,8 @@ def frozen(metadata: Mapping[str, Any]) -> str:
     else:
         mask = f"Frozen first: `{freezing['mask']}`, a control that does not go by the Fisher information."
     if freezing["exact"]:
-        how = "How: exactly. A frozen element is bit-identical after each optimizer step."
+        how = "How: exactly. A frozen element is bit-identical after each optimizer step"
+        how += ", as the optimizer held the trainable elements alone." if freezing["compact"] else "."
     else:
         how = "How: gradients only. Frozen elements had no gradient, but weight decay and momentum still moved them."
     return bullets(

@@ -1,6 +1,7 @@
 """RPSA inside a Hugging Face trainer: `RPSATrainer` in place of TRL's `SFTTrainer`, `RPSAMixin` for any other."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rpsa.freezing.freezer import Freezer
 from rpsa.reference import ReferenceDataset
 from rpsa.training.callback import RPSACallback
 from rpsa.training.card import write_card
+from rpsa.training.compact_shards import load_shards, save_shards
 from rpsa.training.config import RPSAArguments
 from rpsa.training.metadata import model_metadata
 from rpsa.training.names import CardNames
@@ -64,8 +66,36 @@ class RPSAMixin(ReasoningMixin):
             raise RPSAError("there is no freezer before train() has begun")
         return self.rpsa.freezer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.rpsa.release()
+        return super().train(*args, **kwargs)
+
     def on_gradients_complete(self) -> None:
         self.rpsa.on_gradients_complete()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.args.compact:
+            return self.freezer.clip_grad_norm_(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.args.compact and grad_norm is None:
+            return self.freezer.clip_grad_norm_(math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.compact and checkpoint is not None:
+            self.rpsa.attach(self.optimizer)
+            if self.is_fsdp_enabled:
+                load_shards(self.optimizer, self.lr_scheduler, Path(checkpoint))
+                return
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.compact and self.is_fsdp_enabled:
+            save_shards(self.model, self.optimizer, self.lr_scheduler, Path(output_dir), self.accelerator)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.rpsa.freezer is not None:

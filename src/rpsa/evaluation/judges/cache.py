@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import append_line, atomic_write, sha256_of, stable_json
+from rpsa.artifacts import appending, atomic_write, sha256_of, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.judges.judgement import Judge, Judgement
 
@@ -47,11 +47,10 @@ class CachedJudge:
             atomic_write(self.folder / "identity.json", stable_json(dict(self.identity)))
         keys = list(waiting)
         path = self.folder / f"{secrets.token_hex(8)}.jsonl"
-        # half a surrogate pair, which a judge's JSON may hold, becomes its JSON escape
-        with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        with appending(path) as append:
             for position, judgement in self.inner.judge([pairs[waiting[key][0]] for key in keys]):
                 key = keys[position]
-                append_line(file, {"key": key, **vars(judgement)})
+                append({"key": key, **vars(judgement)})
                 for index in waiting[key]:
                     yield index, judgement
 
