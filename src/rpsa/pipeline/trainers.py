@@ -1,5 +1,6 @@
 """The trainer of a cell: its settings, the model that it starts from, and what goes by Fisher or D_ref."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,12 +77,24 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
     longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
     with refusals_of_trl(cell):
         if cell.align is not None:
-            return RPSAConfig(**arguments, **cell.align.model_dump(), **longest)
+            own = cell.align.model_dump() | {"compact": bool(cell.align.compact)}
+            made = RPSAConfig(**arguments, **own, **longest)
+            if cell.align.compact is None:
+                made.compact = _may_be_compact(made)
+            return made
         if _is_plain(cell):
             return SFTConfig(**arguments)
         assert cell.alternatives is not None
         own = cell.alternatives.model_dump(exclude={"rehearsal_share"})
         return AlternativesConfig(**arguments, **own, **longest)
+
+
+def _may_be_compact(arguments: Any) -> bool:
+    """Where a recipe does not say: it trains the same for less where k is constant and nothing is sharded."""
+    from rpsa.training.config import why_not_compact
+
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return not isinstance(arguments.frozen_ratio, str) and not why_not_compact(arguments) and not is_sharded
 
 
 def _is_plain(cell: Cell) -> bool:

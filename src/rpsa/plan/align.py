@@ -22,6 +22,7 @@ from rpsa.plan.steps import count_steps
 from rpsa.plan.time import GPUS, compute_seconds, launch_seconds, training_operations, update_seconds
 from rpsa.plan.tokens import SafetyTokens, safety_tokens, with_rehearsal
 from rpsa.recipe.schema import Cell
+from rpsa.recipe.sections import Align
 from rpsa.thought import THINK
 
 
@@ -62,7 +63,7 @@ class _Planner:
         safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:
             safety = with_rehearsal(safety, cell, self.base.recipe)
-        freezing = _freezing(args) if cell.align else None
+        freezing = _freezing(args, cell.align) if cell.align else None
         model = self.base.model(dtype, cell.lora)
         run = _DryRun(cell, args, model, Shape(args.per_device_train_batch_size, safety.longest))
         instead = _instead(args) if cell.alternatives and not cell.align else None
@@ -85,7 +86,7 @@ class _Planner:
         precision = Precision(bool(run.args.bf16), _checkpoints(run.args))
         reference = self._reference_shape(run)
         dtype = next(run.model.parameters()).dtype
-        share = _trained_share(run.args)
+        share = _trained_share(run.args) if run.cell.align and not sharded else None
         key = repr(
             (sharded, dict(run.cell.lora), dtype, run.shape, reference, precision, run.accumulated, share)
         )
@@ -159,13 +160,14 @@ def _instead(args: Any) -> Instead | None:
     return Instead(penalty=args.penalty, projection=args.projection is not None)
 
 
-def _freezing(args: Any) -> Freezing:
+def _freezing(args: Any, align: Align) -> Freezing:
     return Freezing(
         dynamic=args.frozen_ratio in ("dynamic", "noise"),
         raw_moments=args.frozen_moments == "raw",
         gradient_only=args.gradient_only,
         audit=args.audit,
         compact=_trained_share(args),
+        compact_shards=bool(align.compact),
     )
 
 

@@ -13,7 +13,7 @@ An alternative has a penalty's starting weights b and Fisher 4, or a projection'
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -68,6 +68,8 @@ class Freezing:
     audit: bool
     compact: float | None = None
     """The share of the elements that is trained, if the optimizer holds no others."""
+    compact_shards: bool = True
+    """Whether that is so under FSDP2, too."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ class AlignMemory:
 
     def on(self, gpus: int, sharding: Sharding) -> StageMemory:
         """Memory of each of `gpus`. `passes` must be those of the sharding."""
+        if (
+            sharding == "FSDP2"
+            and self.freezing
+            and self.freezing.compact
+            and not self.freezing.compact_shards
+        ):
+            return replace(self, freezing=replace(self.freezing, compact=None)).on(gpus, sharding)
         parts = gpus if sharding == "FSDP2" else 1
         kept = {
             "weights": self.weights // parts,

@@ -142,7 +142,7 @@ class Align(Section):
     gradient_only: bool = False
     frozen_moments: Literal["zero", "raw"] = "zero"
     zero_fisher: Literal["trainable", "frozen"] = "trainable"
-    compact: bool = False
+    compact: bool | None = None
     audit: bool = True
 
 

@@ -70,7 +70,7 @@ class RPSAArguments:
         default=False,
         metadata={
             "help": "Give the optimizer the trainable elements alone, as fp32 masters: frozen ones cost no gradient, "
-            "no moment and no time, and the model may be in bf16."
+            "no moment and no time, and the model may be in bf16. The model's parameters then have no .grad."
         },
     )
     audit: bool = field(
@@ -101,8 +101,8 @@ class RPSAArguments:
         ):
             if getattr(self, name) not in choices:
                 raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if self.compact:
-            refuse_what_is_not_compact(self)
+        if self.compact and (reason := why_not_compact(self)):
+            raise RPSAError(f"compact{reason}")
         refuse_unsupported(self)
         refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
@@ -136,22 +136,19 @@ def check_own_fields(args: Any, ours: type, but: str = "") -> None:
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 
 
-def refuse_what_is_not_compact(args: Any) -> None:
-    """Raise RPSAError for what needs a frozen element's gradient or moment, which compact training does not keep."""
+def why_not_compact(args: Any) -> str:
+    """What needs a frozen element's gradient or moment, which compact training does not keep; "" if nothing does."""
     if args.gradient_only:
-        raise RPSAError(
-            "compact and gradient_only: in compact training frozen elements cannot move; choose one"
-        )
+        return " and gradient_only: in compact training frozen elements cannot move; choose one"
     if args.frozen_moments != "zero":
-        raise RPSAError(
-            "compact and frozen_moments=raw: compact training keeps no moments of frozen elements; choose one"
-        )
+        return " and frozen_moments=raw: compact training keeps no moments of frozen elements; choose one"
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in _ELEMENTWISE:
-        raise RPSAError(
-            f"compact: optim {optimizer} does not treat each element by itself, or is untested; use one of "
+        return (
+            f": optim {optimizer} does not treat each element by itself, or is untested; use one of "
             f"{', '.join(_ELEMENTWISE)}"
         )
+    return ""
 
 
 def refuse_unsupported_ranks(args: Any) -> None:
