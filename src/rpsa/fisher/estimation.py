@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from rpsa.errors import RPSAError
 from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.hooked import Hooks, NotHookable
-from rpsa.fisher.log_probs import check_causal, is_low_precision, response_log_probs
+from rpsa.fisher.log_probs import check_causal, is_low_precision, label_log_probs, response_logits
 from rpsa.fisher.loop import Loop, only_requiring_grad
-from rpsa.fisher.probes import probe_weights
-from rpsa.fisher.samples import Responses, Samples
+from rpsa.fisher.probes import Probe, probes
+from rpsa.fisher.samples import Samples
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.sharding import all_reduce, gather_objects, on_any_rank, rank, reshard, world_size
 
 logger = logging.getLogger(__name__)
+
+_CHECKED_TOKENS = 64
 
 
 class Estimation:
@@ -53,16 +55,17 @@ class Estimation:
     def run(self) -> None:
         """Sum over all samples that are finite.
 
-        A gradient may turn out not to be finite after parts of it were added: the pass then goes on only to
-        find all such samples, and a new one leaves them out.
+        That one is not shows when its batch was added: the pass then goes on only to find all such samples, and a
+        new one leaves them out.
 
         Raises:
-            RPSAError: a sample is not finite and the config says stop, or no sample is finite.
+            RPSAError: a sample is not finite and the config says stop, no sample is finite, or the sums are not.
         """
         check_causal(self._model, self._data[0], self._device)
         self._choose_path()
         while True:
             self.squares.clear()
+            known = len(self.excluded)
             try:
                 is_clean = self._pass()
             except NotHookable as reason:
@@ -70,6 +73,11 @@ class Estimation:
                 continue
             if is_clean:
                 break
+            has_found = len(self.excluded) > known
+            if not (on_any_rank(has_found) if self.squares.sharded else has_found):
+                raise RPSAError(
+                    "the sums of squared gradients are too large for float32: check the model's weights"
+                )
         self.squares.sum_over_ranks()
         for excluded in gather_objects(self.excluded):
             self.excluded |= excluded
@@ -114,18 +122,15 @@ class Estimation:
     def _single_samples(self) -> Iterator[Samples]:
         for samples in self._data:
             for row in range(len(samples)):
-                yield samples.select([row])
+                yield samples.select([row]).cut(_CHECKED_TOKENS)
 
     def _traces(self, sample: Samples) -> dict[str, float] | None:
         """Each parameter's summed squared gradient; None if something is not finite."""
         with self._installed():
-            log_probs, responses = self._log_probs(sample)
-            if not bool(log_probs.isfinite().all()):
-                return None
-            self._add_squares(sample, log_probs, responses)
-        if self.squares.nonfinite_rows():
+            is_bad = self._nonfinite_rows(sample)
+        if is_bad:
             return None
-        return {name: float(trace[0]) for name, trace in self.squares.read_traces().items()}
+        return {name: float(norm[0]) for name, norm in self.squares.read_norms().items()}
 
     def _pass(self) -> bool:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
@@ -133,14 +138,22 @@ class Estimation:
         shares = self._shares()
         with self._installed(), _progress_bar(shares, self._config.progress and rank() == 0) as bar:
             for samples, counts in shares:
-                rows = [row for row, place in enumerate(samples.places) if place not in self.excluded]
-                for part in [rows] if self._hooks else [[row] for row in rows]:
-                    if part and not self._add(samples.select(part), counts):
-                        is_clean = False
-                if not rows and self._is_in_step:
-                    self._add(samples, counts=False)
+                for part in self._parts(samples):
+                    batch = samples.select(part) if part else samples
+                    is_clean = is_clean and self._add(batch, counts and bool(part))
+                    if not is_clean:
+                        self._exclude(batch, self._nonfinite_rows(batch, counts and bool(part)))
                 bar.update(len(samples))
-        return not on_any_rank(not is_clean) if self._is_in_step else is_clean
+        return is_clean
+
+    def _parts(self, samples: Samples) -> list[list[int]]:
+        """Which rows of a batch to take at once; none of them: run along."""
+        rows = [row for row, place in enumerate(samples.places) if place not in self.excluded]
+        if not self._hooks:
+            return [[row] for row in rows]
+        # each half's rows side by side
+        rows.sort(key=lambda row: samples.places[row] % 2)
+        return [rows] if rows or self._is_in_step else []
 
     @property
     def _is_in_step(self) -> bool:
@@ -170,20 +183,19 @@ class Estimation:
                 reshard(self._model)
 
     def _add(self, samples: Samples, counts: bool = True) -> bool:
-        """Add a batch, without the samples whose log-probabilities are not finite; False as in `_pass`."""
-        log_probs, responses = self._log_probs(samples)
-        bad = sorted(set(responses.rows[~log_probs.isfinite()].tolist())) if counts else []
-        if on_any_rank(bool(bad)) if self._is_in_step else bad:
-            del log_probs
-            self._exclude(samples, bad)
-            rest = [row for row in range(len(samples)) if row not in bad]
-            if rest:
-                return self._add(samples.select(rest), counts)
-            return not self._is_in_step or self._add(samples, counts=False)
-        self._add_squares(samples, log_probs, responses, counts)
-        bad = self.squares.nonfinite_rows()
-        self._exclude(samples, bad)
-        return not bad
+        """Add a batch; False if something was not finite, on any rank of a sharded model: the sums are spoilt then."""
+        self.squares.begin([place % 2 for place in samples.places], counts=counts)
+        _, is_finite = self._add_squares(samples)
+        all_finite = self.squares.is_finite()
+        is_clean = bool(all_finite & is_finite.all() if counts else all_finite)  # waits for the device
+        return not on_any_rank(not is_clean) if self.squares.sharded else is_clean
+
+    def _nonfinite_rows(self, samples: Samples, counts: bool = True) -> list[int]:
+        """Rows of a batch whose log-probabilities or gradients are not finite; the sums stay as they are."""
+        self.squares.begin_norms(len(samples), counts=counts)
+        rows, is_finite = self._add_squares(samples)
+        found = {*rows[~is_finite.cpu()].tolist(), *self.squares.nonfinite_rows()}
+        return sorted(found) if counts else []
 
     def _exclude(self, samples: Samples, rows: list[int]) -> None:
         if not rows:
@@ -194,27 +206,42 @@ class Estimation:
         logger.warning("skipped, as log p or gradients are not finite: sample %s", names)
         self.excluded |= {samples.places[row]: samples.ids[row] for row in rows}
 
-    def _log_probs(self, samples: Samples) -> tuple[Tensor, Responses]:
-        """log p of all response tokens of a batch, (N,), and where they are."""
+    def _add_squares(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Go forward and back; the response tokens' rows (on the CPU), and whether each one's log p is finite."""
+        responses = samples.responses()
         hooked = self._hooks.forward_pass(len(samples), self._device.type) if self._hooks else None
-        return response_log_probs(self._model, samples, self._device, hooked)
-
-    def _add_squares(
-        self, samples: Samples, log_probs: Tensor, responses: Responses, counts: bool = True
-    ) -> None:
-        self.squares.begin([place % 2 for place in samples.places], counts=counts)
+        logits, places = response_logits(self._model, samples, responses, self._device, hooked)
+        passes = probes(self._config, samples, responses)
+        # the softmax of each pass is that of its own tokens
+        log_probs = [
+            label_log_probs(logits, *(t[p.tokens].to(logits.device) for t in (places, responses.labels)))
+            for p in passes
+        ]
+        rows = torch.cat([responses.rows[p.tokens] for p in passes])
+        is_finite = torch.cat([values.detach() for values in log_probs]).isfinite()
+        del logits
         # The backward pass runs in the dtypes that the forward pass has left: a caller's autocast ends there.
-        with torch.autocast(log_probs.device.type, enabled=False):
-            if self._config.estimator == "per_token":
-                self._loop.add_tokens(log_probs)
-                return
-            probes = probe_weights(self._config, samples, responses)
-            if self._is_in_step:
-                passes = int(all_reduce(torch.tensor(len(probes)), "MAX"))
-                probes += [torch.zeros_like(probes[0])] * (passes - len(probes))
-            for number, weights in enumerate(probes, start=1):
-                seeds = weights.to(log_probs.device, log_probs.dtype)
-                torch.autograd.backward(log_probs, seeds, retain_graph=number < len(probes))
+        with torch.autocast(is_finite.device.type, enabled=False):
+            self._backward(log_probs, passes)
+        if self._hooks is None:
+            for name in self._parameters:
+                self.squares.look(name, 0)
+        return rows, is_finite
+
+    def _backward(self, log_probs: list[Tensor], passes: list[Probe]) -> None:
+        """Each pass's backward pass; frees `log_probs` on the way."""
+        if self._config.estimator == "per_token":
+            self._loop.add_tokens(log_probs.pop())
+            return
+        weights = [p.weights for p in passes]
+        if self._is_in_step:
+            missing = int(all_reduce(torch.tensor(len(passes)), "MAX")) - len(passes)
+            log_probs += log_probs[-1:] * missing
+            weights += [torch.zeros_like(weights[-1])] * missing
+        for seeds in weights:
+            values = log_probs.pop(0)
+            seeds = seeds.to(values.device, values.dtype)
+            torch.autograd.backward(values, seeds, retain_graph=bool(log_probs))
 
 
 def _progress_bar(shares: list[tuple[Samples, bool]], is_shown: bool) -> Any:

@@ -20,6 +20,11 @@ from rpsa.sharding import unsharded_type
 Rule = Callable[[Tensor, Tensor], None]
 """Takes a module's input and the gradient at its output, and adds the squares."""
 
+# Elements of a piece of a gradient: in a CPU's cache with the sums it is added to, elsewhere few kernels count more.
+_CPU_BLOCK = 1 << 19
+_DEVICE_BLOCK = 1 << 24
+_CPU_STACK = 1 << 18
+
 
 class NotHookable(Exception):
     """This model, or this use of a module, needs the loop; the message says why."""
@@ -131,29 +136,52 @@ class Hooks:
             return self._norm(module, names)
         raise NotHookable(f"{prefix} is a {kind.__name__}")
 
+    def _groups(self, *names: str) -> Iterator[tuple[int, slice]]:
+        """Each group of the batch and its rows; what is added of `names` meanwhile is counted in its half."""
+        for group, rows in enumerate(self._squares.groups):
+            yield group, rows
+            for name in names:
+                self._squares.look(name, group)
+
     def _linear(self, names: Mapping[str, str]) -> Rule:
         def rule(x: Tensor, delta: Tensor) -> None:
             x = x.to(delta.dtype).reshape(len(x), -1, x.shape[-1])
-            delta = delta.reshape(len(delta), -1, delta.shape[-1])
-            for row in range(len(x)):
-                if "weight" in names:
-                    gradient = self._buffer(delta, delta.shape[-1], x.shape[-1])
-                    torch.mm(delta[row].T, x[row], out=gradient)
-                    self._squares.add(names["weight"], row, gradient)
-                if "bias" in names:
-                    self._squares.add(names["bias"], row, delta[row].sum(dim=0))
+            delta = delta.reshape(len(delta), -1, delta.shape[-1]).transpose(1, 2)
+            if "weight" in names:
+                self._weight(names["weight"], x, delta)
+            if "bias" in names:
+                self._stacks(names["bias"], delta.sum(dim=2))
 
         return rule
+
+    def _weight(self, name: str, x: Tensor, delta: Tensor) -> None:
+        """The squares of `delta @ x`, (B, out, tokens) by (B, tokens, in), for each of B rows."""
+        (batch, outputs, _), inputs = delta.shape, x.shape[-1]
+        is_cpu = delta.device.type == "cpu"
+        if batch * outputs * inputs <= (_CPU_STACK if is_cpu else _DEVICE_BLOCK):
+            self._stacks(name, torch.bmm(delta, x))
+            return
+        height = max(1, (_CPU_BLOCK if is_cpu else _DEVICE_BLOCK) // inputs)
+        for group, rows in self._groups(name):
+            xs = x[rows].unbind()
+            for start in range(0, outputs, height):
+                block = slice(start, min(start + height, outputs))
+                gradient = self._buffer(delta, block.stop - start, inputs)
+                for d, row in zip(delta[rows, block].unbind(), xs, strict=True):
+                    torch.mm(d, row, out=gradient)
+                    self._squares.add(name, group, gradient, block)
+
+    def _stacks(self, name: str, gradients: Tensor) -> None:
+        """The squares of all rows' gradients, (B, *shape of the parameter)."""
+        for group, rows in self._groups(name):
+            self._squares.add_stack(name, group, gradients[rows])
 
     def _embedding(self, name: str, padding_idx: int | None) -> Rule:
         def rule(x: Tensor, delta: Tensor) -> None:
             if padding_idx is not None:  # autograd leaves that row without a gradient
                 delta = delta.masked_fill((x == padding_idx).unsqueeze(-1), 0)
-            for row in range(len(x)):
-                tokens, places = torch.unique(x[row], return_inverse=True)
-                gradient = torch.zeros(len(tokens), delta.shape[-1], device=delta.device)
-                gradient.index_add_(0, places.flatten(), delta[row].reshape(-1, delta.shape[-1]).float())
-                self._squares.add_rows(name, row, tokens, gradient)
+            for group, rows in self._groups(name):
+                self._squares.add_rows(name, group, *_gradients_by_token(x[rows], delta[rows]))
 
         return rule
 
@@ -162,8 +190,7 @@ class Hooks:
             with torch.autocast(**self._autocast):
                 by_name = _gradients_by_row(module, list(names), x, delta)
             for local, gradients in by_name.items():
-                for row in range(len(x)):
-                    self._squares.add(names[local], row, gradients[row])
+                self._stacks(names[local], gradients)
 
         return rule
 
@@ -206,22 +233,67 @@ class _Forward(nn.Module):
         return self.module.forward(x)
 
 
+def _gradients_by_token(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """An embedding's gradient for each of (B, ...) tokens' rows: token ids, and fp32 gradients of their rows.
+
+    As many as there are tokens, so that nothing waits for how many differ: those left over are zeros of token 0.
+    """
+    tokens = x.reshape(len(x), -1)
+    rows = torch.arange(len(x), device=x.device).unsqueeze(1)
+    keys, order = (tokens * len(x) + rows).flatten().sort()
+    is_next = keys.diff() != 0
+    places = torch.cat([is_next.new_zeros(1), is_next]).cumsum(0)
+    gradients = torch.zeros(len(keys), delta.shape[-1], device=delta.device)
+    gradients.index_add_(0, places, delta.flatten(0, -2)[order].float())
+    return torch.zeros_like(keys).scatter_(0, places, keys // len(x)), gradients
+
+
 def _gradients_by_row(module: nn.Module, names: list[str], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """The gradients of a small module's parameters for each row of a batch, from the module's own code."""
+    """The gradients of a norm's parameters for each row of a batch, from the module's own code."""
+    gradients = _gradients_by_broadcasting(module, names, x, delta)
+    return gradients if gradients is not None else _gradients_by_vmap(module, names, x, delta)
+
+
+def _gradients_by_broadcasting(
+    module: nn.Module, names: list[str], x: Tensor, delta: Tensor
+) -> dict[str, Tensor] | None:
+    """With a parameter for each row; None where the module's code takes only its own shape."""
+    with torch.enable_grad():
+        weights = {}
+        for name in names:
+            weight = module.get_parameter(name).detach()
+            wide = weight.view(*[1] * (x.ndim - weight.ndim), *weight.shape)
+            weights[name] = wide.expand(len(x), *wide.shape[1:]).requires_grad_()
+        try:
+            output = torch.func.functional_call(_Forward(module), _in_forward(weights), (x,))
+        except RuntimeError:
+            return None
+        if output.shape != delta.shape:
+            return None
+        gradients = torch.autograd.grad(output, list(weights.values()), delta.to(output.dtype))
+    shapes = [(len(x), *module.get_parameter(name).shape) for name in names]
+    return {n: g.reshape(shape) for n, g, shape in zip(names, gradients, shapes, strict=True)}
+
+
+def _gradients_by_vmap(module: nn.Module, names: list[str], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
     bare = _Forward(module)
 
     def call(weights: dict[str, Tensor], row: Tensor) -> Any:
-        return torch.func.functional_call(bare, weights, (row,))
+        return torch.func.functional_call(bare, _in_forward(weights), (row,))
 
     with torch.enable_grad():
         weights = {
-            f"module.{name}": weight.detach().expand(len(x), *weight.shape).requires_grad_()
+            name: weight.detach().expand(len(x), *weight.shape).requires_grad_()
             for name in names
             for weight in [module.get_parameter(name)]
         }
         output = torch.func.vmap(call)(weights, x)
         gradients = torch.autograd.grad(output, list(weights.values()), delta.to(output.dtype))
     return dict(zip(names, gradients, strict=True))
+
+
+def _in_forward(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": weight for name, weight in weights.items()}
 
 
 def _owners(model: nn.Module, parameters: Collection[str]) -> dict[str, tuple[nn.Module, dict[str, str]]]:

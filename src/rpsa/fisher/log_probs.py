@@ -18,13 +18,14 @@ _CHECKED_LENGTH = 64
 _CAUSAL_ONLY = "only a causal language model has the log-probabilities that Eq. 4 and Eq. 6 are about"
 
 
-def response_log_probs(
+def response_logits(
     model: nn.Module,
     samples: Samples,
+    responses: Responses,
     device: torch.device,
     during_forward: AbstractContextManager[None] | None = None,
-) -> tuple[Tensor, Responses]:
-    """log p of all response tokens of a batch, (N,) as `label_log_probs` has them, and where they are.
+) -> tuple[Tensor, Tensor]:
+    """A batch's logits, (R, V), and which of their rows predict the N response tokens, (N,) int64 on the CPU.
 
     The virtual tokens that PEFT puts in front of the ids (prompt tuning, P-tuning) are left out.
 
@@ -36,17 +37,22 @@ def response_log_probs(
     Raises:
         RPSAError: the logits are not those of the ids, token by token.
     """
-    responses = samples.responses(device)
     with during_forward or nullcontext():
         logits, offset = _logits(model, samples, device)
-    rows = responses.rows * logits.shape[1] + offset + responses.positions - 1
-    flat, labels = logits.flatten(0, 1), responses.labels
-    if int(labels.max()) >= flat.shape[1]:
+    largest = int(responses.labels.max())
+    if largest >= logits.shape[2]:
         raise RPSAError(
-            f"the model's logits are for {flat.shape[1]} tokens, and a response has token {int(labels.max())}: "
+            f"the model's logits are for {logits.shape[2]} tokens, and a response has token {largest}: "
             "the ids are another tokenizer's, or the model is no causal language model"
         )
-    return label_log_probs(flat, rows.to(flat.device), labels.to(flat.device)), responses
+    return logits.flatten(0, 1), responses.rows * logits.shape[1] + offset + responses.positions - 1
+
+
+def response_log_probs(model: nn.Module, samples: Samples, device: torch.device) -> Tensor:
+    """log p of all response tokens of a batch, (N,) as `label_log_probs` has them; see `response_logits`."""
+    responses = samples.responses()
+    logits, rows = response_logits(model, samples, responses, device)
+    return label_log_probs(logits, rows.to(logits.device), responses.labels.to(logits.device))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLED_ELEMENTS = 1 << 24
+SAMPLED_ELEMENTS = 1 << 20
 RATIOS = (0.01, 0.1, 0.5, 0.6)
 
 

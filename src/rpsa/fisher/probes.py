@@ -1,5 +1,7 @@
 """What each backward pass differentiates: weights of the response tokens' log-probabilities."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,15 +10,27 @@ from rpsa.fisher.samples import Responses, Samples
 from rpsa.fisher.signs import random_signs, sample_key
 
 
-def probe_weights(config: FisherConfig, samples: Samples, responses: Responses) -> list[Tensor]:
-    """Token weights (N,), float32, one tensor a backward pass of a whole batch.
+@dataclass(frozen=True)
+class Probe:
+    """Those of a batch's N response tokens that one backward pass is about, (n,) int64, and their weights, float32.
+
+    Both on the CPU.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+
+def probes(config: FisherConfig, samples: Samples, responses: Responses) -> list[Probe]:
+    """One for each backward pass of a whole batch; every response token is in one of them.
 
     The squares of the gradients of sum_t w_t log p_t, summed over the passes, are one sequence's part of F.
     """
-    lengths = responses.lengths[responses.rows].float()
-    if config.estimator == "per_sequence":
-        return [1 / lengths.sqrt()]
-    keys = torch.tensor([sample_key(config.seed, name) for name in samples.ids], device=lengths.device)
-    weights = random_signs(keys[responses.rows], responses.positions) / lengths.sqrt()
-    groups = min(config.probes, int(responses.lengths.max()))
-    return [weights.where(responses.ranks % config.probes == group, 0.0) for group in range(groups)]
+    weights = responses.lengths[responses.rows].float().rsqrt()
+    if config.estimator != "token_signs":
+        return [Probe(torch.arange(len(weights)), weights)]
+    keys = torch.tensor([sample_key(config.seed, name) for name in samples.ids])
+    weights = weights * random_signs(keys[responses.rows], responses.positions)
+    groups = responses.ranks % config.probes
+    chosen = [(groups == group).nonzero()[:, 0] for group in sorted({*groups.tolist()})]
+    return [Probe(tokens, weights[tokens]) for tokens in chosen]

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError, check_type
@@ -16,7 +15,7 @@ _FIELDS = ("input_ids", "attention_mask", "labels")
 
 @dataclass(frozen=True)
 class Responses:
-    """The N response tokens of a batch of B rows; each field but `lengths` has one int64 entry a token."""
+    """The N response tokens of a batch of B rows, on the CPU; each field but `lengths` has one int64 entry a token."""
 
     rows: Tensor
     positions: Tensor
@@ -57,14 +56,21 @@ class Samples:
             tuple(self.places[row] for row in rows),
         )
 
-    def responses(self, device: torch.device) -> Responses:
-        labels = self.labels.to(device)
-        is_response = labels != IGNORED
+    def cut(self, tokens: int) -> "Samples":
+        """Without what follows the first `tokens` tokens of the first response that starts."""
+        start = int((self.labels[:, 1:] != IGNORED).nonzero()[:, 1].min()) + 1
+        ids, mask, labels = (
+            t[:, : start + tokens] for t in (self.input_ids, self.attention_mask, self.labels)
+        )
+        return Samples(ids, mask, labels, self.ids, self.places)
+
+    def responses(self) -> Responses:
+        is_response = self.labels != IGNORED
         is_response[:, 0] = False
         rows, positions = is_response.nonzero(as_tuple=True)
         ranks = is_response.cumsum(dim=1) - 1
         places = (rows, positions)
-        return Responses(rows, positions, labels[places], ranks[places], is_response.sum(dim=1))
+        return Responses(rows, positions, self.labels[places], ranks[places], is_response.sum(dim=1))
 
 
 def read_samples(batches: Iterable[Mapping[str, Any]]) -> list[Samples]:

@@ -22,13 +22,19 @@ from rpsa.sharding import (
 class SquaredGradients:
     """Sums of squared gradients of `parameters` (float32, on each parameter's device, sharded as it is).
 
-    Every gradient belongs to a row of the current batch, and every row to one half of the samples (0 or 1).
-    Besides the full sum, a seeded sample of the elements is summed for each half. A model that is smaller
-    than the sample has two full sums instead, one a half. Adding does not wait for the device.
+    The rows of a batch come in groups of neighbours, `groups`, and every gradient belongs to one of them. A
+    group's rows are all of one half of the samples (0 or 1). Besides the full sum, a seeded sample of the elements
+    is summed for each half: read from the full sum before and after a group. A model that is smaller than the
+    sample has two full sums instead, one a half. Adding does not wait for the device.
+
+    To tell which samples are not finite, and to compare two ways to a gradient, squared norms of each row can be
+    had instead of the sums.
 
     Of a sharded parameter a gradient may come as its shard, the same sample's on all ranks, or whole, of this
     rank's own sample: whole ones are summed for one module, until `complete`, and no longer.
     """
+
+    groups: list[slice]
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], seed: int, sample_size: int = SAMPLED_ELEMENTS
@@ -41,9 +47,12 @@ class SquaredGradients:
         self._halves: dict[str, Tensor] = {}
         """By name the sampled elements' sums over each half, (2, sampled)."""
         self._sampled: dict[str, Tensor] = {}
+        self._shards: dict[str, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[str, Tensor] = {}
+        """By name the sampled elements of the sum when they were last looked at; none: zeros."""
         self._pending: dict[str, list[Tensor]] = {}
-        self._traces: dict[str, Tensor] = {}
-        self._half_of_row: list[int] = []
+        self._norms: dict[str, Tensor] | None = None
+        self._half_of_group: list[int] = []
         self._counts = True
         self._are_shards = False
         for (name, parameter), sampled in zip(parameters.items(), elements, strict=True):
@@ -54,48 +63,80 @@ class SquaredGradients:
                 self._halves[name] = torch.zeros(2, len(sampled), device=parameter.device)
 
     def begin(self, half_of_row: Sequence[int], *, counts: bool = True) -> None:
-        """Start a batch whose row i belongs to half `half_of_row[i]`; one that does not count adds nothing."""
-        self._half_of_row = list(half_of_row)
+        """Start a batch with row i in half `half_of_row[i]`, ascending; one that does not count adds nothing."""
+        ends = [half_of_row.count(0), len(half_of_row)]
+        bounds = [(half, start, end) for half, start, end in zip((0, 1), [0, *ends], ends, strict=False)]
+        self.groups = [slice(start, end) for _, start, end in bounds if end > start]
+        self._half_of_group = [half for half, start, end in bounds if end > start]
+        self._norms = None
+        self._counts = counts
+
+    def begin_norms(self, rows: int, *, counts: bool = True) -> None:
+        """Start a batch of which only each row's squared norms are wanted; the sums stay as they are."""
+        self.groups = [slice(row, row + 1) for row in range(rows)]
+        self._norms = {name: torch.zeros(rows, device=sums[0].device) for name, sums in self._sums.items()}
         self._counts = counts
         self._are_shards = False
-        self._traces = {
-            name: torch.zeros(len(half_of_row), device=sums[0].device) for name, sums in self._sums.items()
-        }
 
-    def add(self, name: str, row: int, gradient: Tensor) -> None:
-        """Add the square of `gradient`, which has the parameter's shape and any float dtype."""
+    def add(self, name: str, group: int, gradient: Tensor, rows: slice = slice(None)) -> None:
+        """Add the square of a row's `gradient`, of any float dtype: of the whole parameter, or of its `rows`."""
         if not self._counts:
             return
-        self._are_shards |= is_dtensor(gradient)
-        target = self._target(name, row, is_shard=is_dtensor(gradient))
-        shard = _narrowed(local(gradient))
-        target.addcmul_(shard, shard)
-        if name in self._sampled:
-            self._add_sampled(name, row, gradient, shard.flatten())
-        self._add_trace(name, row, shard)
+        is_shard = is_dtensor(gradient)
+        self._are_shards |= is_shard
+        gradient = _narrowed(local(gradient))
+        if self._norms is not None:
+            self._add_norm(name, group, gradient)
+        else:
+            self._target(name, group, is_shard=is_shard)[rows].addcmul_(gradient, gradient)
 
-    def add_rows(self, name: str, row: int, indices: Tensor, gradient: Tensor) -> None:
-        """Add the square of a gradient that is zero but in the distinct rows `indices` of a 2-D parameter."""
+    def add_stack(self, name: str, group: int, gradients: Tensor) -> None:
+        """Add the squares of the gradients of all of a group's rows, (rows, *shape of the parameter)."""
         if not self._counts:
             return
-        gradient = _narrowed(gradient)
-        self._target(name, row, is_shard=False).index_add_(0, indices, gradient.square())
-        if name in self._sampled:
-            shape = self._parameters[name].shape
-            picked = _pick(gradient.square(), indices, self._sampled[name], shape)
-            self._halves[name][self._half_of_row[row]].add_(picked)
-        self._add_trace(name, row, gradient)
+        if self._norms is not None:
+            self._add_norm(name, group, _narrowed(gradients))
+        else:
+            self._target(name, group).add_(gradients.float().square().sum(dim=0))
+
+    def add_rows(self, name: str, group: int, indices: Tensor, gradients: Tensor) -> None:
+        """Add the squares of a group's gradients that are zero but in some rows of a 2-D parameter.
+
+        `gradients` has a row for each of `indices`; an index may come again, of another sample or with zeros.
+        """
+        if not self._counts:
+            return
+        if self._norms is not None:
+            self._add_norm(name, group, _narrowed(gradients))
+        else:
+            self._target(name, group).index_add_(0, indices, gradients.float().square())
+
+    def look(self, name: str, group: int) -> None:
+        """What was added of the sampled elements since the last look belongs to this group's half."""
+        if name not in self._sampled or self._norms is not None or not self._counts:
+            return
+        half = self._halves[name][self._half_of_group[group]]
+        if not self.sharded or name in self._pending:
+            now = self._target(name, group).view(-1).index_select(0, self._sampled[name])
+            # an element that did not grow adds a zero that is exact
+            half.add_(now - self._seen[name] if name in self._seen else now)
+        else:
+            which, places = self._in_shard(name)
+            now = self._sums[name][0].view(-1).index_select(0, places)
+            half.index_add_(0, which, now - self._seen[name] if name in self._seen else now)
+        self._seen[name] = now
 
     def complete(self, name: str) -> None:
         """All rows' whole gradients of this pass were added: each rank keeps the sum of its own shard."""
-        if self.sharded:
+        if self.sharded and self._norms is None:
             for total, part in zip(self._sums[name], self._whole(name), strict=True):
                 total += reduce_to_shard(part, self._parameters[name])
             del self._pending[name]
+            self._seen.pop(name, None)
 
-    def _target(self, name: str, row: int, *, is_shard: bool) -> Tensor:
+    def _target(self, name: str, group: int, *, is_shard: bool = False) -> Tensor:
         sums = self._whole(name) if self.sharded and not is_shard else self._sums[name]
-        return sums[self._half_of_row[row] if len(sums) == 2 else 0]
+        return sums[self._half_of_group[group] if len(sums) == 2 else 0]
 
     def _whole(self, name: str) -> list[Tensor]:
         if name not in self._pending:
@@ -104,44 +145,46 @@ class SquaredGradients:
             self._pending[name] = _zeros(len(self._sums[name]), like, parameter.device)
         return self._pending[name]
 
-    def _add_sampled(self, name: str, row: int, gradient: Tensor, values: Tensor) -> None:
-        flat, half = self._sampled[name], self._halves[name][self._half_of_row[row]]
-        if not is_dtensor(gradient):
-            half.addcmul_(values[flat], values[flat])
-            return
-        # of a shard: those of the sampled elements that it holds, and where it holds them
-        shape = gradient.shape
-        dim, start, length = shard_range(gradient)
-        inner = shape[dim + 1 :].numel()
-        outer, index, rest = flat // (shape[dim] * inner), flat // inner % shape[dim], flat % inner
-        is_here = (index >= start) & (index < start + length)
-        here = ((outer * length + index - start) * inner + rest)[is_here]
-        half[is_here] += values[here].float().square()
+    def _in_shard(self, name: str) -> tuple[Tensor, Tensor]:
+        """Which of the sampled elements this rank's shard holds, and where in it."""
+        if name not in self._shards:
+            parameter, flat = self._parameters[name], self._sampled[name]
+            dim, start, length = shard_range(parameter)
+            inner = parameter.shape[dim + 1 :].numel()
+            width = parameter.shape[dim]
+            outer, index, rest = flat // (width * inner), flat // inner % width, flat % inner
+            which = ((index >= start) & (index < start + length)).nonzero()[:, 0]
+            self._shards[name] = which, ((outer * length + index - start) * inner + rest)[which]
+        return self._shards[name]
 
-    def _add_trace(self, name: str, row: int, gradient: Tensor) -> None:
+    def _add_norm(self, name: str, group: int, gradient: Tensor) -> None:
+        assert self._norms is not None
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self._traces[name][row] += norm.square()
+        self._norms[name][group] += norm.square()
 
-    def read_traces(self) -> dict[str, Tensor]:
-        """Per parameter the sum of this batch's squared gradients, one float32 value a row, on the CPU."""
-        traces = torch.stack([trace.cpu() for trace in self._traces.values()])
-        traces = sum_over_shards(traces, sharded=self._are_shards).cpu()
-        return dict(zip(self._traces, traces, strict=True))
+    def read_norms(self) -> dict[str, Tensor]:
+        """Per parameter the squared norm of this batch's gradients, one float32 value a row, on the CPU."""
+        assert self._norms is not None
+        norms = torch.stack([norm.cpu() for norm in self._norms.values()])
+        norms = sum_over_shards(norms, sharded=self._are_shards).cpu()
+        return dict(zip(self._norms, norms, strict=True))
 
     def nonfinite_rows(self) -> list[int]:
-        """Rows of this batch that had a gradient that is not finite, or whose square is not."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for trace in self._traces.values():
-            by_device.setdefault(trace.device, []).append(trace)
-        is_bad = torch.zeros(len(self._half_of_row), dtype=torch.int64)
-        for traces in by_device.values():
-            is_bad |= (~torch.stack(traces).isfinite()).any(dim=0).cpu()
-        is_bad = sum_over_shards(is_bad, sharded=self._are_shards).cpu()
-        return [int(row) for row in is_bad.nonzero()[:, 0]]
+        """Rows of this batch whose squared norms are not finite."""
+        norms = torch.stack(list(self.read_norms().values()))
+        return [int(row) for row in (~norms.isfinite()).any(dim=0).nonzero()[:, 0]]
+
+    def is_finite(self) -> Tensor:
+        """Whether this rank's sums are, a bool on the first one's device."""
+        everything = [total for sums in self._sums.values() for total in sums]
+        largest = [everything[0].new_zeros(())]
+        largest += [total.amax().to(largest[0].device) for total in everything if total.numel()]
+        return torch.stack(largest).isfinite().all()
 
     def clear(self) -> None:
         """Forget everything that was added."""
         self._pending.clear()
+        self._seen.clear()
         for sums in self._sums.values():
             for total in sums:
                 total.zero_()
@@ -184,11 +227,3 @@ def _zeros(copies: int, like: Tensor, device: torch.device) -> list[Tensor]:
 
 def _narrowed(gradient: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype == torch.float64 else gradient
-
-
-def _pick(rows: Tensor, indices: Tensor, wanted: Tensor, shape: torch.Size) -> Tensor:
-    """Flat elements `wanted` of a matrix of `shape` that is zero but for `rows` at `indices`."""
-    place = torch.full((shape[0],), -1, device=indices.device)
-    place[indices] = torch.arange(len(indices), device=indices.device)
-    found = place[wanted // shape[1]]
-    return torch.where(found < 0, 0.0, rows[found, wanted % shape[1]])

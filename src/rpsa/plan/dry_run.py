@@ -115,7 +115,7 @@ def _fisher_peak(model: Any, shape: Shape, probes: int) -> tuple[int, str]:
     one = Shape(1, shape.tokens)
     loop = _fisher_loop(model, parameters, one, probes)
     try:
-        hooks = _DryHooks(model, parameters, _NoSums())
+        hooks = Hooks(model, parameters, _NoSums(shape.sequences))
     except NotHookable:
         return loop, "loop"
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def _fisher_peak(model: Any, shape: Shape, probes: int) -> tuple[int, str]:
     with LiveBytes(_tensors(model)) as live, hooks.installed():
         with hooks.forward_pass(shape.sequences, "cpu"):
             logits = model(**_inputs(shape), use_cache=False).logits
-        _backward(label_log_probs(logits.flatten(0, 1), *_labels(shape)), probes)
+        _backward(_log_probs(logits.flatten(0, 1), shape, probes))
         del logits
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -152,45 +152,48 @@ def decoding_bytes(model: Any, shape: Shape) -> tuple[int, int]:
     return kept, live.peak - kept
 
 
-class _DryHooks(Hooks):
-    """`Hooks` whose embedding rule takes every token for a different one: fake tokens have no values to tell."""
-
-    def _embedding(self, name: str, padding_idx: int | None) -> Callable[[Tensor, Tensor], None]:
-        def rule(x: Tensor, delta: Tensor) -> None:
-            for row in range(len(x)):
-                gradient = torch.zeros(x.shape[1], delta.shape[-1])
-                gradient.index_add_(0, x[row], delta[row].float())
-                self._squares.add_rows(name, row, x[row], gradient)
-
-        return rule
-
-
 class _NoSums(SquaredGradients):
     """Sums that are counted elsewhere: only what comes and goes on the way to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, sequences: int) -> None:
         self.sharded = False
+        middle = (sequences + 1) // 2
+        self.groups = [half for half in (slice(middle), slice(middle, sequences)) if half.start != half.stop]
 
-    def add(self, name: str, row: int, gradient: Tensor) -> None:
+    def add(self, name: str, group: int, gradient: Tensor, rows: slice = slice(None)) -> None:
         pass
 
-    def add_rows(self, name: str, row: int, indices: Tensor, gradient: Tensor) -> None:
-        gradient.square()
+    def add_stack(self, name: str, group: int, gradients: Tensor) -> None:
+        gradients.float().square().sum(dim=0)
+
+    def add_rows(self, name: str, group: int, indices: Tensor, gradients: Tensor) -> None:
+        gradients.float().square()
+
+    def look(self, name: str, group: int) -> None:
+        pass
 
 
 def _fisher_loop(model: Any, parameters: dict[str, nn.Parameter], shape: Shape, probes: int) -> int:
     with _dropping_gradients(parameters.values()), LiveBytes(_tensors(model)) as live:
         logits = model(**_inputs(shape), use_cache=False).logits
-        _backward(label_log_probs(logits.flatten(0, 1), *_labels(shape)), probes)
+        _backward(_log_probs(logits.flatten(0, 1), shape, probes))
         del logits
     return live.peak
 
 
-def _backward(log_probs: Tensor, probes: int) -> None:
+def _log_probs(logits: Tensor, shape: Shape, probes: int) -> list[Tensor]:
+    """Those of two of the passes, each of which has its own part of the tokens."""
+    return [
+        label_log_probs(logits, *(tokens[number::probes] for tokens in _labels(shape)))
+        for number in range(min(probes, 2))
+    ]
+
+
+def _backward(log_probs: list[Tensor]) -> None:
     """The graph is kept for all probes but the last."""
-    if probes > 1:
-        torch.autograd.backward(log_probs, torch.ones_like(log_probs), retain_graph=True)
-    torch.autograd.backward(log_probs, torch.ones_like(log_probs))
+    while log_probs:
+        values = log_probs.pop(0)
+        torch.autograd.backward(values, torch.ones_like(values), retain_graph=bool(log_probs))
 
 
 def _peak(model: Any, loss: Callable[[], Tensor], precision: Precision, runs: int) -> int:

@@ -37,5 +37,5 @@ def reasoning_backward(
 
 def negative_log_likelihood(model: nn.Module, samples: Samples, device: torch.device) -> torch.Tensor:
     """Summed over the response tokens."""
-    log_probs, _ = response_log_probs(model, samples, device)
+    log_probs = response_log_probs(model, samples, device)
     return -log_probs.sum()
