@@ -8,6 +8,7 @@ from rpsa.errors import RPSAError, check_fields
 
 Estimator = Literal["token_signs", "per_token", "per_sequence"]
 OnNonfinite = Literal["skip", "stop"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class FisherConfig:
     """A regular expression searched for in canonical parameter names; None: every trainable parameter."""
     on_nonfinite: OnNonfinite = "skip"
     """What to do about a sample whose log-probabilities or gradients are not finite; none is averaged in."""
+    precision: Precision = "fp32"
+    """How products of matrices are taken: as the weights' dtype has it; with TF32, on CUDA alone; or under bf16
+    autocast. The sums are float32 whatever it is."""
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -2,25 +2,36 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
+from rpsa.fisher.config import FisherConfig, Precision
 from rpsa.fisher.hooked import Hooks, NotHookable
 from rpsa.fisher.log_probs import check_causal, is_low_precision, label_log_probs, response_logits
 from rpsa.fisher.loop import Loop, only_requiring_grad
+from rpsa.fisher.overlap import split_half_overlap
 from rpsa.fisher.probes import Probe, probes
-from rpsa.fisher.samples import Samples
+from rpsa.fisher.samples import Responses, Samples
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.sharding import all_reduce, gather_objects, on_any_rank, rank, reshard, world_size
 
 logger = logging.getLogger(__name__)
 
 _CHECKED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is known of some samples without the model, all of it on the CPU."""
+
+    samples: Samples
+    responses: Responses
+    probes: list[Probe]
 
 
 class Estimation:
@@ -40,6 +51,8 @@ class Estimation:
         self.squares = SquaredGradients(parameters, config.seed)
         self.excluded: dict[int, str] = {}
         """Places and ids of the samples that are not finite."""
+        self.overlap_with_fp32: dict[str, float | None] = {}
+        """Of the first finite sample's top k, by k, in the precision asked for; none where that is fp32."""
         self._model = model
         self._parameters = parameters
         self._data = data
@@ -53,7 +66,7 @@ class Estimation:
         return "hooked" if self._hooks else "loop"
 
     def run(self) -> None:
-        """Sum over all samples that are finite.
+        """Sum over all samples that are finite, in the precision that the config says.
 
         That one is not shows when its batch was added: the pass then goes on only to find all such samples, and a
         new one leaves them out.
@@ -61,8 +74,20 @@ class Estimation:
         Raises:
             RPSAError: a sample is not finite and the config says stop, no sample is finite, or the sums are not.
         """
-        check_causal(self._model, self._data[0], self._device)
-        self._choose_path()
+        with _matmul_precision(self._config.precision):
+            with self._autocast():
+                check_causal(self._model, self._data[0], self._device)
+            self._choose_path()
+            if self._config.precision != "fp32":
+                self.overlap_with_fp32 = self._overlap_with_fp32()
+            self._sum()
+        self.squares.sum_over_ranks()
+        for excluded in gather_objects(self.excluded):
+            self.excluded |= excluded
+        if len(self.excluded) == sum(len(samples) for samples in self._data):
+            raise RPSAError("no sample has finite log-probabilities and gradients: check the model's weights")
+
+    def _sum(self) -> None:
         while True:
             self.squares.clear()
             known = len(self.excluded)
@@ -72,17 +97,12 @@ class Estimation:
                 self._take_loop(reason)
                 continue
             if is_clean:
-                break
+                return
             has_found = len(self.excluded) > known
             if not (on_any_rank(has_found) if self.squares.sharded else has_found):
                 raise RPSAError(
                     "the sums of squared gradients are too large for float32: check the model's weights"
                 )
-        self.squares.sum_over_ranks()
-        for excluded in gather_objects(self.excluded):
-            self.excluded |= excluded
-        if len(self.excluded) == sum(len(samples) for samples in self._data):
-            raise RPSAError("no sample has finite log-probabilities and gradients: check the model's weights")
 
     def _choose_path(self) -> None:
         if self._config.estimator == "per_token":
@@ -109,7 +129,8 @@ class Estimation:
             found = self._traces(sample)
             if expected is None or found is None:
                 continue
-            tolerance = 0.05 if is_low_precision(self._model, self._device) else 1e-3
+            with self._autocast():
+                tolerance = 0.05 if is_low_precision(self._model, self._device) else 1e-3
             noise = 1e-3 * tolerance**2 * sum(expected.values())
             for name, trace in expected.items():
                 if abs(trace - found[name]) > tolerance * max(trace, found[name]) + noise:
@@ -127,10 +148,30 @@ class Estimation:
     def _traces(self, sample: Samples) -> dict[str, float] | None:
         """Each parameter's summed squared gradient; None if something is not finite."""
         with self._installed():
-            is_bad = self._nonfinite_rows(sample)
+            is_bad = self._nonfinite_rows(self._batch(sample))
         if is_bad:
             return None
         return {name: float(norm[0]) for name, norm in self.squares.read_norms().items()}
+
+    def _overlap_with_fp32(self) -> dict[str, float | None]:
+        config = self._config
+        for sample in self._single_samples():
+            scores: list[Tensor] = []
+            for precision in (config.precision, "fp32"):
+                self._config = replace(config, precision=precision)
+                self.squares.clear()
+                with _matmul_precision(self._config.precision), self._installed():
+                    is_finite = self._add(self._batch(replace(sample, places=(0,))))
+                self.squares.sum_over_ranks()
+                scores += self.squares.sampled_halves()[:1] if is_finite else []
+            self._config = config
+            if len(scores) == 2:
+                return split_half_overlap(scores[0], scores[1])
+        return {}
+
+    def _batch(self, samples: Samples) -> _Batch:
+        responses = samples.responses()
+        return _Batch(samples, responses, probes(self._config, samples, responses))
 
     def _pass(self) -> bool:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
@@ -139,10 +180,11 @@ class Estimation:
         with self._installed(), _progress_bar(shares, self._config.progress and rank() == 0) as bar:
             for samples, counts in shares:
                 for part in self._parts(samples):
-                    batch = samples.select(part) if part else samples
+                    batch = self._batch(samples.select(part) if part else samples)
                     is_clean = is_clean and self._add(batch, counts and bool(part))
                     if not is_clean:
-                        self._exclude(batch, self._nonfinite_rows(batch, counts and bool(part)))
+                        bad = self._nonfinite_rows(batch, counts and bool(part))
+                        self._exclude(batch.samples, bad)
                 bar.update(len(samples))
         return is_clean
 
@@ -173,6 +215,12 @@ class Estimation:
                 shares.append((self._data[start], False))
         return shares
 
+    def _autocast(self) -> AbstractContextManager[object]:
+        """For a forward pass; a caller's autocast is left to itself."""
+        if self._config.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
+
     @contextmanager
     def _installed(self) -> Iterator[None]:
         differentiated = [] if self._hooks else list(self._parameters.values())
@@ -182,18 +230,21 @@ class Estimation:
             finally:
                 reshard(self._model)
 
-    def _add(self, samples: Samples, counts: bool = True) -> bool:
+    def _add(self, batch: _Batch, counts: bool = True) -> bool:
         """Add a batch; False if something was not finite, on any rank of a sharded model: the sums are spoilt then."""
-        self.squares.begin([place % 2 for place in samples.places], counts=counts)
-        _, is_finite = self._add_squares(samples)
+        self.squares.begin([place % 2 for place in batch.samples.places], counts=counts)
+        is_finite = self._add_squares(batch)
         all_finite = self.squares.is_finite()
-        is_clean = bool(all_finite & is_finite.all() if counts else all_finite)  # waits for the device
+        if counts:
+            all_finite = all_finite & is_finite.all().to(all_finite.device)
+        is_clean = bool(all_finite)  # waits for the device
         return not on_any_rank(not is_clean) if self.squares.sharded else is_clean
 
-    def _nonfinite_rows(self, samples: Samples, counts: bool = True) -> list[int]:
+    def _nonfinite_rows(self, batch: _Batch, counts: bool = True) -> list[int]:
         """Rows of a batch whose log-probabilities or gradients are not finite; the sums stay as they are."""
-        self.squares.begin_norms(len(samples), counts=counts)
-        rows, is_finite = self._add_squares(samples)
+        self.squares.begin_norms(len(batch.samples), counts=counts)
+        is_finite = self._add_squares(batch)
+        rows = batch.responses.rows[torch.cat([probe.tokens for probe in batch.probes])]
         found = {*rows[~is_finite.cpu()].tolist(), *self.squares.nonfinite_rows()}
         return sorted(found) if counts else []
 
@@ -206,27 +257,26 @@ class Estimation:
         logger.warning("skipped, as log p or gradients are not finite: sample %s", names)
         self.excluded |= {samples.places[row]: samples.ids[row] for row in rows}
 
-    def _add_squares(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Go forward and back; the response tokens' rows (on the CPU), and whether each one's log p is finite."""
-        responses = samples.responses()
-        hooked = self._hooks.forward_pass(len(samples), self._device.type) if self._hooks else None
-        logits, places = response_logits(self._model, samples, responses, self._device, hooked)
-        passes = probes(self._config, samples, responses)
+    def _add_squares(self, batch: _Batch) -> Tensor:
+        """Go forward and back; whether log p of each probe's tokens, one probe's after another's, is finite."""
+        samples, responses = batch.samples, batch.responses
+        with self._autocast():
+            hooked = self._hooks.forward_pass(len(samples), self._device.type) if self._hooks else None
+            logits, places = response_logits(self._model, samples, responses, self._device, hooked)
         # the softmax of each pass is that of its own tokens
         log_probs = [
             label_log_probs(logits, *(t[p.tokens].to(logits.device) for t in (places, responses.labels)))
-            for p in passes
+            for p in batch.probes
         ]
-        rows = torch.cat([responses.rows[p.tokens] for p in passes])
         is_finite = torch.cat([values.detach() for values in log_probs]).isfinite()
         del logits
         # The backward pass runs in the dtypes that the forward pass has left: a caller's autocast ends there.
         with torch.autocast(is_finite.device.type, enabled=False):
-            self._backward(log_probs, passes)
+            self._backward(log_probs, batch.probes)
         if self._hooks is None:
             for name in self._parameters:
                 self.squares.look(name, 0)
-        return rows, is_finite
+        return is_finite
 
     def _backward(self, log_probs: list[Tensor], passes: list[Probe]) -> None:
         """Each pass's backward pass; frees `log_probs` on the way."""
@@ -242,6 +292,17 @@ class Estimation:
             values = log_probs.pop(0)
             seeds = seeds.to(values.device, values.dtype)
             torch.autograd.backward(values, seeds, retain_graph=bool(log_probs))
+
+
+@contextmanager
+def _matmul_precision(precision: Precision) -> Iterator[None]:
+    """TF32 where it is asked for, and nowhere else; afterwards as it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _progress_bar(shares: list[tuple[Samples, bool]], is_shown: bool) -> Any:

@@ -65,13 +65,14 @@ def estimate_fisher(
     Returns:
         float32 scores of every parameter in scope; up to rounding, neither batching nor padding changes them.
         The manifest's "estimation" tells samples and tokens used, samples skipped, and `split_half`: for
-        several k the overlap between the top k of even-numbered and of odd-numbered samples (chance: k).
+        several k the overlap between the top k of even-numbered and of odd-numbered samples (chance: k). Where the
+        precision is not fp32, `overlap_with_fp32` has that of the first sample's top k in both precisions.
 
     Raises:
         RPSAError: an argument has not the form above; the model's logits are not those of the ids, token by
             token, and of nothing later; no parameter is in scope, a sample has no response token, gradient
-            checkpointing is reentrant, a sample is not finite and `on_nonfinite` is "stop", or ranks have different
-            samples.
+            checkpointing is reentrant, TF32 is asked for without CUDA, a sample is not finite and `on_nonfinite` is
+            "stop", or ranks have different samples.
     """
     started = time.perf_counter()
     check_type("model", model, nn.Module, "a loaded model")
@@ -82,6 +83,7 @@ def estimate_fisher(
     data = read_samples(batches)
     _refuse_different_data(data)
     refuse_foreign_ids(model, "the samples", max(int(samples.input_ids.max()) for samples in data))
+    _refuse_tf32_without_cuda(model, config)
     estimation = Estimation(model, parameters, data, config)
     with evaluation_mode(model), torch.enable_grad():
         estimation.run()
@@ -90,8 +92,10 @@ def estimate_fisher(
         "probes": config.probes,
         "seed": config.seed,
         "scope": config.scope,
+        "precision": config.precision,
         **_counts(data, estimation.excluded),
         "split_half": split_half_overlap(*estimation.squares.sampled_halves()),
+        **({"overlap_with_fp32": estimation.overlap_with_fp32} if config.precision != "fp32" else {}),
         "path": estimation.path,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -125,6 +129,14 @@ def _refuse_different_data(data: list[Samples]) -> None:
     if any(theirs != ours for theirs in gather_objects(ours)):
         raise RPSAError(
             "the ranks have different samples: give estimate_fisher the same batches on all of them"
+        )
+
+
+def _refuse_tf32_without_cuda(model: nn.Module, config: FisherConfig) -> None:
+    device = next(model.parameters()).device.type
+    if config.precision == "tf32" and device != "cuda":
+        raise RPSAError(
+            f"fisher.precision is tf32, which only CUDA has, and the model is on {device}: use fp32"
         )
 
 

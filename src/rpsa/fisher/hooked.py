@@ -167,9 +167,9 @@ class Hooks:
             for start in range(0, outputs, height):
                 block = slice(start, min(start + height, outputs))
                 gradient = self._buffer(delta, block.stop - start, inputs)
+                add = self._squares.into(name, group, block)
                 for d, row in zip(delta[rows, block].unbind(), xs, strict=True):
-                    torch.mm(d, row, out=gradient)
-                    self._squares.add(name, group, gradient, block)
+                    add(torch.mm(d, row, out=gradient))
 
     def _stacks(self, name: str, gradients: Tensor) -> None:
         """The squares of all rows' gradients, (B, *shape of the parameter)."""
@@ -250,8 +250,28 @@ def _gradients_by_token(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gradients_by_row(module: nn.Module, names: list[str], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
     """The gradients of a norm's parameters for each row of a batch, from the module's own code."""
+    if unsharded_type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return _gradients_by_scaling(module, names, x, delta)
     gradients = _gradients_by_broadcasting(module, names, x, delta)
     return gradients if gradients is not None else _gradients_by_vmap(module, names, x, delta)
+
+
+def _gradients_by_scaling(module: nn.Module, names: list[str], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    """Of a norm that is known to give weight * normalised + bias."""
+    neutral = {
+        name: torch.full_like(parameter, float(name == "weight"), requires_grad=False)
+        for name, parameter in module.named_parameters()
+    }
+    scaled = {"bias": delta}
+    if "weight" in names:
+        scaled["weight"] = delta * torch.func.functional_call(_Forward(module), _in_forward(neutral), (x,))
+    return {name: _sum_to(scaled[name], len(module.get_parameter(name).shape)) for name in names}
+
+
+def _sum_to(values: Tensor, dimensions: int) -> Tensor:
+    """The sum over all but the first and the last `dimensions`."""
+    between = range(1, values.ndim - dimensions)
+    return values.sum(dim=list(between)) if between else values
 
 
 def _gradients_by_broadcasting(

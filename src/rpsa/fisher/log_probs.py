@@ -39,10 +39,9 @@ def response_logits(
     """
     with during_forward or nullcontext():
         logits, offset = _logits(model, samples, device)
-    largest = int(responses.labels.max())
-    if largest >= logits.shape[2]:
+    if responses.largest >= logits.shape[2]:
         raise RPSAError(
-            f"the model's logits are for {logits.shape[2]} tokens, and a response has token {largest}: "
+            f"the model's logits are for {logits.shape[2]} tokens, and a response has token {responses.largest}: "
             "the ids are another tokenizer's, or the model is no causal language model"
         )
     return logits.flatten(0, 1), responses.rows * logits.shape[1] + offset + responses.positions - 1

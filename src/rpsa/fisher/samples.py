@@ -24,6 +24,8 @@ class Responses:
     """The index of the token within its row's response."""
     lengths: Tensor
     """(B,), |y|: a row's labels that are not -100, the first position left out, as nothing predicts it."""
+    largest: int
+    """The largest of the labels."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Samples:
         rows, positions = is_response.nonzero(as_tuple=True)
         ranks = is_response.cumsum(dim=1) - 1
         places = (rows, positions)
-        return Responses(rows, positions, self.labels[places], ranks[places], is_response.sum(dim=1))
+        labels = self.labels[places]
+        return Responses(rows, positions, labels, ranks[places], is_response.sum(dim=1), int(labels.max()))
 
 
 def read_samples(batches: Iterable[Mapping[str, Any]]) -> list[Samples]:

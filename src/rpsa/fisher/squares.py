@@ -1,6 +1,6 @@
 """The running sums of squared gradients, and what is read from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +78,27 @@ class SquaredGradients:
         self._counts = counts
         self._are_shards = False
 
-    def add(self, name: str, group: int, gradient: Tensor, rows: slice = slice(None)) -> None:
-        """Add the square of a row's `gradient`, of any float dtype: of the whole parameter, or of its `rows`."""
+    def add(self, name: str, group: int, gradient: Tensor) -> None:
+        """Add the square of a row's `gradient`, of any float dtype."""
+        self.into(name, group, is_shard=is_dtensor(gradient))(gradient)
+
+    def into(
+        self, name: str, group: int, rows: slice | None = None, *, is_shard: bool = False
+    ) -> Callable[[Tensor], object]:
+        """What adds the square of a row's gradient: of the whole parameter or shard, or of some `rows` of it."""
         if not self._counts:
-            return
-        is_shard = is_dtensor(gradient)
+            return lambda gradient: None
         self._are_shards |= is_shard
-        gradient = _narrowed(local(gradient))
         if self._norms is not None:
-            self._add_norm(name, group, gradient)
-        else:
-            self._target(name, group, is_shard=is_shard)[rows].addcmul_(gradient, gradient)
+            return lambda gradient: self._add_norm(name, group, _narrowed(local(gradient)))
+        target = self._target(name, group, is_shard=is_shard)
+        part = target if rows is None else target[rows]
+
+        def add(gradient: Tensor) -> None:
+            gradient = _narrowed(local(gradient))
+            part.addcmul_(gradient, gradient)
+
+        return add
 
     def add_stack(self, name: str, group: int, gradients: Tensor) -> None:
         """Add the squares of the gradients of all of a group's rows, (rows, *shape of the parameter)."""

@@ -131,6 +131,7 @@ def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) ->
             seed=settings.seed,
             scope=settings.scope,
             on_nonfinite=settings.on_nonfinite,
+            precision=settings.precision,
             progress=progress is not no_progress,
         ),
     )

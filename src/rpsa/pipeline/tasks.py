@@ -85,8 +85,15 @@ def fisher_task(recipe: Recipe, cell: Cell) -> Task | None:
 
 def _own_fisher(recipe: Recipe, fisher: Fisher) -> str:
     """What tells a method's own Fisher from the recipe's in a folder's name."""
-    settings = [one.model_dump(exclude=_FISHER_COSTS) for one in (fisher, recipe.fisher)]
+    settings = [_fisher_settings(one) for one in (fisher, recipe.fisher)]
     return "" if settings[0] == settings[1] else f"-{fisher.estimator}-{sha256_of(settings[0])[:8]}"
+
+
+def _fisher_settings(fisher: Fisher) -> dict[str, Any]:
+    settings = fisher.model_dump(exclude=_FISHER_COSTS)
+    if settings["precision"] == "fp32":  # what runs were made in before there was a choice
+        del settings["precision"]
+    return settings
 
 
 def analysis_tasks(recipe: Recipe) -> list[Task]:
@@ -190,7 +197,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, Any]:
         return {
             "reference": upstream(_reference(recipe, task.base)),
             "reference_max_length": recipe.reference.reference_max_length,
-            "fisher": task.fisher.model_dump(exclude=_FISHER_COSTS),
+            "fisher": _fisher_settings(task.fisher),
             "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
             "dtype": training_dtype(cell.train if cell else {}, "lora" if cell else "fft", recipe.model),
         }

@@ -108,6 +108,7 @@ class Fisher(Section):
     seed: Seed = 42
     scope: Annotated[str, AfterValidator(_regex)] | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     warmup_steps: NonNegativeInt = 0
     batch_size: PositiveInt = 4
     activation_checkpointing: bool = False
