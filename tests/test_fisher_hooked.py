@@ -54,7 +54,7 @@ def test_hooks_equal_the_loop(
 
 
 def test_the_sampled_part_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above 2^24 elements full sums and sampled halves are kept apart, in the embedding by rows."""
+    """Above 2^20 elements full sums and sampled halves are kept apart, in the embedding by rows."""
     monkeypatch.setattr("rpsa.fisher.squares.SquaredGradients.__init__.__defaults__", (1000,))
     model = tiny_model("llama")
     assert_same_by_hooks(model, monkeypatch)

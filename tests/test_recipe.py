@@ -328,6 +328,7 @@ def test_choices_are_those_of_the_parts() -> None:
     assert choices(Safety, "format") == typing.get_args(SafetyFormat)
     hints = typing.get_type_hints(FisherConfig)
     assert choices(Fisher, "estimator") == typing.get_args(hints["estimator"])
+    assert choices(Fisher, "precision") == typing.get_args(hints["precision"])
     ours = set(Fisher.model_fields) - {"warmup_steps", "batch_size", "activation_checkpointing"}
     assert ours <= {field.name for field in dataclasses.fields(FisherConfig)}
 
