@@ -22,6 +22,8 @@ from rpsa.fisher.probes import probes
 from rpsa.fisher.samples import read_samples
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
+from rpsa.pipeline.tasks import _fisher_settings
+from rpsa.recipe.sections import Fisher
 
 BATCH = ragged_batch([(3, 7), (2, 4), (5, 1), (1, 9)])
 
@@ -151,6 +153,14 @@ def test_hugging_faces_norms_need_no_vmap(monkeypatch: pytest.MonkeyPatch) -> No
     assert estimate(tiny_model("llama")).manifest["estimation"]["path"] == "hooked"
 
 
+def test_a_cut_keeps_the_start_of_the_response() -> None:
+    [samples] = read_samples([BATCH])
+    cut = samples.select([0]).cut(2)
+    assert cut.input_ids.tolist() == samples.input_ids[:1, :5].tolist()
+    assert cut.responses().positions.tolist() == [3, 4]
+    assert samples.select([2]).cut(9).input_ids.shape == (1, 6)
+
+
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_every_response_token_is_in_one_probe(count: int) -> None:
     [samples] = read_samples([BATCH])
@@ -250,3 +260,8 @@ def test_a_callers_tf32_is_off_meanwhile_and_back_afterwards() -> None:
 def test_a_precision_must_be_known() -> None:
     with pytest.raises(RPSAError, match="bf16"):
         FisherConfig(precision="fp16")  # type: ignore[arg-type]
+
+
+def test_a_default_precision_leaves_the_identity_of_earlier_runs() -> None:
+    assert "precision" not in _fisher_settings(Fisher())
+    assert _fisher_settings(Fisher(precision="bf16"))["precision"] == "bf16"

@@ -66,7 +66,7 @@ def estimate_fisher(
         float32 scores of every parameter in scope; up to rounding, neither batching nor padding changes them.
         The manifest's "estimation" tells samples and tokens used, samples skipped, and `split_half`: for
         several k the overlap between the top k of even-numbered and of odd-numbered samples (chance: k). Where the
-        precision is not fp32, `overlap_with_fp32` has that of the first sample's top k in both precisions.
+        precision is not fp32, `overlap_with_fp32` is that of both precisions on the start of the first sample.
 
     Raises:
         RPSAError: an argument has not the form above; the model's logits are not those of the ids, token by

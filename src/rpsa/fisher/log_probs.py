@@ -81,7 +81,8 @@ def check_causal(model: nn.Module, samples: Samples, device: torch.device) -> No
 
 def is_low_precision(model: nn.Module, device: torch.device) -> bool:
     is_low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    return is_low or torch.is_autocast_enabled(device.type)
+    has_tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return is_low or has_tf32 or torch.is_autocast_enabled(device.type)
 
 
 def _logits(model: nn.Module, samples: Samples, device: torch.device) -> tuple[Tensor, int]:
