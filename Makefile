@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slow lint format docs clean
+.PHONY: install demo test test-slow bench lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -21,10 +21,13 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n logical --maxprocesses 8
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+
+bench: install
+	$(BIN)/python benchmarks/bench.py --write
 
 format: install
 	$(BIN)/ruff check --fix .
