@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rpsa.evaluation.statistics import safety_tax_interval, safety_tax_rate
     from rpsa.fisher.diagonal import FisherDiagonal
     from rpsa.fisher.estimators import FisherConfig, estimate_fisher
+    from rpsa.freezing.compact import CompactFreezer
     from rpsa.freezing.freezer import Freezer
     from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
     from rpsa.reference import ReferenceDataset
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rpsa.training.trainer import RPSAMixin, RPSATrainer
 
 _HOMES = {
+    "CompactFreezer": "rpsa.freezing.compact",
     "ConflictRatio": "rpsa.freezing.ratio",
     "ConstantRatio": "rpsa.freezing.ratio",
     "FisherConfig": "rpsa.fisher.estimators",
@@ -39,6 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CompactFreezer",
     "ConflictRatio",
     "ConstantRatio",
     "FisherConfig",
