@@ -8,6 +8,7 @@ One process and one thread on a CPU; the peers' rounds and ours alternate; media
 
 import argparse
 import gc
+import math
 import platform
 import statistics
 import tempfile
@@ -295,12 +296,53 @@ def fisher_rows(rounds: int) -> Iterator[Row]:
             yield compared(what, ours, "forward + backward", peer, few, "1.10" if count > 1 else "")
 
 
-def batches(samples: int, batch: int, tokens: int) -> list[dict[str, Tensor]]:
+def growth_rows(rounds: int) -> Iterator[Row]:
+    """Exponents: 1 is time in proportion. Two decades, the time of each size the least of some rounds."""
+    sizes = [(64, 2, 1024), (192, 4, 4096), (512, 10, 8192)]
+    few = max(2, rounds // 2)
+
+    def slope(numbers: list[float], times: list[float]) -> float:
+        return math.log(times[-1] / times[0]) / math.log(numbers[-1] / numbers[0])
+
+    def parameters(size: tuple[int, int, int]) -> int:
+        return sum(p.numel() for p in llama(*size).parameters())
+
+    def least(work: Timed) -> float:
+        work()
+        return min(work() for _ in range(few))
+
+    numbers = [float(parameters(size)) for size in sizes]
+    span = f"{numbers[0] / 1e6:.2f}M to {numbers[-1] / 1e6:.0f}M parameters"
+    for kind in ("compact", "exact"):
+        times = [least(optimizer_part(kind, "AdamW, foreach", llama(*size), None)) for size in sizes]
+        yield Row(f"mask + clip + step, {kind}, {span}", "exponent", [slope(numbers, times)], "1.05")
+    times = [fisher_seconds(llama(*size), 256, few) for size in sizes]
+    yield Row(f"Fisher, 4 x 256 tokens, {span}", "exponent", [slope(numbers, times)], "1.05")
+    tokens = [16.0, 160.0, 1600.0]
+    times = [fisher_seconds(llama(192, 4, 4096), int(count), few) for count in tokens]
+    yield Row("Fisher, 3M parameters, 4 x 16 to 4 x 1,600 tokens", "exponent", [slope(tokens, times)], "1.05")
+
+
+def fisher_seconds(model: Any, tokens: int, rounds: int) -> float:
+    """Of a pass: what a second batch adds to one."""
+    model.eval()
+    config = FisherConfig(probes=1, progress=False)
+    vocabulary = model.config.vocab_size
+
+    def taken(count: int) -> float:
+        data = batches(4 * count, 4, tokens, vocabulary)
+        return min(seconds(lambda: estimate_fisher(model, data, config)) for _ in range(rounds))
+
+    taken(1)
+    return (taken(5) - taken(1)) / 4
+
+
+def batches(samples: int, batch: int, tokens: int, vocabulary: int = 8192) -> list[dict[str, Tensor]]:
     result = []
     for _ in range(samples // batch):
-        ids = torch.randint(8192, (batch, tokens))
+        ids = torch.randint(vocabulary, (batch, tokens))
         labels = ids.clone()
-        labels[:, :16] = -100
+        labels[:, : tokens // 16] = -100
         result.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return result
 
@@ -320,6 +362,7 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "conflict": conflict_rows,
     "scores": score_rows,
     "fisher": fisher_rows,
+    "growth": growth_rows,
 }
 
 
