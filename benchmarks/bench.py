@@ -14,10 +14,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -182,6 +186,47 @@ def loop_rows(rounds: int) -> Iterator[Row]:
             yield Row(what, "without freezing", found, bar if kind == "compact" else "")
 
 
+def trainer_rows(rounds: int) -> Iterator[Row]:
+    """Twenty steps of TRL's trainer, as a user has them."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+    from trl import SFTConfig, SFTTrainer
+
+    from rpsa.tiny import tiny_model_dir
+    from rpsa.training.config import RPSAConfig
+    from rpsa.training.trainer import RPSATrainer
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir(0))
+    ids = torch.randint(3, len(tokenizer), (80, 128)).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    common = {"max_steps": 20, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    common |= {"per_device_train_batch_size": 4, "disable_tqdm": True, "logging_steps": 1000}
+
+    def seconds_of(kind: str, folder: str) -> float:
+        model = llama(192, 4, vocabulary=len(tokenizer))
+        given = {"model": model, "train_dataset": data, "processing_class": tokenizer}
+        with redirect_stdout(StringIO()):
+            if kind == "plain":
+                trainer = SFTTrainer(args=SFTConfig(output_dir=folder, **common), **given)
+            else:
+                own = {"frozen_ratio": K, "compact": kind == "compact"}
+                args = RPSAConfig(output_dir=folder, **own, **common)
+                trainer = RPSATrainer(args=args, fisher=scores_of(model), **given)
+            return float(trainer.train().metrics["train_runtime"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("compact", "exact"):
+            found = ratios(
+                lambda kind=kind: seconds_of(kind, folder), lambda: seconds_of("plain", folder), rounds
+            )
+            yield Row(
+                f"20 steps of the trainer, audit included: {kind}, constant k", "TRL's SFTTrainer", found
+            )
+
+
 def state_rows(rounds: int) -> Iterator[Row]:
     """Bytes a parameter, weights included, between the backward pass and the step of AdamW."""
     names = {
@@ -233,6 +278,7 @@ def threshold_rows(rounds: int) -> Iterator[Row]:
 
     few, what = max(2, rounds // 3), "threshold of 100M scores"
     yield compared(what, ours, "kthvalue", lambda: whole.kthvalue(rank + 1), few, "0.20")
+    yield compared(what, ours, "numpy.partition", lambda: np.partition(whole.numpy(), rank), few, "")
     yield compared(what, ours, "one sum over them", lambda: [part.sum() for part in parts], few, "15")
 
 
@@ -294,6 +340,20 @@ def fisher_rows(rounds: int) -> Iterator[Row]:
                 f"Fisher, token_signs, 1 probe, {count} x {batch} x {tokens} tokens, {size:.0f}M parameters"
             )
             yield compared(what, ours, "forward + backward", peer, few, "1.10" if count > 1 else "")
+    if find_spec("opacus"):
+        from opacus.grad_sample import GradSampleModule
+
+        model = GradSampleModule(llama(512, 8).train())
+        data = batches(16, 4, 512)
+        plain = llama(512, 8).train()
+
+        def by_sample() -> None:
+            forward_backward(model, data)
+            for parameter in model.parameters():
+                parameter.grad_sample = None  # type: ignore[attr-defined]
+
+        named = "opacus: gradients of each sample, 4 x 4 x 512 tokens"
+        yield compared(named, by_sample, "forward + backward", lambda: forward_backward(plain, data), few, "")
 
 
 def growth_rows(rounds: int) -> Iterator[Row]:
@@ -357,6 +417,7 @@ def forward_backward(model: Any, data: list[dict[str, Tensor]]) -> None:
 PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "optimizer": step_rows,
     "loop": loop_rows,
+    "trainer": trainer_rows,
     "state": state_rows,
     "threshold": threshold_rows,
     "conflict": conflict_rows,
