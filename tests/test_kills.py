@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,17 +69,21 @@ def unfinished(run: Path, stage: str) -> Iterator[Path]:
 
 
 def is_at_work(run: Path, since: float) -> bool:
-    """Whether something was written: what an earlier process has left does not count."""
-    return any(path.stat().st_mtime > since for path in run.rglob("*") if path.name != LOCK and path.exists())
+    """Whether a stage has written something: what an earlier process has left does not count."""
+    places = [*(run / stage for stage in STAGES), *run.glob(".report.*")]
+    try:
+        paths = [path for place in places if place.exists() for path in [place, *place.rglob("*")]]
+        return any(path.stat().st_mtime > since for path in paths)
+    except FileNotFoundError:  # somebody has just moved it
+        return True
 
 
 def kill_after(folder: Path, delay: float) -> str | None:
     """Start the run, and kill it `delay` seconds after it began to write: at what stage. None if it ended before."""
     began = time.time()
     process = start(folder)
-    with suppress(FileNotFoundError):  # which a run may remove meanwhile
-        while process.poll() is None and not is_at_work(folder / "run", began):
-            time.sleep(0.01)
+    while process.poll() is None and not is_at_work(folder / "run", began):
+        time.sleep(0.01)
     try:
         _, errors = process.communicate(timeout=delay)
     except subprocess.TimeoutExpired:
@@ -108,7 +111,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     kills: Counter[str] = Counter()
     while kills.total() < KILLS or not set(STAGES) <= set(kills):
         folder = new(f"killed-{kills.total()}")
-        while stage := kill_after(folder, rng.uniform(0, 3)):
+        while stage := kill_after(folder, rng.uniform(0, 4)):
             kills[stage] += 1
         verify(folder / "run")
         assert not hidden(folder / "run")
