@@ -177,6 +177,16 @@ CASES: list[tuple[list[str], str]] = [
     (run("evaluate.judge=rubric", RUBRIC.format("'https://me:pw@h/v1'")), "a secret is not written"),
     (run("reference.engine.hf_token=x"), "reference.engine.hf_token: a secret"),
     (run("safety.data=https://me:pw@host/x.jsonl"), "safety.data: a secret"),
+    (run("name=github_pat_" + "a" * 30), "name: a secret"),
+    (run("name=AKIA" + "A" * 16), "name: a secret"),
+    (run("data_dir=https://h/x?X-Amz-Signature=abc"), "data_dir: a secret"),
+    (run("evaluate.engine.aws_secret_access_key=abc"), "aws_secret_access_key: a secret"),
+    (run("evaluate.engine.env={X: 'Bearer " + "a" * 30 + "'}"), "evaluate.engine.env.X: a secret"),
+    (run(f"matrix.methods={{{TOKEN}: {{paradigm: fft}}}}"), "matrix: one of its keys is a secret"),
+    (
+        ["evaluate", "https://h/v1?api_key=abc"],
+        "https://h/v1?api_key=***: put the key into RPSA_API_KEY",
+    ),
     (["evaluate", "https://me:pw@host/v1"], "https://***@host/v1: put the key into RPSA_API_KEY"),
     (
         ["evaluate", "tiny:0", "--tasks", "tiny", "--set", "judge_settings.api_key=abc"],

@@ -2,6 +2,9 @@
 
 import re
 
+SECRET_IN_QUERY = r"[?&][^=&\s]*(?:(?i:key|token|sig|signature|secret|passw(?:or)?d|pwd|credential|auth))="
+"""Before a secret in an address."""
+
 
 def printable(text: str) -> str:
     """`text` on one line, without characters that a terminal acts upon: each becomes its escape."""
@@ -10,8 +13,8 @@ def printable(text: str) -> str:
 
 
 def hide_credentials(text: str) -> str:
-    """`text` without the user and the password of any address in it."""
-    return re.sub(r"://[^/\s@]*@", "://***@", text)
+    """`text` without the user, the password and the keys of any address in it."""
+    return re.sub(rf"({SECRET_IN_QUERY})[^&\s:,;'\"]*", r"\1***", re.sub(r"://[^/\s@]*@", "://***@", text))
 
 
 def markdown_text(text: str) -> str:

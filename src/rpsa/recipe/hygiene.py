@@ -7,15 +7,21 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from rpsa.text import SECRET_IN_QUERY
+
 _MOST_VALUES = 100_000  # a few aliases of YAML can stand for billions
 _SECRET_KEY = re.compile(
     r"(?:hub|hf|push_to_hub|auth|use_auth|access|api|bearer|wandb|id)?_?token|.*api_?key|.*passw(?:or)?d|.*secret"
-    r"|.*credentials?|authorization",
+    r"|.*credentials?|authorization|.*(?:private|secret|access|account|auth|wandb|ssh|gpg)[_-]?key",
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(
-    r"://[^/\s]*@|[?&](?:api[-_]?key|token|access_token|key|sig)=|\b(?:hf_|sk-|ghp_|xox[bp]-)[A-Za-z0-9_-]{16,}"
+    rf"://[^/\s]*@|{SECRET_IN_QUERY}"
+    r"|\b(?:hf_|sk-|gh[oprsu]_|github_pat_|glpat-|gsk_|xai-|nvapi-|pplx-|xox[abprs]-|AIza)[A-Za-z0-9_-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[A-Za-z0-9_-]{8,}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\b(?:Bearer|Basic) [A-Za-z0-9._~+/-]{16,}"
 )
+"""As those who give them out write them: Hugging Face, OpenAI, GitHub, GitLab, Groq, xAI, NVIDIA, Slack, Google, AWS"""
 
 
 def hygiene_problems(raw: dict[str, Any]) -> Iterator[str]:
@@ -25,7 +31,9 @@ def hygiene_problems(raw: dict[str, Any]) -> Iterator[str]:
             yield f"{path.partition('.')[0]}: more than {_MOST_VALUES:,} values; does it contain itself?"
             return
         key = path.rpartition(".")[2]
-        if _is_odd(path) or (isinstance(value, str) and _is_odd(value)):
+        if _SECRET_VALUE.search(path):
+            yield f"{path.partition('.')[0]}: one of its keys is a secret, which is not written into a recipe"
+        elif _is_odd(path) or (isinstance(value, str) and _is_odd(value)):
             yield f"{path!a}: holds a control character"
         elif _is_secret(key, value):
             yield (
