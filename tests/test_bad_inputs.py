@@ -203,12 +203,22 @@ CASES: list[tuple[list[str], str]] = [
     (fft("train.report_to=[nonesuch]"), "nonesuch is not supported"),
     (fft("train.eval_strategy=steps"), "safety.validation_share holds nothing out"),
     (fft("train.dataloader_num_workers=-1"), "train.dataloader_num_workers: -1 is not at least 0"),
+    (fft("train.eval_on_start=true"), "eval_on_start, and safety.validation_share holds nothing out"),
+    (fft("train.assistant_only_loss=true"), "train: TRL refuses it: You set `assistant_only_loss=True`"),
+    (fft("train.eos_token=nope"), "train: TRL refuses it: The specified `eos_token`"),
+    (fft("train.save_strategy=best"), "train: TRL refuses it: `args.metric_for_best_model` must be provided"),
+    (fft("train.use_liger_kernel=true"), "use_liger_kernel: liger-kernel is not installed"),
     (fft("train.fsdp=full_shard"), "train.fsdp: set launch.config instead"),
     (run("matrix.methods=[lora]", "lora.lora_dropout=2"), "dropout probability has to be between 0 and 1"),
     (run("matrix.methods=[lora]", "lora.layers_to_transform=[99]"), "not found in the base model"),
     (
         run("matrix.methods=[lora]", 'lora.rank_pattern={"(": 3}'),
         "lora: PEFT refuses it: error: missing ), unterminated",
+    ),
+    (run("fisher.scope=nonesuch"), "fisher.scope 'nonesuch' matches no trainable parameter"),
+    (
+        run("matrix.methods=[lora+rpsa]", "fisher.scope=up_proj.weight"),
+        "fisher.scope 'up_proj.weight' matches no trainable parameter (there is 'base_model.",
     ),
     # data
     *(
@@ -234,6 +244,8 @@ CASES: list[tuple[list[str], str]] = [
     ),
     (data("/dev/zero"), "'/dev/zero' is neither a file nor a folder"),
     (fft("safety.n=100000000"), "ask for fewer examples"),
+    (run("reference.n=100000000"), "ask for 100,000 at most"),
+    (fft("evaluate.n=100000000"), "ask for 100,000 at most"),
     (fft("safety.max_length=3"), "max_length 3 leaves nothing of 16 examples"),
     (fft("safety.validation_share=0.9", "safety.n=1"), "cannot hold out"),
     (fft("safety.benign=no_thought.jsonl", "safety.benign_share=0.5"), "no_thought.jsonl line 1"),
@@ -284,6 +296,7 @@ CASES: list[tuple[list[str], str]] = [
         ["fisher-map", "cut_fisher", "--out", "map"],
         "Fisher cut_fisher: cannot be loaded: a file of weights is damaged or cut off",
     ),
+    (["plan", "small.yaml", "matrix.bases=[no_json]"], "model no_json: its config cannot be loaded: "),
     (["fisher-map", "torn_fisher", "--out", "map"], "torn_fisher/manifest.json: not readable as JSON"),
     (
         ["perturb", "tiny:0", "fisher", "--tasks", "tiny", "--n", "1", "--out", "p"],

@@ -1,23 +1,30 @@
 """What can be known before hours of work: what libraries refuse, data, models, judges, programs that are not there."""
 
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from rpsa.analysis.perturbation import PerturbationConfig
+from rpsa.artifacts import reading
 from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
+from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.alignment import training_data
 from rpsa.pipeline.evaluation import check_evaluation, questions
 from rpsa.pipeline.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
 from rpsa.pipeline.stages import reference_problems
-from rpsa.pipeline.tasks import reference_of, task_options
+from rpsa.pipeline.tasks import full_fishers, reference_of, task_options
 from rpsa.pipeline.trainers import refusals_of_trl, training_arguments
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.reference.problems import check_ids
+
+log = logging.getLogger(__name__)
 
 
 def preflight(recipe: Recipe) -> None:
@@ -27,23 +34,27 @@ def preflight(recipe: Recipe) -> None:
         RPSAError: some of it will not work.
     """
     trained = [cell for cell in recipe.cells() if cell.paradigm != "none"]
-    for cell in _first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives)):
+    settled = list(_first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives)))
+    for cell in settled:
         _check_training(recipe, cell)
     for base in recipe.bases:
         check_model(base, recipe.model)
         thought_of(load_tokenizer(base, recipe.model), recipe.model)
+    for cell in settled:
+        _check_trainer(recipe, cell)
     _check_reference(recipe)
     _check_evaluation(recipe)
     for cell in _first_of(trained, lambda cell: (cell.base, cell.safety)):
         with _naming(cell):
             tokenizer = load_tokenizer(cell.base, recipe.model)
             training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
-    for cell in _first_of(trained, lambda cell: (cell.base, cell.lora) if cell.lora else ()):
-        if cell.lora:
-            # what starts from the model's weights has none here
-            started = replace(cell, lora={**cell.lora, "init_lora_weights": False})
-            with _naming(cell), torch.device("meta"):
-                add_adapter(empty_model(cell.base, recipe.model), started)
+    for cell in _first_of(
+        trained, lambda cell: (cell.base, cell.lora, cell.needs_fisher and cell.fisher.scope)
+    ):
+        scope = cell.fisher.scope if cell.needs_fisher else None
+        if cell.lora or scope:
+            with _naming(cell):
+                _check_model(recipe, cell, scope)
     _check_analysis(recipe)
 
 
@@ -65,16 +76,55 @@ def _naming(cell: Cell) -> Iterator[None]:
 
 
 def _check_training(recipe: Recipe, cell: Cell) -> None:
-    """Arguments, optimizer, learning rate schedule and trackers, without a model."""
+    """Arguments, optimizer, learning rate schedule and trackers, without the model."""
+    from transformers.utils import is_liger_kernel_available
+
     arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
     with refusals_of_trl(cell):
         _check_trackers(arguments)
         asked = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
-        if asked != "no" and not (cell.safety and cell.safety.validation_share):
-            raise ValueError(
-                f"eval_strategy: {asked}, and safety.validation_share holds nothing out to evaluate on"
-            )
+        asked = "eval_on_start" if asked == "no" and arguments.eval_on_start else f"eval_strategy: {asked}"
+        if asked != "eval_strategy: no" and not (cell.safety and cell.safety.validation_share):
+            raise ValueError(f"{asked}, and safety.validation_share holds nothing out to evaluate on")
         _check_optimizer(arguments)
+        if arguments.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel: liger-kernel is not installed; install it, or leave this off")
+
+
+def _check_trainer(recipe: Recipe, cell: Cell) -> None:
+    """TRL's trainer around a toy model and one example: it refuses what it does not support when it is made."""
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTTrainer
+
+    tokenizer = load_tokenizer(cell.base, recipe.model)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    example = Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
+    arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
+    with TemporaryDirectory() as folder, reading(f"{cell.id}: train", "TRL refuses it"):
+        arguments.output_dir, arguments.push_to_hub, arguments.report_to = folder, False, []
+        SFTTrainer(
+            LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)),
+            arguments,
+            train_dataset=example,
+            eval_dataset=example if cell.safety and cell.safety.validation_share else None,
+            processing_class=tokenizer,
+        )
+
+
+def _check_model(recipe: Recipe, cell: Cell, scope: str | None) -> None:
+    """A model without weights: whether the adapter fits it, and the Fisher's scope is of something that trains."""
+    model: Any = empty_model(cell.base, recipe.model)
+    if cell.lora:
+        # what starts from the model's weights has none here
+        started = replace(cell, lora={**cell.lora, "init_lora_weights": False})
+        with torch.device("meta"):
+            model = add_adapter(model, started)
+    trainable = trainable_parameters(model)
+    if scope and not any(re.search(scope, name) for name in trainable):
+        raise RPSAError(
+            f"fisher.scope {scope!r} matches no trainable parameter (there is {next(iter(trainable))!r}, ...)"
+        )
 
 
 def _check_trackers(arguments: Any) -> None:
@@ -144,8 +194,14 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 def _check_analysis(recipe: Recipe) -> None:
     settings = recipe.analysis.perturb
+    if (settings or recipe.analysis.fisher_map) and not full_fishers(recipe):
+        log.warning("analysis: no method measures a whole model's Fisher, and there is nothing to analyse")
     if settings is None:
         return
+    if not recipe.evaluate.tasks:
+        raise RPSAError(
+            "analysis.perturb: evaluate.tasks names nothing, and a perturbation is measured on reasoning problems"
+        )
     fractions, factors, selections = (settings.fractions, settings.factors, settings.selections)
     try:
         PerturbationConfig(tuple(fractions), tuple(factors), tuple(selections), settings.draws)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def load_config(name: str, model: Model) -> Any:
     """The `transformers` config of a model in a recipe.
 
     Raises:
-        RPSAError: it is neither here nor to be had.
+        RPSAError: it is neither here nor to be had, or is broken.
     """
     from transformers import AutoConfig
 
@@ -25,6 +26,9 @@ def load_config(name: str, model: Model) -> Any:
             location(name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        if Path(location(name)).is_dir():
+            said = str(error).strip().partition("\n")[0]
+            raise RPSAError(f"model {name}: its config cannot be loaded: {said}") from error
         raise RPSAError(
             f"model {name}: its config is not on this machine and cannot be fetched; run "
             f"`hf download {name} config.json` where there is a network, or name a folder with that file "

@@ -31,6 +31,10 @@ class TinyItem:
     kind: str
 
 
+_MOST_PROBLEMS = 100_000
+_DRAWS_IN_VAIN = 20_000
+
+
 def reasoning_problems(
     n: int, seed: int, split: Split = "train", families: Sequence[str] | None = None
 ) -> list[Problem]:
@@ -115,11 +119,27 @@ def score(item: TinyItem, response: str, thought: ThoughtFormat = THINK) -> Scor
 
 
 def _distinct_problems(family: str, n: int, rng: random.Random, split: Split) -> list[tuple[str, Solved]]:
-    """`n` problems with distinct questions, each with its prompt."""
+    """`n` problems with distinct questions, each with its prompt.
+
+    Raises:
+        RPSAError: the family has not so many; drawing has brought nothing new for long.
+    """
+    if n > _MOST_PROBLEMS:
+        raise RPSAError(
+            f"the tiny world: {n} problems of the family {family}; ask for {_MOST_PROBLEMS:,} at most"
+        )
     found: dict[str, tuple[str, Solved]] = {}
+    in_vain = 0
     while len(found) < n:
         solved = draw_solved(family, rng, split)
+        before = len(found)
         found.setdefault(solved.question, (rng.choice(FRAMES).format(solved.question), solved))
+        in_vain = 0 if len(found) > before else in_vain + 1
+        if in_vain > _DRAWS_IN_VAIN:
+            raise RPSAError(
+                f"the tiny world: the split {split} of the family {family} has no {n} distinct problems; ask for "
+                f"{before} at most"
+            )
     return list(found.values())
 
 
