@@ -232,7 +232,8 @@ def test_training_memory_is_what_is_alive(
     name: str, lora: bool, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rpsa.freezing.exact.KEPT_ON", ())  # as on a GPU, but in the blocks of a CPU
-    monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
+    for module in ("bits", "compact"):
+        monkeypatch.setattr(f"rpsa.freezing.{module}.NUMPY_ON", ())
     monkeypatch.setattr("rpsa.plan.memory.DEVICE_BLOCK", CPU_BLOCK)
     how: dict[str, Any] = {"lora": lora, "method": method, "bf16": True, "checkpointing": name == "deep"}
     parts, peak = live_run(CONFIGS[name], folder=tmp_path, **how)

@@ -310,6 +310,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "deleted, or never run",
     ),
+    "a manifest's inputs": (
+        lambda run: mangle(run / "evaluate" / FFT, "stage.json", lambda stage: stage.update(inputs={})),
+        "edited: its inputs are not those",
+    ),
     "another model below": (
         lambda run: mangle(
             run / "align" / FFT, "stage.json", lambda stage: stage.update(inputs_sha256="0" * 64)
@@ -331,6 +335,17 @@ def test_verify_knows_from_the_recipe_what_there_should_be(
         verify(copy)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_no_stage_wrote_are_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = damaged(finished, tmp_path)
+    (copy / "align" / FFT / "adapter_config.json").write_text("{}")
+    verify(copy)
+    assert (
+        "holds 1 files that its stage has not written, such as adapter_config.json" in capsys.readouterr().out
+    )
 
 
 def test_a_moved_run_on_another_machine_is_whole(

@@ -277,7 +277,20 @@ def _made_by_now(stage: Stage) -> dict[str, dict[str, str]]:
 
 def identity(stage: Stage, inputs: Mapping[str, Any]) -> str:
     """What tells the result that a stage would have now from any other."""
-    return sha256_of({"stage": stage, "inputs": dict(inputs), **_made_by_now(stage)})
+    return _identity(stage, inputs, _made_by_now(stage))
+
+
+def is_edited(directory: Path) -> bool:
+    """Whether a manifest's inputs, versions or sources are not those that its hash was made of."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return False
+    made_by = {key: manifest[key] for key in ("versions", "sources")}
+    return _identity(manifest["stage"], manifest["inputs"], made_by) != manifest["inputs_sha256"]
+
+
+def _identity(stage: str, inputs: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
+    return sha256_of({"stage": stage, "inputs": dict(inputs), **made_by})
 
 
 def _size(path: Path) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rpsa.artifacts import read_json, stable_json
+from rpsa.artifacts import files_below, read_json, stable_json
 from rpsa.errors import RPSAError
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.schema import Recipe
@@ -61,7 +61,7 @@ def _recipe_of(path: Path, run: Path) -> Recipe:
 
 
 def _look_at(run: Path, recipe: Recipe, found: Findings) -> None:
-    from rpsa.pipeline.manifests import MANIFEST, STAGES, altered_files
+    from rpsa.pipeline.manifests import MANIFEST, STAGES, altered_files, is_edited
     from rpsa.pipeline.tasks import Task, tasks_of
 
     wanted = [task for stage in STAGES[:-1] for task in tasks_of(recipe, stage)]
@@ -70,12 +70,32 @@ def _look_at(run: Path, recipe: Recipe, found: Findings) -> None:
     for task in wanted:
         found.folders.add(task.folder)
         found.problems += _problems(recipe, task, found.notes)
+        found.notes += _strangers(task.folder)
     # what earlier recipes have left in the folder
     for path in sorted(run.rglob(MANIFEST)):
         hidden = any(part.startswith(".") for part in path.relative_to(run).parts)
         if not hidden and path.parent not in found.folders:
             found.folders.add(path.parent)
             found.problems += altered_files(path.parent)
+    found.problems += [
+        f"{folder / MANIFEST}: edited: its inputs are not those that it has the hash of"
+        for folder in sorted(found.folders)
+        if is_edited(folder)
+    ]
+
+
+def _strangers(folder: Path) -> list[str]:
+    """A line where there are files that the stage has not written: some are loaded by their names."""
+    from rpsa.pipeline.manifests import MANIFEST, TIMING, read_manifest
+
+    manifest = read_manifest(folder)
+    known = {MANIFEST, TIMING, *(manifest["files"] if manifest else ())}
+    strange = [name for name in files_below(folder) if name not in known and not name.startswith(".")]
+    return (
+        [f"{folder}: holds {len(strange)} files that its stage has not written, such as {strange[0]}"]
+        if manifest and strange
+        else []
+    )
 
 
 def _problems(recipe: Recipe, task: Any, notes: list[str]) -> Iterator[str]:
