@@ -21,6 +21,7 @@ from rpsa.generation.transformers import TransformersGenerator
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.manifests import MADE_BY, write_manifest
 from rpsa.pipeline.models import add_adapter, generation_dtype, load_model, vllm_engine
+from rpsa.pipeline.preflight import preflight
 from rpsa.pipeline.subjects import loaded_to_generate
 from rpsa.pipeline.tasks import Task, inputs_of, place_of, tasks_of, unfinished
 from rpsa.pipeline.trainers import starting_model
@@ -115,6 +116,13 @@ def test_a_run_is_complete_and_is_not_repeated(recipe_file: Path) -> None:
             for method in ("fft+rpsa", "lora+rpsa")
         ),
     }
+
+
+def test_an_analysis_of_no_fisher_is_said_beforehand(
+    recipe_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    preflight(small(recipe_file, "matrix.methods=[original, fft]", "analysis.fisher_map=[0.6]"))
+    assert "there is nothing to analyse" in caplog.text
 
 
 STUDY = """

@@ -286,7 +286,8 @@ def is_edited(directory: Path) -> bool:
     if manifest is None:
         return False
     made_by = {key: manifest[key] for key in ("versions", "sources")}
-    return _identity(manifest["stage"], manifest["inputs"], made_by) != manifest["inputs_sha256"]
+    hashed: str = manifest["inputs_sha256"]
+    return _identity(manifest["stage"], manifest["inputs"], made_by) != hashed
 
 
 def _identity(stage: str, inputs: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
