@@ -286,6 +286,30 @@ def test_resuming_is_bit_identical(
     assert whole.rpsa.trajectory[-1]["k"] != 0.5
 
 
+@pytest.mark.parametrize("compact", [False, True], ids=["exact", "compact"])
+def test_resuming_from_any_step_is_bit_identical(
+    compact: bool, tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    """Also where k at the checkpoint is below the 0.5 that every run starts with."""
+    fisher = fisher_of(make_model(), reference)
+
+    def train(folder: Path, resume: Path | None = None) -> RPSATrainer:
+        args = config(folder, save_strategy="steps", save_steps=1, compact=compact)
+        trainer = make_trainer(make_model(), args, safety_data, tokenizer, reference, fisher=fisher)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.save_model(str(folder / "final"))
+        return trainer
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {name: (folder / "final" / name).read_bytes() for name in ("model.safetensors", AUDIT_FILE)}
+
+    whole = train(tmp_path / "whole")
+    assert min(entry["k"] for entry in whole.rpsa.trajectory) < 0.5
+    for step in range(1, 8):
+        train(tmp_path / str(step), tmp_path / "whole" / f"checkpoint-{step}")
+        assert files(tmp_path / str(step)) == files(tmp_path / "whole"), step
+
+
 def test_noise_k_costs_and_measures_the_same_and_ignores_the_conflict(
     tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
 ) -> None:

@@ -67,6 +67,7 @@ class ExactSteps:
         self.optimizer, self.parameters = optimizer, parameters
         self._mask, self._finished = mask, finished
         self._guarding, self._depth = False, 0
+        self._is_new = True
         self._saved: dict[str, Tensor] = {}
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before()),
@@ -122,6 +123,10 @@ class ExactSteps:
         # step (accelerate does, for a gradient scaler) and saw it raise left a depth that means nothing.
         self._depth = self._depth + 1 if self._guarding else 1
         if self._depth == 1:
+            if self._is_new:
+                # not when it was attached: a freezer that goes on from a checkpoint learns its mask later
+                self.mask_changed({}, self._mask() or {})
+                self._is_new = False
             self._save()
 
     def _after(self) -> None:

@@ -275,11 +275,9 @@ class Freezer:
             self._attached.append(self._hooked(optimizer, ours))
 
     def _hooked(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> AttachedSteps:
-        steps = ExactSteps(
+        return ExactSteps(
             optimizer, parameters, lambda: None if self.gradient_only else self._mask, self._after_step
         )
-        steps.mask_changed({}, self._mask)
-        return steps
 
     def _check(self, optimizer: Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

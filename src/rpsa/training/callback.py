@@ -241,7 +241,10 @@ class RPSACallback(TrainerCallback, ExportableState):
             )
         attributes = saved["attributes"]
         self.freezer.load_state_dict(attributes["freezer"])
-        self.trajectory = list(attributes["trajectory"])
+        # in the order of a run that was not stopped: checkpoints sort names
+        self.trajectory = [
+            {name: entry[name] for name in ("step", "k", "c", "tau")} for entry in attributes["trajectory"]
+        ]
         self._measure_shares()
         self._shares = attributes["unsaid"]
         if self.audit is not None and "audit" in attributes:
