@@ -3,7 +3,7 @@
     python benchmarks/bench.py [--write] [--only PART] [--rounds 7]
 
 One process and one thread on a CPU; the peers' rounds and ours alternate; medians, with the lowest and the highest.
-`--write` puts the table into docs/benchmarks.md, between its two marks.
+`--write` puts the table into docs/benchmarks.md, between its two marks. Where there is CUDA, gpu_8b.py follows.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import gc
 import math
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -447,6 +449,8 @@ def main() -> None:
         )
         before, rest = DOCS.read_text().split(START)
         DOCS.write_text(before + "\n\n".join([START, "\n".join(lines), END]) + rest.split(END)[1])
+    if torch.cuda.is_available() and arguments.only is None:
+        subprocess.run([sys.executable, Path(__file__).with_name("gpu_8b.py")], check=True)
 
 
 if __name__ == "__main__":
