@@ -450,7 +450,8 @@ def main() -> None:
         before, rest = DOCS.read_text().split(START)
         DOCS.write_text(before + "\n\n".join([START, "\n".join(lines), END]) + rest.split(END)[1])
     if torch.cuda.is_available() and arguments.only is None:
-        subprocess.run([sys.executable, Path(__file__).with_name("gpu_8b.py")], check=True)
+        for paradigm in ("lora", "fft"):
+            subprocess.run([sys.executable, Path(__file__).with_name("gpu_8b.py"), paradigm], check=True)
 
 
 if __name__ == "__main__":
