@@ -113,6 +113,14 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def mask_and_clip(freezer: Freezer | None, parameters: dict[str, nn.Parameter]) -> None:
+    if freezer is None:
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    else:
+        freezer.mask_gradients()
+        freezer.clip_grad_norm_(1.0)
+
+
 def optimizer_part(kind: str, optimizer: str, model: Any, ratio: Any) -> Timed:
     """Mask, clip, step: with gradients that are there."""
     parameters = trainable_parameters(model)
@@ -125,11 +133,7 @@ def optimizer_part(kind: str, optimizer: str, model: Any, ratio: Any) -> Timed:
             parameter.grad = gradients[name].clone()
 
     def work() -> None:
-        if freezer is None:
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        else:
-            freezer.mask_gradients()
-            freezer.clip_grad_norm_(1.0)
+        mask_and_clip(freezer, parameters)
         made.step()
 
     return lambda: seconds(work, prepare)
@@ -169,11 +173,7 @@ def whole_step(kind: str, tokens: int) -> Timed:
 
     def work() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
-        if freezer is None:
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        else:
-            freezer.mask_gradients()
-            freezer.clip_grad_norm_(1.0)
+        mask_and_clip(freezer, parameters)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from test_freezing import GrowingRatio, make_fisher, make_model
-from test_freezing_steps import Waits, forward_backward
+from test_freezing_steps import forward_backward
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from waits import Waits
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal

@@ -7,8 +7,8 @@ import pytest
 import torch
 from fisher_models import ragged_batch, relative_error, rows_of, tiny_model, with_lora
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from waits import Waits
 
 from rpsa.errors import RPSAError
 from rpsa.evaluation_mode import evaluation_mode
@@ -30,24 +30,6 @@ BATCH = ragged_batch([(3, 7), (2, 4), (5, 1), (1, 9)])
 
 def estimate(model: nn.Module, *batches: dict[str, Any], **fields: Any) -> FisherDiagonal:
     return estimate_fisher(model, batches or [BATCH], FisherConfig(progress=False, **fields))
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make a GPU's queue run dry: values read on the host, and shapes that depend on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        is_boolean = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool
-            for i in (args[1] if isinstance(args[1], list | tuple) else ())
-        )
-        reads = ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount")
-        self.count += is_boolean or name in reads
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llama+lora"])

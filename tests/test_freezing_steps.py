@@ -15,7 +15,7 @@ import torch
 from test_freezing import GrowingRatio, make_fisher, make_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
@@ -641,30 +641,6 @@ def test_bits_mask_tensors_that_are_not_contiguous() -> None:
     BitMask.pack(mask).clear_(cleared)
     assert torch.equal(copied, expected[0])
     assert torch.equal(cleared, expected[1])
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make a GPU's queue run dry: values read on the host, and shapes that depend on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        boolean = name in ("index", "index_put_", "index_put") and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        if boolean or name in (
-            "_local_scalar_dense",
-            "nonzero",
-            "masked_select",
-            "unique_dim",
-            "_unique2",
-            "bincount",
-        ):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("moments", ["zero", "raw"])

@@ -79,8 +79,12 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
         dtype=dtype or model.dtype,
         trust_remote_code=model.trust_remote_code,
     )
-    will_be_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded else loaded
+    return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded() else loaded
+
+
+def will_be_sharded() -> bool:
+    """Whether `accelerate launch` has set FSDP up."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def free_memory() -> None:

@@ -1,6 +1,5 @@
 """The trainer of a cell: its settings, the model that it starts from, and what goes by Fisher or D_ref."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rpsa.checkpoints import load_adapter
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.pipeline.models import ADAPTER, add_adapter, alignment_dtype, load_model
+from rpsa.pipeline.models import ADAPTER, add_adapter, alignment_dtype, load_model, will_be_sharded
 from rpsa.pipeline.tasks import fisher_task, reference_task
 from rpsa.recipe.names import installed_names
 from rpsa.recipe.schema import Cell, Recipe
@@ -93,8 +92,8 @@ def _may_be_compact(arguments: Any) -> bool:
     """Where a recipe does not say: it trains the same for less where k is constant and nothing is sharded."""
     from rpsa.training.config import why_not_compact
 
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return not isinstance(arguments.frozen_ratio, str) and not why_not_compact(arguments) and not is_sharded
+    is_constant = not isinstance(arguments.frozen_ratio, str)
+    return is_constant and not why_not_compact(arguments) and not will_be_sharded()
 
 
 def _is_plain(cell: Cell) -> bool:
