@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpsa.fisher import estimation
+from rpsa.fisher import estimators
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.fisher.hooked import NotHookable
 
@@ -68,12 +68,12 @@ def loop_only() -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise NotHookable("benchmark")
 
-    hooks = estimation.Hooks
-    estimation.Hooks = refuse  # type: ignore[assignment, misc]
+    hooks = estimators.Hooks
+    estimators.Hooks = refuse  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        estimation.Hooks = hooks  # type: ignore[misc]
+        estimators.Hooks = hooks  # type: ignore[misc]
 
 
 def token_by_token(model: nn.Module, batches: list[dict[str, Any]]) -> None:

@@ -18,8 +18,8 @@ from rpsa import RPSAConfig, RPSATrainer, estimate_fisher
 from rpsa.answers import grade
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.reference import ReferenceConfig, build_reference
+from rpsa.safety_data import tokenize_safety_data
 from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems, safety_examples, tiny_model_dir
-from rpsa.training.safety_data import tokenize_safety_data
 
 
 def main(out: Path) -> None:

@@ -7,13 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_records as r
-import test_trainer as t
 import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
+from helpers import trl_runs as t
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.analysis.perturbation import PerturbationConfig
 from rpsa.errors import RPSAError, check_fields
@@ -22,12 +21,12 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import estimate_fisher
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
-from rpsa.reference import ReferenceDataset
+from rpsa.recipe.problems import installed_names
+from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.alternatives import AlternativesArguments, AlternativesConfig, AlternativesTrainer
 from rpsa.training.config import RPSAArguments, RPSAConfig
 from rpsa.training.trainer import RPSAMixin, RPSATrainer
 
-pieces = r.pieces
 Make = Callable[[SimpleNamespace], Any]
 
 
@@ -138,7 +137,7 @@ def trainer(pieces: SimpleNamespace, **changes: Any) -> Any:
 
 
 def alternative(pieces: SimpleNamespace, fisher: Any = None, **settings: Any) -> Any:
-    chosen = t.installed_names(t.SFT_SETTINGS | settings, AlternativesConfig)
+    chosen = installed_names(t.SFT_SETTINGS | settings, AlternativesConfig)
     args = AlternativesConfig(**chosen, output_dir=str(pieces.folder))
     return AlternativesTrainer(
         model=t.make_model(),
@@ -154,7 +153,7 @@ def masked(count: int) -> Dataset:
 
 
 def without_eos(pieces: SimpleNamespace, row: dict[str, str]) -> Any:
-    tokenizer = t.tokenizer.__wrapped__()
+    tokenizer = t.word_tokenizer()
     tokenizer.eos_token = None
     return trainer(pieces, train_dataset=Dataset.from_list([row] * 4), processing_class=tokenizer)
 
@@ -180,7 +179,7 @@ TRAINERS: dict[str, tuple[Make, str]] = {
     "no EOS": (lambda p: without_eos(p, {"text": "w5 w6"}), "has no EOS token to end a text with"),
     "no EOS, a prompt": (lambda p: without_eos(p, {"prompt": "w5", "completion": "w6"}), "has no EOS token"),
     "another tokenizer's D_ref": (
-        lambda p: trainer(p, reference_dataset=ReferenceDataset([t.Trace("a", [1, 2], [99], "", "stop", None)])),
+        lambda p: trainer(p, reference_dataset=ReferenceDataset([Trace("a", [1, 2], [99], "", "stop", None)])),
         "D_ref: there is token 99, and the model embeds 40",
     ),
     "alternatives, a dict": (lambda p: alternative(p, {}, penalty="fisher"), "fisher is of type dict"),
@@ -276,7 +275,7 @@ def test_a_trainer_of_ones_own_may_stand_between(pieces: SimpleNamespace, tmp_pa
     class Both(RPSAMixin, Own):
         pass
 
-    chosen = t.installed_names(t.SFT_SETTINGS | {"frozen_ratio": 0.5, "max_steps": 1}, OwnConfig)
+    chosen = installed_names(t.SFT_SETTINGS | {"frozen_ratio": 0.5, "max_steps": 1}, OwnConfig)
     made = Both(
         t.make_model(),
         OwnConfig(**chosen, output_dir=str(tmp_path)),

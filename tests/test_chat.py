@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from real_format import QWEN3_STYLE_TEMPLATE, R1_STYLE_TEMPLATE, byte_level_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from helpers.real_format import QWEN3_STYLE_TEMPLATE, R1_STYLE_TEMPLATE, byte_level_tokenizer
 from rpsa.chat import read_thought, render_example, render_prompt, split_response, thought_format
 from rpsa.errors import RPSAError
 from rpsa.thought import THINK

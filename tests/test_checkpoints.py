@@ -8,28 +8,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_records as r
-import test_trainer as t
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from helpers import trl_runs as t
 from rpsa.artifacts import reading
 from rpsa.checkpoints import load_adapter
 from rpsa.cli import app
 from rpsa.errors import RPSAError
+from rpsa.evaluation.subjects import adapter_base
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.pipeline.models import load_model, load_tokenizer
-from rpsa.pipeline.subjects import adapter_base
+from rpsa.models import load_model, load_tokenizer
 from rpsa.recipe.sections import Model
-from rpsa.reference import ReferenceDataset
+from rpsa.reference import ReferenceDataset, Trace
 from rpsa.tiny import tiny_model_dir
 from rpsa.training.callback import AUDIT_START
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 Damage = Callable[[Path], Any]
-pieces = r.pieces
 
 
 def tensors(file: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
@@ -255,7 +253,7 @@ def trained(pieces: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
     folders = {}
     for kind, build in (("full", t.make_model), ("lora", t.make_lora)):
         folders[kind] = tmp_path_factory.mktemp(kind)
-        r.rpsa(pieces, folders[kind], build, max_steps=3).train()
+        t.rpsa_trainer(pieces, folders[kind], build, max_steps=3).train()
     return folders
 
 
@@ -267,7 +265,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(trained["full"] / "checkpoint-3", checkpoint)
     damage(checkpoint)
-    trainer = r.rpsa(pieces, tmp_path / "out")
+    trainer = t.rpsa_trainer(pieces, tmp_path / "out")
     refused(f"checkpoint .*{said}", lambda: trainer.train(resume_from_checkpoint=str(checkpoint)))
 
 
@@ -285,7 +283,7 @@ def test_a_damaged_adapter_is_not_gone_on_from(
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(trained["lora"] / "checkpoint-3", checkpoint)
     damage(checkpoint)
-    trainer = r.rpsa(pieces, tmp_path / "out", t.make_lora)
+    trainer = t.rpsa_trainer(pieces, tmp_path / "out", t.make_lora)
     refused(said, lambda: trainer.train(resume_from_checkpoint=str(checkpoint)))
 
 
@@ -294,10 +292,11 @@ def test_a_tied_model_is_gone_on_with(pieces: SimpleNamespace, tmp_path: Path) -
         return t.make_model(tied=True)
 
     pieces.fisher[build] = t.fisher_of(build(), pieces.reference)
-    r.rpsa(pieces, tmp_path, build, max_steps=3).train()
-    r.rpsa(pieces, tmp_path, build, max_steps=4).train(resume_from_checkpoint=True)
+    t.rpsa_trainer(pieces, tmp_path, build, max_steps=3).train()
+    t.rpsa_trainer(pieces, tmp_path, build, max_steps=4).train(resume_from_checkpoint=True)
     refused(
-        "no checkpoint here", lambda: r.rpsa(pieces, tmp_path / "none").train(resume_from_checkpoint=True)
+        "no checkpoint here",
+        lambda: t.rpsa_trainer(pieces, tmp_path / "none").train(resume_from_checkpoint=True),
     )
 
 
@@ -329,16 +328,16 @@ def test_a_damaged_fisher_is_one_line(damage: Damage, tmp_path: Path) -> None:
         ("traces.jsonl", '{"problem_id": "a"}'),
         (
             "traces.jsonl",
-            json.dumps(vars(t.Trace("a", [1], [2], "", "stop", None)) | {"response_ids": "2 3"}),
+            json.dumps(vars(Trace("a", [1], [2], "", "stop", None)) | {"response_ids": "2 3"}),
         ),
-        ("traces.jsonl", json.dumps(vars(t.Trace("a", [1], [2], "", "stop", None)) | {"prompt_ids": [1.5]})),
+        ("traces.jsonl", json.dumps(vars(Trace("a", [1], [2], "", "stop", None)) | {"prompt_ids": [1.5]})),
         ("traces.jsonl", "nonsense"),
         ("traces.jsonl", ""),
     ],
 )
 def test_a_damaged_reference_is_one_line(file: str, content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    (tmp_path / "traces.jsonl").write_text(json.dumps(vars(t.Trace("a", [1], [2], "", "stop", None))) + "\n")
+    (tmp_path / "traces.jsonl").write_text(json.dumps(vars(Trace("a", [1], [2], "", "stop", None))) + "\n")
     ReferenceDataset.load(tmp_path)
     (tmp_path / file).write_text(content)
     refused(str(tmp_path), lambda: ReferenceDataset.load(tmp_path))

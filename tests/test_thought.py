@@ -12,36 +12,36 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from real_format import small_qwen2
-from thought_families import FAMILIES, THINKING, Family
 
+from helpers.paths import RECIPES
+from helpers.real_format import small_qwen2
+from helpers.thought_families import FAMILIES, THINKING, Family
 from rpsa.answers import final_answer, grade
 from rpsa.chat import read_thought, render_example, render_prompt, split_response, thought_format
 from rpsa.errors import RPSAError
 from rpsa.evaluation import TASKS_PATH
-from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.benchmarks import Item, TaskOptions
+from rpsa.evaluation.command import EvaluateCommand, evaluate_command
 from rpsa.evaluation.grading import Graders, Response, graded
-from rpsa.evaluation.items import Item
+from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.judges import judged_text, make_judge
-from rpsa.evaluation.judges.rubrics import read_xstest
-from rpsa.evaluation.loading import load_tasks
+from rpsa.evaluation.judges.policies import read_xstest
 from rpsa.evaluation.refusals import is_refusal
-from rpsa.evaluation.samples import METRICS, set_rates
+from rpsa.evaluation.run import Subject, evaluate
+from rpsa.evaluation.scores import METRICS, set_rates
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation import Completion, Sampling
 from rpsa.generation.decoding import ResponseDecoder
 from rpsa.generation.transformers import TransformersGenerator
-from rpsa.pipeline.command import EvaluateCommand, evaluate_command
-from rpsa.pipeline.evaluation import Subject, evaluate
-from rpsa.pipeline.models import said_model
+from rpsa.models import said_model
 from rpsa.pipeline.preflight import preflight
-from rpsa.plan.base import Base
+from rpsa.plan.parts import Base
 from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Evaluate, Thought
 from rpsa.reference import Problem, ReferenceConfig, build_reference
+from rpsa.safety_data import SafetyExample, load_safety_data, tokenize_safety_data
 from rpsa.thought import HARMONY, KNOWN, NO_THOUGHT, THINK, ThoughtFormat
 from rpsa.training.config import RPSAConfig
-from rpsa.training.safety_data import SafetyExample, load_safety_data, tokenize_safety_data
 from rpsa.training.trainer import RPSATrainer
 
 PROMPT = "Is 7 prime?"
@@ -582,7 +582,7 @@ def test_a_recipe_and_a_command_say_it_and_a_plan_shows_it() -> None:
         with pytest.raises(RPSAError, match=re.escape(message)) as error:
             said_model(text)
         assert "\n" not in str(error.value)
-    recipe = Path(__file__).parents[1] / "recipes" / "tiny" / "demo.yaml"
+    recipe = RECIPES / "tiny" / "demo.yaml"
     with pytest.raises(RPSAError, match=r"demo.yaml: model.thought: 'off' is neither"):
         load_recipe(recipe, ["model.thought=off"])
     assert Base(load_recipe(recipe), "tiny:0", [1], 80).thought == ThoughtFormat("<think>", "</think>")
@@ -618,7 +618,7 @@ def make_trainer(name: str, rows: Any, folder: Path, **settings: Any) -> RPSATra
 
 
 def said_by_trainer(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "rpsa.training.kept"]
+    return [record.message for record in caplog.records if record.name == "rpsa.training.records"]
 
 
 def test_a_template_that_deletes_thoughts_is_said_with_counts(
@@ -632,7 +632,7 @@ def test_a_template_that_deletes_thoughts_is_said_with_counts(
         assert str(error.value) == (
             "no thought in the training data reaches the model: the chat template deletes the thoughts of "
             f"{deleted} of {len(rows)} examples: train on input_ids and labels "
-            "(rpsa.training.safety_data.tokenize_safety_data)"
+            "(rpsa.safety_data.tokenize_safety_data)"
         )
     assert not said_by_trainer(caplog)
     make_trainer("R1 distill", [DELETED, KEPT, DELETED], tmp_path)

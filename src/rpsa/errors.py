@@ -15,6 +15,10 @@ class RPSAError(ValueError):
     """
 
 
+class Diverged(RPSAError):
+    """A training run ended in weights that are no numbers. Another start with the same settings ends there, too."""
+
+
 def check_type(name: str, value: Any, kind: Any, give: str) -> None:
     """Raise RPSAError unless `value` is of `kind`; `give` says what belongs there."""
     if not isinstance(value, kind):

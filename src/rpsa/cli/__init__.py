@@ -6,9 +6,8 @@ import typer
 
 from rpsa.cli.analysis import fisher_map, perturb
 from rpsa.cli.evaluation import evaluate, tasks_path
-from rpsa.cli.inspection import audit, schema, verify
+from rpsa.cli.inspection import audit, schema, tiny_app, verify
 from rpsa.cli.study import plan, run, sweep
-from rpsa.cli.tiny import tiny_app
 
 __all__ = ["app", "main"]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.errors import readable_errors
+from rpsa.cli.parsing import readable_errors
 from rpsa.errors import RPSAError
 
 
@@ -23,7 +23,7 @@ def fisher_map(
 ) -> None:
     """Show where a Fisher lies by layer and module, what is frozen at k, and what still trains (Fig. 1 and 2)."""
     with readable_errors():
-        from rpsa.pipeline.fisher_map import fisher_map as draw_map
+        from rpsa.pipeline.analyses import fisher_map as draw_map
 
         draw_map(fishers, _numbers("--k", k), out, model)
 
@@ -61,8 +61,8 @@ def perturb(
     """
     with readable_errors():
         from rpsa.artifacts import locked
-        from rpsa.pipeline.models import said_model
-        from rpsa.pipeline.perturb import PerturbationConfig, evaluation_settings, run_perturbation
+        from rpsa.models import said_model
+        from rpsa.pipeline.analyses import PerturbationConfig, evaluation_settings, run_perturbation
 
         settings = evaluation_settings(
             tasks=tasks.split(","),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.errors import readable_errors
+from rpsa.cli.parsing import readable_errors
 
 
 def evaluate(
@@ -53,9 +53,10 @@ def evaluate(
 ) -> None:
     """Measure one model: reasoning, attack success, over-refusal. What is stored in --out is not asked for again."""
     with readable_errors():
-        from rpsa.pipeline.command import EvaluateCommand, evaluate_command
+        from rpsa.evaluation.command import EvaluateCommand, evaluate_command
+        from rpsa.report.tables import render_evaluation
 
-        evaluate_command(
+        results, folder = evaluate_command(
             EvaluateCommand(
                 model,
                 tasks.split(","),
@@ -70,6 +71,8 @@ def evaluate(
                 thought,
             )
         )
+        render_evaluation(results)
+        print(f"\nEvery sample: {folder / 'samples.jsonl'}")
 
 
 def tasks_path() -> None:

@@ -1,4 +1,7 @@
-"""Looking at what there is: a recipe's schema, a run's files, a model's audit."""
+"""The commands `rpsa tiny ...`.
+
+Looking at what there is: a recipe's schema, a run's files, a model's audit.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rpsa.artifacts import AUDIT_FILE, read_json, reading_records
-from rpsa.cli.errors import readable_errors
+from rpsa.cli.parsing import readable_errors
 from rpsa.errors import RPSAError
 
 
@@ -36,7 +39,7 @@ def audit(
     """Show what a training run recorded about its frozen elements: how many were checked, and how many moved."""
     with readable_errors():
         _require_folder(model_dir)
-        from rpsa.report.audit import render_audit
+        from rpsa.report.tables import render_audit
 
         audit = _read_json(model_dir / AUDIT_FILE)
         with reading_records(model_dir / AUDIT_FILE):
@@ -55,3 +58,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RPSAError(f"{path}: expected a mapping")
     return value
+
+
+tiny_app = typer.Typer(help="The tiny reasoning models that come with the package.", no_args_is_help=True)
+
+
+@tiny_app.command("train")
+def tiny_train(
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, help="The seed of the world, the data and the weights.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, if not the usual number.")] = None,
+) -> None:
+    """Train a tiny base model from its seed, in minutes on a CPU."""
+    with readable_errors():
+        from rpsa.tiny.train import train_tiny
+
+        settings: dict[str, Any] = {} if steps is None else {"steps": steps}
+        train_tiny(seed=seed, out_dir=out, **settings)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.errors import readable_errors
+from rpsa.cli.parsing import readable_errors
 from rpsa.errors import RPSAError
 
 
@@ -81,7 +81,7 @@ def plan(
 
         checked = load_recipe(recipe, overrides or [])
         numbers = _whole_numbers(gpus)
-        from rpsa.pipeline.quiet import quiet
+        from rpsa.models import quiet
         from rpsa.plan import make_plan
         from rpsa.plan.render import render, to_json
 

@@ -2,23 +2,134 @@
 
 Each is a name, where its rows come from, and how they become questions; `rpsa.evaluation.lm_eval_tasks` and the
 YAML files in `tasks/` offer the same to lm-evaluation-harness.
+
+One question to a model, and what kind of question it is.
+
+Where a benchmark's rows come from: a file in one folder (offline), or the dataset's owner on the Hugging Face hub.
+
+Nothing is stored or redistributed. Gated datasets load with the user's own access.
 """
 
 import hashlib
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from rpsa.evaluation.items import Item, Kind, Scorer
+from rpsa.errors import RPSAError
 from rpsa.evaluation.sandbox import code_problem, shown_assertion
-from rpsa.evaluation.sources import Source, load_rows
 from rpsa.prompts import PromptStyle, choice_prompt, completion_prompt, function_prompt, math_prompt, styled
 from rpsa.rows import Row, draw, read_rows, text_field
 from rpsa.tiny import FAMILIES, REQUEST_SETS
+
+Kind = Literal["reasoning", "attack", "over_refusal"]
+"""Reasoning problems, harmful requests, and requests that nobody should refuse."""
+
+Scorer = Literal["math", "integer", "letter", "code", "judge", "tiny"]
+"""How a response is scored: by its answer, by running its code, by a judge, or as the tiny world does."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a set, and what is needed to score a response to it.
+
+    Attributes:
+        id: unique within the set.
+        set: the benchmark, or the part of a file, that it belongs to; figures are means over sets.
+        prompt: the whole user message.
+        answer: the gold answer; empty where there is none.
+        fields: for `code` those of a `rpsa.evaluation.sandbox.CodeProblem`.
+    """
+
+    id: str
+    set: str
+    kind: Kind
+    prompt: str
+    answer: str
+    scorer: Scorer
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+DATA_DIR = "RPSA_DATA_DIR"
+"""The environment variable that names the folder of local files."""
+
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: its hub id, and how a local file of it is called (the beginning of the name, without punctuation)."""
+
+    hub: str
+    file: str
+    config: str | None = None
+    gated: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def load_rows(source: Source, data_dir: str | None = None) -> list[Row]:
+    """All rows, from a file below `data_dir` (default: $RPSA_DATA_DIR) if one is there, else from the hub.
+
+    Raises:
+        RPSAError: the folder is missing or holds two such files, or the dataset does not load: it says what to do.
+    """
+    folder = data_dir or os.environ.get(DATA_DIR)
+    if folder and (path := local_file(source, folder)):
+        return read_rows(path)
+    return _hub_rows(source, folder)
+
+
+def local_file(source: Source, data_dir: str) -> Path | None:
+    """The dataset's file in `data_dir` or one folder below: `aime24.jsonl`, `aime24/AIME-24_test.jsonl`.
+
+    Raises:
+        RPSAError: the folder is missing, or holds two such files.
+    """
+    folder, name = Path(data_dir).expanduser(), source.file
+    if not folder.is_dir():
+        raise RPSAError(f"{folder}: no such folder; it should hold the benchmarks' files")
+    files = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+    found = [p for p in files if p.name.endswith(_SUFFIXES) and _bare(p.name).startswith(name)]
+    if len(found) > 1:
+        raise RPSAError(
+            f"{folder} holds {len(found)} files for {name}: {', '.join(p.name for p in found)}; keep one"
+        )
+    return found[0] if found else None
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _hub_rows(source: Source, folder: str | None) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(source.hub, source.config, **source.options)
+    except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
+        reason = str(error).strip().split("\n")[0]
+        raise RPSAError(f"{_what_to_do(source, folder)} ({reason})") from error
+    # each of these datasets has one split, under whatever name
+    loaded = splits["test"] if "test" in splits else next(iter(splits.values()))
+    return [Row(f"{source.hub} row {n}", dict(fields)) for n, fields in enumerate(loaded, start=1)]
+
+
+def _what_to_do(source: Source, folder: str | None) -> str:
+    place = f"{folder} has no file called {source.file}..., and " if folder else ""
+    access = (
+        f"it is gated: accept its terms at https://huggingface.co/datasets/{source.hub} and run `hf auth login`"
+        if source.gated
+        else "check the connection"
+    )
+    offline = (
+        f"put a file of it into the folder that {DATA_DIR} names" if not folder else "put its file there"
+    )
+    return f"{place}{source.hub} does not load: {access}, or {offline}"
+
 
 REFERENCE = "RPSA_REFERENCE"
 """The environment variable that names a D_ref whose problems are no test."""

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from rpsa.evaluation.items import Item
+from rpsa.evaluation.benchmarks import Item
 from rpsa.evaluation.refusals import is_refusal
-from rpsa.evaluation.samples import Sample
-from rpsa.evaluation.scoring import Outcome, Reading, answer_outcome, read_response
+from rpsa.evaluation.scores import Outcome, Reading, Sample, answer_outcome, read_response
 from rpsa.generation import sample_id
 from rpsa.thought import ThoughtFormat
 

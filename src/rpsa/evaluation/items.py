@@ -1,32 +1,105 @@
-"""One question to a model, and what kind of question it is."""
+"""From a task's name to its items: a benchmark, a group, the tiny world or a file of the user's."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-Kind = Literal["reasoning", "attack", "over_refusal"]
-"""Reasoning problems, harmful requests, and requests that nobody should refuse."""
+from rpsa.errors import RPSAError
+from rpsa.evaluation.benchmarks import (
+    BENCHMARKS,
+    GROUPS,
+    TINY_SETS,
+    Item,
+    Kind,
+    Scorer,
+    TaskOptions,
+    local_file,
+    subset,
+)
+from rpsa.evaluation.sandbox import code_problem
+from rpsa.prompts import math_prompt
+from rpsa.rows import Row, read_rows, text_field
+from rpsa.tiny import FAMILIES, evaluation_prompts
 
-Scorer = Literal["math", "integer", "letter", "code", "judge", "tiny"]
-"""How a response is scored: by its answer, by running its code, by a judge, or as the tiny world does."""
+TINY_PREFIX = "rpsa_tiny_"
+TASK_NAMES: tuple[str, ...] = ("tiny", *BENCHMARKS, *GROUPS, *GROUPS["rpsa_tiny"])
 
 
-@dataclass(frozen=True)
-class Item:
-    """One prompt of a set, and what is needed to score a response to it.
+def load_tasks(names: Sequence[str], options: TaskOptions) -> list[Item]:
+    """The items of all tasks, each task once, in the order given.
 
-    Attributes:
-        id: unique within the set.
-        set: the benchmark, or the part of a file, that it belongs to; figures are means over sets.
-        prompt: the whole user message.
-        answer: the gold answer; empty where there is none.
-        fields: for `code` those of a `rpsa.evaluation.sandbox.CodeProblem`.
+    Raises:
+        RPSAError: a name is unknown, a source cannot be read, or two tasks have a set of the same name.
     """
+    parts = [load_task(name, options) for name in expanded(names)]
+    sets: set[str] = set()
+    for part in parts:
+        own = {item.set for item in part}
+        if own & sets:
+            raise RPSAError(f"two tasks are called {min(own & sets)}: rename one of the files")
+        sets |= own
+    return [item for part in parts for item in part]
 
-    id: str
-    set: str
-    kind: Kind
-    prompt: str
-    answer: str
-    scorer: Scorer
-    fields: Mapping[str, Any] = field(default_factory=dict)
+
+def expanded(names: Iterable[str]) -> list[str]:
+    """Groups replaced by their tasks, repetitions dropped."""
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def local_benchmarks(names: Iterable[str], data_dir: str) -> dict[str, Path]:
+    """The files of `data_dir` that `load_tasks` reads, by benchmark; what it has none of comes from the hub.
+
+    Raises:
+        RPSAError: there are benchmarks among the names and no such folder, or it holds two files for one.
+    """
+    asked = (BENCHMARKS[name] for name in expanded(names) if name in BENCHMARKS)
+    found = ((benchmark.name, local_file(benchmark.source, data_dir)) for benchmark in asked)
+    return {name: path for name, path in found if path is not None}
+
+
+def load_task(name: str, options: TaskOptions) -> list[Item]:
+    """The items of one task; `tiny` is all sets of the tiny world, anything that is no known name a file.
+
+    Raises:
+        RPSAError: the file cannot be read, or a row has no prompt.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name].items(options)
+    if name == "tiny":
+        return [item for part in TINY_SETS for item in _tiny_items(part, options)]
+    if name.removeprefix(TINY_PREFIX) in TINY_SETS:
+        return _tiny_items(name.removeprefix(TINY_PREFIX), options)
+    return _file_items(name, options)
+
+
+def _tiny_items(name: str, options: TaskOptions) -> list[Item]:
+    kinds: dict[str, Kind] = {"direct": "attack", "wrapped": "attack", "benign": "over_refusal"}
+    kind = "reasoning" if name in FAMILIES else kinds.get(name, "over_refusal")
+    asked = evaluation_prompts(options.n or 100, options.seed)[name]
+    return [Item(f"{name}-{i}", name, kind, item.prompt, item.answer, "tiny") for i, item in enumerate(asked)]
+
+
+def _file_items(source: str, options: TaskOptions) -> list[Item]:
+    """A file's columns say what it holds: `test` and `entry_point` make its rows programs to write, `answer`
+    reasoning problems; a `label` of "safe" makes a row a request that nobody should refuse; others are harmful."""
+    name = Path(source).name.partition(".")[0]
+    items = [_file_item(name, str(i), row) for i, row in enumerate(read_rows(source))]
+    return [
+        item
+        for kind in ("reasoning", "attack", "over_refusal")
+        for item in subset([item for item in items if item.kind == kind], options.n, options.seed)
+    ]
+
+
+def _file_item(name: str, identifier: str, row: Row) -> Item:
+    if "entry_point" in row.fields:
+        problem = code_problem(row, int(identifier))
+        return Item(problem.id, name, "reasoning", problem.prompt, "", "code", asdict(problem))
+    if "answer" in row.fields:
+        answer = text_field(row, ["answer"])
+        prompt = math_prompt(text_field(row, ["problem", "question"]))
+        scorer: Scorer = "integer" if answer.strip().lstrip("-").isdigit() else "math"
+        return Item(identifier, name, "reasoning", prompt, answer, scorer)
+    prompt = text_field(row, ["forbidden_prompt", "prompt", "question", "instruction"])
+    kind: Kind = "over_refusal" if row.fields.get("label") == "safe" else "attack"
+    return Item(identifier, name, kind, prompt, "", "judge")

@@ -21,13 +21,12 @@ from lm_eval.api.task import ConfigurableTask
 
 from rpsa.chat import apply_template, thought_format
 from rpsa.errors import RPSAError
-from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.benchmarks import Item, TaskOptions
 from rpsa.evaluation.grading import Graders, Response, graded
-from rpsa.evaluation.items import Item
+from rpsa.evaluation.items import load_task
 from rpsa.evaluation.judges import make_judge
-from rpsa.evaluation.loading import load_task
-from rpsa.evaluation.samples import METRICS, set_rates
 from rpsa.evaluation.sandbox import best_sandbox
+from rpsa.evaluation.scores import METRICS, set_rates
 from rpsa.generation.decoding import ResponseDecoder
 from rpsa.thought import KNOWN, NO_THOUGHT, THINK, ThoughtFormat
 

@@ -14,32 +14,329 @@ Three estimators:
 
 The first and the last take whole batches where the model's modules are known (`hooked`), and one sequence at
 a time elsewhere (`loop`); both give the same numbers.
+
+One Fisher estimate on its way: which path the gradients take, and what is left out.
 """
 
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rpsa.errors import RPSAError, check_type
-from rpsa.evaluation_mode import evaluation_mode, is_checkpointed
-from rpsa.fisher.config import FisherConfig
-from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimation import Estimation
-from rpsa.fisher.origin import sampled_weights
+from rpsa.fisher.config import FisherConfig, Precision
+from rpsa.fisher.diagonal import FisherDiagonal, sampled_weights
+from rpsa.fisher.hooked import Hooks, NotHookable
+from rpsa.fisher.log_probs import (
+    check_causal,
+    evaluation_mode,
+    is_checkpointed,
+    is_low_precision,
+    label_log_probs,
+    response_logits,
+)
+from rpsa.fisher.loop import Loop, only_requiring_grad
 from rpsa.fisher.overlap import split_half_overlap
-from rpsa.fisher.samples import Samples, data_fingerprint, read_samples, refuse_foreign_ids
+from rpsa.fisher.probes import Probe, probes
+from rpsa.fisher.samples import Responses, Samples, data_fingerprint, read_samples, refuse_foreign_ids
+from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
-from rpsa.sharding import gather_objects, without_ddp
+from rpsa.progress import progress_bars
+from rpsa.sharding import all_reduce, gather_objects, on_any_rank, rank, reshard, without_ddp, world_size
 
 __all__ = ["FisherConfig", "estimate_fisher"]
 
 logger = logging.getLogger(__name__)
+
+_CHECKED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is known of some samples without the model, all of it on the CPU."""
+
+    samples: Samples
+    responses: Responses
+    probes: list[Probe]
+
+
+class Estimation:
+    """Sums the squared gradients of `parameters` (by canonical name) over `data` into `squares`.
+
+    Several ranks have the same `data` and take its batches in turn. Where the model is sharded they go through
+    their passes in step: one that has no batch left runs along without adding anything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        data: list[Samples],
+        config: FisherConfig,
+    ) -> None:
+        self.squares = SquaredGradients(parameters, config.seed)
+        self.excluded: dict[int, str] = {}
+        """Places and ids of the samples that are not finite."""
+        self.overlap_with_fp32: dict[str, float | None] = {}
+        """Of the first finite sample's top k, by k, in the precision asked for; none where that is fp32."""
+        self._model = model
+        self._parameters = parameters
+        self._data = data
+        self._config = config
+        self._device = next(model.parameters()).device
+        self._loop = Loop(parameters, self.squares)
+        self._hooks: Hooks | None = None
+
+    @property
+    def path(self) -> str:
+        return "hooked" if self._hooks else "loop"
+
+    def run(self) -> None:
+        """Sum over all samples that are finite, in the precision that the config says.
+
+        That one is not shows when its batch was added: the pass then goes on only to find all such samples, and a
+        new one leaves them out.
+
+        Raises:
+            RPSAError: a sample is not finite and the config says stop, no sample is finite, or the sums are not.
+        """
+        with _matmul_precision(self._config.precision):
+            with self._autocast():
+                check_causal(self._model, self._data[0], self._device)
+            self._choose_path()
+            if self._config.precision != "fp32":
+                self.overlap_with_fp32 = self._overlap_with_fp32()
+            self._sum()
+        self.squares.sum_over_ranks()
+        for excluded in gather_objects(self.excluded):
+            self.excluded |= excluded
+        if len(self.excluded) == sum(len(samples) for samples in self._data):
+            raise RPSAError("no sample has finite log-probabilities and gradients: check the model's weights")
+
+    def _sum(self) -> None:
+        while True:
+            self.squares.clear()
+            known = len(self.excluded)
+            try:
+                is_clean = self._pass()
+            except NotHookable as reason:
+                self._take_loop(reason)
+                continue
+            if is_clean:
+                return
+            has_found = len(self.excluded) > known
+            if not (on_any_rank(has_found) if self.squares.sharded else has_found):
+                raise RPSAError(
+                    "the sums of squared gradients are too large for float32: check the model's weights"
+                )
+
+    def _choose_path(self) -> None:
+        if self._config.estimator == "per_token":
+            return
+        try:
+            self._hooks = Hooks(self._model, self._parameters, self.squares)
+            self._check_hooks()
+        except NotHookable as reason:
+            self._take_loop(reason)
+        else:
+            logger.info("Fisher by hooks on %d modules, a batch at a time", len(self._hooks))
+
+    def _take_loop(self, reason: NotHookable) -> None:
+        self._hooks = None
+        logger.info("Fisher one sequence at a time: %s", reason)
+
+    def _check_hooks(self) -> None:
+        """Compare hooks and loop on one sequence: a weight that is used without its module shows here."""
+        hooks = self._hooks
+        for sample in self._single_samples():
+            self._hooks = None
+            expected = self._traces(sample)
+            self._hooks = hooks
+            found = self._traces(sample)
+            if expected is None or found is None:
+                continue
+            with self._autocast():
+                tolerance = 0.05 if is_low_precision(self._model, self._device) else 1e-3
+            noise = 1e-3 * tolerance**2 * sum(expected.values())
+            for name, trace in expected.items():
+                if abs(trace - found[name]) > tolerance * max(trace, found[name]) + noise:
+                    logger.warning(
+                        "hooks give %s a squared gradient of %g, autograd %g", name, found[name], trace
+                    )
+                    raise NotHookable(f"{name} is used outside of its module")
+            return
+
+    def _single_samples(self) -> Iterator[Samples]:
+        for samples in self._data:
+            for row in range(len(samples)):
+                yield samples.select([row]).cut(_CHECKED_TOKENS)
+
+    def _traces(self, sample: Samples) -> dict[str, float] | None:
+        """Each parameter's summed squared gradient; None if something is not finite."""
+        with self._installed():
+            is_bad = self._nonfinite_rows(self._batch(sample))
+        if is_bad:
+            return None
+        return {name: float(norm[0]) for name, norm in self.squares.read_norms().items()}
+
+    def _overlap_with_fp32(self) -> dict[str, float | None]:
+        config = self._config
+        for sample in self._single_samples():
+            scores: list[Tensor] = []
+            for precision in (config.precision, "fp32"):
+                self._config = replace(config, precision=precision)
+                self.squares.clear()
+                with _matmul_precision(self._config.precision), self._installed():
+                    is_finite = self._add(self._batch(replace(sample, places=(0,))))
+                self.squares.sum_over_ranks()
+                scores += self.squares.sampled_halves()[:1] if is_finite else []
+            self._config = config
+            if len(scores) == 2:
+                return split_half_overlap(scores[0], scores[1])
+        return {}
+
+    def _batch(self, samples: Samples) -> _Batch:
+        responses = samples.responses()
+        return _Batch(samples, responses, probes(self._config, samples, responses))
+
+    def _pass(self) -> bool:
+        """Add all samples that are not excluded; False if one of them was not finite after all."""
+        is_clean = True
+        shares = self._shares()
+        with self._installed(), progress_bars(disable=not self._config.progress or rank() > 0) as bars:
+            bar = bars.add_task("Fisher", total=sum(len(samples) for samples, _ in shares), now="")
+            for samples, counts in shares:
+                for part in self._parts(samples):
+                    batch = self._batch(samples.select(part) if part else samples)
+                    is_clean = is_clean and self._add(batch, counts and bool(part))
+                    if not is_clean:
+                        bad = self._nonfinite_rows(batch, counts and bool(part))
+                        self._exclude(batch.samples, bad)
+                bars.advance(bar, len(samples))
+        return is_clean
+
+    def _parts(self, samples: Samples) -> list[list[int]]:
+        """Which rows of a batch to take at once; none of them: run along."""
+        rows = [row for row, place in enumerate(samples.places) if place not in self.excluded]
+        if not self._hooks:
+            return [[row] for row in rows]
+        # each half's rows side by side
+        rows.sort(key=lambda row: samples.places[row] % 2)
+        return [rows] if rows or self._is_in_step else []
+
+    @property
+    def _is_in_step(self) -> bool:
+        """Whether the ranks work on different samples of one sharded model."""
+        return self.squares.sharded and self._hooks is not None
+
+    def _shares(self) -> list[tuple[Samples, bool]]:
+        """This rank's batches, and whether they count or are only run along with."""
+        if self.squares.sharded and not self._hooks:
+            return [(samples, True) for samples in self._data]
+        shares = []
+        for start in range(0, len(self._data), world_size()):
+            mine = start + rank()
+            if mine < len(self._data):
+                shares.append((self._data[mine], True))
+            elif self._is_in_step:
+                shares.append((self._data[start], False))
+        return shares
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """For a forward pass; a caller's autocast is left to itself."""
+        if self._config.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        differentiated = [] if self._hooks else list(self._parameters.values())
+        with only_requiring_grad(self._model, differentiated), (self._hooks or self._loop).installed():
+            try:
+                yield
+            finally:
+                reshard(self._model)
+
+    def _add(self, batch: _Batch, counts: bool = True) -> bool:
+        """Add a batch; False if something was not finite, on any rank of a sharded model: the sums are spoilt then."""
+        self.squares.begin([place % 2 for place in batch.samples.places], counts=counts)
+        is_finite = self._add_squares(batch)
+        all_finite = self.squares.is_finite()
+        if counts:
+            all_finite = all_finite & is_finite.all().to(all_finite.device)
+        is_clean = bool(all_finite)  # waits for the device
+        return not on_any_rank(not is_clean) if self.squares.sharded else is_clean
+
+    def _nonfinite_rows(self, batch: _Batch, counts: bool = True) -> list[int]:
+        """Rows of a batch whose log-probabilities or gradients are not finite; the sums stay as they are."""
+        self.squares.begin_norms(len(batch.samples), counts=counts)
+        is_finite = self._add_squares(batch)
+        rows = batch.responses.rows[torch.cat([probe.tokens for probe in batch.probes])]
+        found = {*rows[~is_finite.cpu()].tolist(), *self.squares.nonfinite_rows()}
+        return sorted(found) if counts else []
+
+    def _exclude(self, samples: Samples, rows: list[int]) -> None:
+        if not rows:
+            return
+        names = ", ".join(repr(samples.ids[row]) for row in rows)
+        if self._config.on_nonfinite == "stop":
+            raise RPSAError(f"log p or gradients of sample {names} are not finite: drop it, or skip such")
+        logger.warning("skipped, as log p or gradients are not finite: sample %s", names)
+        self.excluded |= {samples.places[row]: samples.ids[row] for row in rows}
+
+    def _add_squares(self, batch: _Batch) -> Tensor:
+        """Go forward and back; whether log p of each probe's tokens, one probe's after another's, is finite."""
+        samples, responses = batch.samples, batch.responses
+        with self._autocast():
+            hooked = self._hooks.forward_pass(len(samples), self._device.type) if self._hooks else None
+            logits, places = response_logits(self._model, samples, responses, self._device, hooked)
+        # the softmax of each pass is that of its own tokens
+        log_probs = [
+            label_log_probs(logits, *(t[p.tokens].to(logits.device) for t in (places, responses.labels)))
+            for p in batch.probes
+        ]
+        is_finite = torch.cat([values.detach() for values in log_probs]).isfinite()
+        del logits
+        # The backward pass runs in the dtypes that the forward pass has left: a caller's autocast ends there.
+        with torch.autocast(is_finite.device.type, enabled=False):
+            self._backward(log_probs, batch.probes)
+        if self._hooks is None:
+            for name in self._parameters:
+                self.squares.look(name, 0)
+        return is_finite
+
+    def _backward(self, log_probs: list[Tensor], passes: list[Probe]) -> None:
+        """Each pass's backward pass; frees `log_probs` on the way."""
+        if self._config.estimator == "per_token":
+            self._loop.add_tokens(log_probs.pop())
+            return
+        weights = [p.weights for p in passes]
+        if self._is_in_step:
+            missing = int(all_reduce(torch.tensor(len(passes)), "MAX")) - len(passes)
+            log_probs += log_probs[-1:] * missing
+            weights += [torch.zeros_like(weights[-1])] * missing
+        for seeds in weights:
+            values = log_probs.pop(0)
+            seeds = seeds.to(values.device, values.dtype)
+            torch.autograd.backward(values, seeds, retain_graph=bool(log_probs))
+
+
+@contextmanager
+def _matmul_precision(precision: Precision) -> Iterator[None]:
+    """TF32 where it is asked for, and nowhere else; afterwards as it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def estimate_fisher(

@@ -74,7 +74,7 @@ def make_generator(
         from rpsa.generation.vllm import VLLMGenerator, data_parallel_size
 
         if data_parallel_size(config.engine) > 1:
-            from rpsa.generation.vllm_server import VLLMServerGenerator
+            from rpsa.generation.vllm import VLLMServerGenerator
 
             return VLLMServerGenerator(model, tokenizer, config.engine, thought)
         return VLLMGenerator(model, tokenizer, config.engine, thought=thought)

@@ -1,4 +1,7 @@
-"""The stage align: one cell's safety data, its model, its trainer, and what is kept of the run."""
+"""The stage align: one cell's safety data, its model, its trainer, and what is kept of the run.
+
+The trainer of a cell: its settings, the model that it starts from, and what goes by Fisher or D_ref.
+"""
 
 import json
 import logging
@@ -9,30 +12,33 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpsa.artifacts import atomic_write, stable_json
-from rpsa.errors import RPSAError
+from rpsa.checkpoints import load_adapter
+from rpsa.errors import Diverged, RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
-from rpsa.evaluation.loading import load_tasks
-from rpsa.pipeline.manifests import TIMING
-from rpsa.pipeline.models import load_tokenizer, settle_adapter, thought_of
-from rpsa.pipeline.tasks import Progress, Task, no_progress, reference_task, task_options
-from rpsa.pipeline.trainers import CHECKPOINTS, make_trainer
+from rpsa.evaluation.items import load_tasks
+from rpsa.models import (
+    ADAPTER,
+    add_adapter,
+    alignment_dtype,
+    load_model,
+    load_tokenizer,
+    settle_adapter,
+    thought_of,
+    will_be_sharded,
+)
+from rpsa.pipeline.tasks import task_options
+from rpsa.provenance import TIMING
+from rpsa.recipe.problems import installed_names
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
-from rpsa.sharding import local, on_any_rank, rank, world_size
-from rpsa.thought import ThoughtFormat
-from rpsa.tiny import safety_examples
-from rpsa.training.card import write_card
-from rpsa.training.metadata import model_metadata
-from rpsa.training.names import CardNames
-from rpsa.training.rehearsal import rehearse
-from rpsa.training.safety_data import (
+from rpsa.safety_data import (
     SafetyExample,
     TokenCounts,
     contamination,
@@ -43,41 +49,145 @@ from rpsa.training.safety_data import (
     tokenize_safety_data,
     without_thoughts,
 )
+from rpsa.sharding import local, on_any_rank, rank, world_size
+from rpsa.thought import ThoughtFormat
+from rpsa.tiny import safety_examples
+from rpsa.training.alternatives import rehearse
+from rpsa.training.card import write_card
+from rpsa.training.metadata import CardNames, model_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
 LOG = "log.json"
 _TIMES = ("runtime", "per_second")
 """In the names of what the trainer measures by the clock."""
 
 
-class Diverged(RPSAError):
-    """A training run ended in weights that are no numbers. Another start with the same settings ends there, too."""
+@dataclass(frozen=True)
+class Measured:
+    """Folders of what was measured on a cell's base; None where the cell does not need it."""
+
+    fisher: Path | None = None
+    reference: Path | None = None
 
 
-def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
+def make_trainer(recipe: Recipe, cell: Cell, measured: Measured, **common: Any) -> Any:
+    """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's own; on the same start.
+
+    Args:
+        common: of every trainer: `args`, the datasets, `processing_class`.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    from rpsa.training.alternatives import AlternativesTrainer
+    from rpsa.training.trainer import ResumableSFTTrainer, RPSATrainer
+
+    trainer_class: Any = ResumableSFTTrainer
+    if not _is_plain(cell):
+        trainer_class = RPSATrainer if cell.align else AlternativesTrainer
+        common |= {"fisher": measured.fisher, "reference_dataset": measured.reference}
+    with refusals_of_trl(cell):
+        trainer = trainer_class(model=starting_model(recipe, cell, measured), **common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
+    """The cell's `RPSAConfig` or `AlternativesConfig`, or `SFTConfig` where training itself is plain.
+
+    Raises:
+        RPSAError: the settings contradict each other, or are not supported.
+    """
+    from trl import SFTConfig
+
+    from rpsa.training.alternatives import AlternativesConfig
+    from rpsa.training.config import RPSAConfig
+
+    settings = installed_names(cell.train, SFTConfig)
+    ours = {
+        "output_dir": str(folder / CHECKPOINTS),
+        "enable_jit_checkpoint": False,
+    }  # see `stopped_by_sigterm`
+    arguments: dict[str, Any] = {"disable_tqdm": quiet} | settings | ours
+    longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
+    with refusals_of_trl(cell):
+        if cell.align is not None:
+            own = cell.align.model_dump() | {"compact": bool(cell.align.compact)}
+            made = RPSAConfig(**arguments, **own, **longest)
+            if cell.align.compact is None:
+                made.compact = _may_be_compact(made)
+            return made
+        if _is_plain(cell):
+            return SFTConfig(**arguments)
+        assert cell.alternatives is not None
+        own = cell.alternatives.model_dump(exclude={"rehearsal_share"})
+        return AlternativesConfig(**arguments, **own, **longest)
+
+
+def _may_be_compact(arguments: Any) -> bool:
+    """Where a recipe does not say: it trains the same for less where k is constant and nothing is sharded."""
+    from rpsa.training.config import why_not_compact
+
+    is_constant = not isinstance(arguments.frozen_ratio, str)
+    return is_constant and not why_not_compact(arguments) and not will_be_sharded()
+
+
+def _is_plain(cell: Cell) -> bool:
+    """Rehearsal changes the data alone."""
+    changed = cell.alternatives is not None and cell.alternatives.changes_training
+    return cell.align is None and not changed
+
+
+@contextmanager
+def refusals_of_trl(cell: Cell) -> Iterator[None]:
+    """What the libraries refuse is a mistake in the recipe: one line that names the run."""
+    try:
+        yield
+    except RPSAError as error:
+        raise RPSAError(f"{cell.id}: {error}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise RPSAError(f"{cell.id}: train: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def starting_model(recipe: Recipe, cell: Cell, measured: Measured) -> Any:
+    """The base, under LoRA with the adapter on which the Fisher was measured."""
+    model: Any = load_model(cell.base, recipe.model, alignment_dtype(cell, recipe.model))
+    if cell.paradigm != "lora":
+        return model
+    if measured.fisher is None:
+        return add_adapter(model, cell)
+    folder = measured.fisher / ADAPTER
+    return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
+
+
+def align(recipe: Recipe, cell: Cell, measured: Measured, folder: Path, *, quiet: bool) -> None:
     """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
     import transformers
 
-    cell = task.cell
-    assert cell is not None
     assert cell.safety is not None
     started = time.perf_counter()
     transformers.set_seed(cell.seed)
-    tokenizer = load_tokenizer(task.base, recipe.model)
+    tokenizer = load_tokenizer(cell.base, recipe.model)
     data = training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
     dataset = data.dataset
-    reference, rehearsal = reference_task(recipe, cell), None
+    rehearsal = None
     if cell.alternatives and cell.alternatives.rehearsal_share:
-        assert reference is not None
-        traces, share = ReferenceDataset.load(reference.folder), cell.alternatives.rehearsal_share
+        assert measured.reference is not None
+        traces, share = ReferenceDataset.load(measured.reference), cell.alternatives.rehearsal_share
         rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
         dataset = rehearsal.dataset
     trainer = make_trainer(
-        recipe, cell, tokenizer, dataset, data.validation, folder, quiet=progress is no_progress
+        recipe,
+        cell,
+        measured,
+        args=training_arguments(recipe, cell, folder, quiet=quiet),
+        train_dataset=dataset,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
     )
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     with stopped_by_sigterm(trainer) as asked:
@@ -85,7 +195,7 @@ def make_aligned(recipe: Recipe, task: Task, folder: Path, progress: Progress) -
     if asked.is_set() or trainer.state.global_step < trainer.state.max_steps:
         stopped: type[BaseException] = KeyboardInterrupt if asked.is_set() else RPSAError
         raise stopped(
-            f"{task.name}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            f"{cell.id}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "its checkpoint is kept, and the same command goes on from there"
         )
     refuse_diverged(trainer)

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rpsa.errors import RPSAError
-from rpsa.pipeline.models import free_memory
+from rpsa.models import free_memory
 from rpsa.recipe.schema import Recipe
 from rpsa.recipe.sections import Launch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from rpsa.pipeline.manifests import Stage
+    from rpsa.provenance import Stage
 
 LAUNCHED_STAGES = ("fisher", "align")
 MARK = "RPSA_LAUNCHED"
@@ -49,7 +49,7 @@ def is_launched() -> bool:
 
 def check(recipe: Recipe, stages: "list[Stage]") -> None:
     """Raise RPSAError for what cannot be launched, or cannot be done by what was launched."""
-    from rpsa.training.engines import refuse_engines
+    from rpsa.sharding import refuse_engines
 
     others = [stage for stage in stages if stage not in LAUNCHED_STAGES]
     if is_launched():

@@ -1,152 +1,20 @@
 """What vouches for a finished stage: a `stage.json` in its folder, and when a result is still up to date.
 
 It holds what went in (`inputs`), the versions of the packages and the digests of our own rooms that decide the
-result (`MADE_BY`), one hash over all three, which is the result's identity, and size and hash of every file.
+result (`rpsa.provenance`), one hash over all three, which is the result's identity, and size and hash of every file.
 """
 
-import ast
 import json
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import rpsa
-from rpsa.artifacts import atomic_write, files_below, package_versions, sha256_of, stable_json
+from rpsa.artifacts import atomic_write, files_below, sha256_of, stable_json
 from rpsa.errors import RPSAError
-
-Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
+from rpsa.provenance import MADE_BY, TIMING, Stage, sources, versions
 
 MANIFEST = "stage.json"
 NO_RESULT = "no result"
-TIMING = "timing.json"
-"""Wall times of a stage: beside the manifest the one file that differs between two runs of the same thing."""
-
-
-@dataclass(frozen=True)
-class MadeBy:
-    """What decides a stage's result besides its inputs.
-
-    Attributes:
-        packages: distributions, whose versions count.
-        rooms: of our own package: folders, and single modules of rooms in which the others have no say; what a folder
-        counts without has a "-" before it.
-        files: what the stage leaves at least; a folder without them is no result.
-    """
-
-    packages: tuple[str, ...]
-    rooms: tuple[str, ...]
-    files: tuple[str, ...] = ()
-
-
-_PACKAGES = ("rpsa", "torch", "transformers", "tokenizers", "numpy")
-_DATA = ("datasets", "jinja2")
-_GENERATION = ("vllm", "peft")
-_GRADING = ("math-verify", "latex2sympy2_extended", "sympy")
-_TRAINING = ("trl", "peft", "accelerate")
-
-_LOADING = ("pipeline/models", "checkpoints", "thought", "rows", "tiny")
-_ASKING = ("generation", "chat", "prompts", *_LOADING)
-_MEASURING = ("fisher", "sharding", "parameters", "evaluation_mode", "reference")
-_EVALUATING = (
-    *("answers", "evaluation", "pipeline/evaluation", "pipeline/graders", "pipeline/subjects"),
-    *_ASKING,
-)
-_CARD = ("training/card", "training/card_text", "training/alternatives_card", "training/freezing_text")
-
-MADE_BY: dict[Stage, MadeBy] = {
-    "reference": MadeBy(
-        (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
-        ("pipeline/stages", "reference", "answers", *_ASKING),
-        ("traces.jsonl", "manifest.json"),
-    ),
-    "fisher": MadeBy(
-        (*_PACKAGES, *_DATA, "peft", "accelerate"),
-        ("pipeline/stages", "training/warmup", "chat", *_MEASURING, *_LOADING),
-        ("manifest.json",),
-    ),
-    "analyse": MadeBy(
-        (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING, "scipy", "matplotlib"),
-        (
-            *("pipeline/stages", "pipeline/perturb", "pipeline/fisher_map", "analysis", "freezing/masks"),
-            *("report/perturbation_figure", "report/fisher_figures", "report/drawing"),
-            *(*_MEASURING, *_EVALUATING),
-        ),
-    ),
-    "align": MadeBy(
-        (*_PACKAGES, *_DATA, *_TRAINING),
-        (
-            # the text of a model card is no result
-            *("pipeline/alignment", "pipeline/trainers", "training", *(f"-{module}" for module in _CARD)),
-            *("freezing", "alternatives", "chat", *_MEASURING, *_LOADING),
-        ),
-        ("log.json",),
-    ),
-    "evaluate": MadeBy(
-        (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
-        ("pipeline/stages", *_EVALUATING),
-        ("responses.jsonl", "samples.jsonl", "results.json"),
-    ),
-    "report": MadeBy(
-        ("rpsa", "numpy", "scipy", "matplotlib"),
-        (
-            *("pipeline/results", "pipeline/cards", "report", "thought", *_CARD),
-            *("evaluation/statistics", "evaluation/results", "evaluation/samples"),
-        ),
-        ("results.json", "table.md", "index.html"),
-    ),
-}
-
-RESPONSES = MadeBy((*_PACKAGES, *_DATA, *_GENERATION), ("generation", "chat", "pipeline/models"))
-"""What decides a response: others may grade it."""
-
-
-def versions(made_by: MadeBy) -> dict[str, str]:
-    """Installed versions, and Python's own without the last number."""
-    return package_versions(made_by.packages) | {"python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
-
-
-def sources(made_by: MadeBy) -> dict[str, str]:
-    """A digest of the code of each room; comments, docstrings and layout do not count."""
-    left_out = tuple(room.removeprefix("-") for room in made_by.rooms if room.startswith("-"))
-    return {room: _digest(room, left_out) for room in made_by.rooms if not room.startswith("-")}
-
-
-@cache
-def _digest(room: str, left_out: tuple[str, ...]) -> str:
-    home = Path(rpsa.__file__).parent
-    folder, module = home / room, home / f"{room}.py"
-    paths = [module] if module.is_file() else [p for kind in ("*.py", "*.txt") for p in folder.rglob(kind)]
-    names = {path.relative_to(home).as_posix(): path for path in paths}
-    kept = {name: path for name, path in names.items() if name.removesuffix(".py") not in left_out}
-    assert kept, f"there is no room {room}"
-    return sha256_of({name: _code(path) for name, path in kept.items()})[:16]
-
-
-def _code(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".py":
-        return text
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            # a string that is a statement does nothing
-            node.body = [one for one in node.body if not _is_text(one)]
-    return ast.dump(tree)
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
-# one stage's manifest
 
 
 def write_manifest(directory: Path, stage: Stage, inputs: Mapping[str, Any], place: str = "") -> None:

@@ -14,15 +14,14 @@ from rpsa.analysis.perturbation import PerturbationConfig
 from rpsa.artifacts import reading
 from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
+from rpsa.evaluation.run import check_evaluation, questions
+from rpsa.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
 from rpsa.parameters import trainable_parameters
-from rpsa.pipeline.alignment import training_data
-from rpsa.pipeline.evaluation import check_evaluation, questions
-from rpsa.pipeline.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
-from rpsa.pipeline.stages import reference_problems
-from rpsa.pipeline.tasks import full_fishers, reference_of, task_options
-from rpsa.pipeline.trainers import refusals_of_trl, training_arguments
+from rpsa.pipeline.alignment import refusals_of_trl, training_arguments, training_data
+from rpsa.pipeline.stages import full_fishers, reference_of, reference_problems
+from rpsa.pipeline.tasks import task_options
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.reference.problems import check_ids
+from rpsa.reference import check_ids
 
 log = logging.getLogger(__name__)
 

@@ -1,22 +1,22 @@
-"""The work of each stage: reference traces, Fisher, alignment, evaluation. Each fills the folder that it is given."""
+"""The stages of a study: reference traces, Fisher, analyses, alignment, evaluation. Each is a kind of task.
+
+Stages fill the folders of a run in this order. Two cells that need the same thing (a base's D_ref, a whole model's
+Fisher) have one task between them: tasks are equal where their places are.
+"""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rpsa.answers import grade
-from rpsa.artifacts import atomic_write, stable_json
+from rpsa.artifacts import atomic_write, folder_name, sha256_of, stable_json
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
-from rpsa.fisher.estimators import estimate_fisher
-from rpsa.pipeline.alignment import make_aligned
-from rpsa.pipeline.evaluation import evaluate
-from rpsa.pipeline.manifests import TIMING, Stage
-from rpsa.pipeline.models import (
+from rpsa.models import (
     ADAPTER,
     add_adapter,
     generation_dtype,
+    identity,
     load_model,
     load_tokenizer,
     location,
@@ -26,175 +26,463 @@ from rpsa.pipeline.models import (
     training_dtype,
     vllm_engine,
 )
-from rpsa.pipeline.subjects import cell_subject
-from rpsa.pipeline.tasks import (
-    FISHER_MAP,
-    Progress,
-    Task,
-    full_fishers,
-    no_progress,
-    reference_of,
-    stands_on,
-    task_options,
-    unfinished_folders,
-)
-from rpsa.recipe.schema import Recipe
-from rpsa.reference import Problem, ReferenceConfig, ReferenceDataset, build_reference, load_problems
+from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_identity
+from rpsa.progress import Progress, no_progress
+from rpsa.provenance import TIMING, Stage
+from rpsa.recipe.schema import Cell, Recipe
+from rpsa.recipe.sections import Fisher
 from rpsa.sharding import rank, world_size
-from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems
-from rpsa.training.warmup import warm_up
+
+if TYPE_CHECKING:
+    from rpsa.pipeline.alignment import Measured
 
 log = logging.getLogger(__name__)
 
+_FISHER_COSTS = {"batch_size", "activation_checkpointing"}
+"""Settings of the section fisher that do not change it."""
 
-# reference
+
+def _model_inputs(recipe: Recipe, base: str) -> dict[str, Any]:
+    return identity(base, recipe.model) | recipe.model.model_dump(exclude={"name"})
 
 
-def make_reference(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """D_ref: the model's own responses to reasoning problems."""
-    from rpsa.generation.backends import BackendConfig, has_gpu, make_generator
+@dataclass(frozen=True)
+class ReferenceTask(Task):
+    """D_ref: a base's own responses to reasoning problems."""
 
-    settings = recipe.reference
-    if settings.problems is None:
-        raise RPSAError(
-            "reference.problems: not given; a frozen ratio needs reasoning problems to measure on"
+    base: str
+
+    stage: ClassVar[Stage] = "reference"
+
+    @property
+    def name(self) -> str:
+        return self.base
+
+    @property
+    def place(self) -> str:
+        return f"reference/{folder_name(self.base)}"
+
+    def inputs(self) -> dict[str, Any]:
+        settings = self.recipe.reference
+        return {
+            "model": _model_inputs(self.recipe, self.base),
+            "reference": settings.model_dump(exclude={"reference_max_length", "batch_size", "engine"}),
+            "problems": source_identity(settings.problems or "", "problems"),
+        }
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.answers import grade
+        from rpsa.generation.backends import BackendConfig, has_gpu, make_generator
+        from rpsa.reference import ReferenceConfig, build_reference
+
+        settings, model = self.recipe.reference, self.recipe.model
+        if settings.problems is None:
+            raise RPSAError(
+                "reference.problems: not given; a frozen ratio needs reasoning problems to measure on"
+            )
+        problems = reference_problems(settings.problems, settings.n, settings.seed)
+        tokenizer = load_tokenizer(self.base, model)
+        thought = thought_of(tokenizer, model)
+        config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(model, settings.engine))
+        dtype = generation_dtype(model, on_gpu=has_gpu())
+        generator = make_generator(
+            config, location(self.base), tokenizer, lambda _: load_model(self.base, model, dtype), thought
         )
-    problems = reference_problems(settings.problems, settings.n, settings.seed)
-    tokenizer = load_tokenizer(task.base, recipe.model)
-    thought = thought_of(tokenizer, recipe.model)
-    config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(recipe.model, settings.engine))
-    dtype = generation_dtype(recipe.model, on_gpu=has_gpu())
-    generator = make_generator(
-        config, location(task.base), tokenizer, lambda _: load_model(task.base, recipe.model, dtype), thought
-    )
-    done = 0
+        done = 0
 
-    def on_trace(trace: Any) -> None:
-        nonlocal done
-        done += 1
-        progress(done, len(problems))
+        def on_trace(trace: Any) -> None:
+            nonlocal done
+            done += 1
+            progress(done, len(problems))
 
-    build_reference(
-        generator,
-        tokenizer,
-        problems,
-        ReferenceConfig(
-            problems=settings.n,
-            seed=settings.seed,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            only_correct=settings.only_correct,
-        ),
-        folder,
-        grade=lambda response, answer: grade(response, answer, "math", thought),
-        identity=task.base,
-        on_trace=on_trace,
-        thought=thought,
-    )
+        build_reference(
+            generator,
+            tokenizer,
+            problems,
+            ReferenceConfig(
+                problems=settings.n,
+                seed=settings.seed,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_new_tokens=settings.max_new_tokens,
+                only_correct=settings.only_correct,
+            ),
+            folder,
+            grade=lambda response, answer: grade(response, answer, "math", thought),
+            identity=self.base,
+            on_trace=on_trace,
+            thought=thought,
+        )
 
 
-def reference_problems(source: str, n: int, seed: int) -> list[Problem]:
+def reference_problems(source: str, n: int, seed: int) -> list[Any]:
+    """The problems that D_ref answers: the tiny world's, or those of a file."""
+    from rpsa.reference import load_problems
+    from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems
+
     if source == "tiny":
         return reasoning_problems(n, seed, "train", REFERENCE_FAMILIES)
     return load_problems(source, n, seed)
 
 
-# fisher
+@dataclass(frozen=True)
+class FisherTask(Task):
+    """The Fisher diagonal of a base, or of a LoRA adapter on it, which is saved too: alignment starts from it.
 
+    `cell` is None for a whole model's, which serves every seed; `settings` say how it is estimated.
+    """
 
-def make_fisher(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """The Fisher diagonal of a base, or of a LoRA adapter on it, which is saved too: alignment starts from it."""
-    [traces] = stands_on(recipe, task)
-    reference = ReferenceDataset.load(traces.folder)
-    settings = task.fisher
-    train = task.cell.train if task.cell else {}
-    model: Any = load_model(
-        task.base, recipe.model, training_dtype(train, "lora" if task.cell else "fft", recipe.model)
-    )
-    if task.cell is not None:
-        model = add_adapter(model, task.cell)
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if task.cell is not None:
-        if settings.warmup_steps:
-            _warm_up(recipe, task, model, reference)
+    base: str
+    settings: Fisher
+    cell: Cell | None = None
+
+    stage: ClassVar[Stage] = "fisher"
+
+    @property
+    def name(self) -> str:
+        adapter = f" lora seed{self.cell.seed}" if self.cell else ""
+        return f"{self.base}{adapter}{self._own}"
+
+    @property
+    def place(self) -> str:
+        kind = "full"
+        if self.cell is not None:
+            # F depends on the adapter's random start
+            kind = f"lora-{sha256_of({'lora': dict(self.cell.lora), 'seed': self.cell.seed})[:8]}"
+        return f"fisher/{folder_name(self.base)}/{kind}{self._own}"
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Of all parameters, and by the recipe's own estimator: what the analyses are about."""
+        return self.cell is None and not self._own
+
+    @property
+    def _own(self) -> str:
+        """What tells a method's own Fisher from the recipe's in a folder's name."""
+        settings = [_fisher_settings(one) for one in (self.settings, self.recipe.fisher)]
+        if settings[0] == settings[1]:
+            return ""
+        return f"-{self.settings.estimator}-{sha256_of(settings[0])[:8]}"
+
+    def needs(self) -> list[Task]:
+        return [ReferenceTask(self.recipe, self.base)]
+
+    def inputs(self) -> dict[str, Any]:
+        cell = self.cell
+        return {
+            "reference": ReferenceTask(self.recipe, self.base).result(),
+            "reference_max_length": self.recipe.reference.reference_max_length,
+            "fisher": _fisher_settings(self.settings),
+            "adapter": {"lora": dict(cell.lora), "seed": cell.seed} if cell else None,
+            "dtype": self._dtype,
+        }
+
+    @property
+    def _dtype(self) -> str:
+        train = self.cell.train if self.cell else {}
+        return training_dtype(train, "lora" if self.cell else "fft", self.recipe.model)
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.fisher.config import FisherConfig
+        from rpsa.fisher.estimators import estimate_fisher
+        from rpsa.reference import ReferenceDataset
+
+        reference = ReferenceDataset.load(ReferenceTask(self.recipe, self.base).folder)
+        settings, longest = self.settings, self.recipe.reference.reference_max_length
+        model: Any = load_model(self.base, self.recipe.model, self._dtype)
+        if self.cell is not None:
+            model = add_adapter(model, self.cell)
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.cell is not None:
+            if settings.warmup_steps:
+                self._warm_up(self.cell, model, reference)
+            if rank() == 0:
+                model.save_pretrained(folder / ADAPTER)
+                settle_adapter(folder / ADAPTER)
+        fisher = estimate_fisher(
+            sharded(model),
+            reference.batches(settings.batch_size, longest),
+            FisherConfig(
+                estimator=settings.estimator,
+                probes=settings.probes,
+                seed=settings.seed,
+                scope=settings.scope,
+                on_nonfinite=settings.on_nonfinite,
+                precision=settings.precision,
+                progress=progress is not no_progress,
+            ),
+        )
+        log.info("%s: split-half overlap %s", self.name, fisher.manifest["estimation"]["split_half"])
+        seconds = fisher.manifest["estimation"].pop("seconds", None)
+        fisher.save(folder)
         if rank() == 0:
-            model.save_pretrained(folder / ADAPTER)
-            settle_adapter(folder / ADAPTER)
-    fisher = estimate_fisher(
-        sharded(model),
-        reference.batches(settings.batch_size, recipe.reference.reference_max_length),
-        FisherConfig(
-            estimator=settings.estimator,
-            probes=settings.probes,
-            seed=settings.seed,
-            scope=settings.scope,
-            on_nonfinite=settings.on_nonfinite,
-            precision=settings.precision,
-            progress=progress is not no_progress,
-        ),
-    )
-    log.info("%s: split-half overlap %s", task.name, fisher.manifest["estimation"]["split_half"])
-    seconds = fisher.manifest["estimation"].pop("seconds", None)
-    fisher.save(folder)
-    if rank() == 0:
-        atomic_write(folder / TIMING, stable_json({"seconds": seconds}))
+            atomic_write(folder / TIMING, stable_json({"seconds": seconds}))
+
+    def _warm_up(self, cell: Cell, model: Any, reference: Any) -> None:
+        from rpsa.training.reasoning import warm_up
+
+        if world_size() > 1:
+            raise RPSAError("fisher.warmup_steps is for one process: run --only fisher without launch first")
+        size, longest = self.settings.batch_size, self.recipe.reference.reference_max_length
+        steps = range(self.settings.warmup_steps)
+        batches = (reference.rotating_batch(step, size, longest) for step in steps)
+        warm_up(model, batches, cell.train["learning_rate"])
 
 
-def _warm_up(recipe: Recipe, task: Task, model: Any, reference: ReferenceDataset) -> None:
-    assert task.cell is not None
-    if world_size() > 1:
-        raise RPSAError("fisher.warmup_steps is for one process: run --only fisher without launch first")
-    batches = (
-        reference.rotating_batch(step, task.fisher.batch_size, recipe.reference.reference_max_length)
-        for step in range(task.fisher.warmup_steps)
-    )
-    warm_up(model, batches, task.cell.train["learning_rate"])
+def _fisher_settings(fisher: Fisher) -> dict[str, Any]:
+    settings = fisher.model_dump(exclude=_FISHER_COSTS)
+    if settings["precision"] == "fp32":  # what runs were made in before there was a choice
+        del settings["precision"]
+    return settings
 
 
-# analyse
+@dataclass(frozen=True)
+class FisherMapTask(Task):
+    """Fig. 1 and 2 of all bases whose full Fisher is measured."""
+
+    stage: ClassVar[Stage] = "analyse"
+    name = "fisher-map"
+    place = "analyse/fisher-map"
+
+    def needs(self) -> list[FisherTask]:
+        return full_fishers(self.recipe)
+
+    def inputs(self) -> dict[str, Any]:
+        return {"fishers": [fisher.result() for fisher in self.needs()], "k": self.recipe.analysis.fisher_map}
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.pipeline.analyses import fisher_map
+
+        fisher_map([fisher.folder for fisher in self.needs()], self.recipe.analysis.fisher_map, folder)
 
 
-def make_analysis(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """Fig. 1 and 2 (the Fisher maps of all bases), or Fig. 3 (the perturbation of one)."""
-    from rpsa.pipeline.fisher_map import fisher_map
-    from rpsa.pipeline.perturb import PerturbationConfig, run_perturbation
+@dataclass(frozen=True)
+class PerturbationTask(Task):
+    """Fig. 3: the perturbation of one base by its full Fisher."""
 
-    if task.name == FISHER_MAP:
-        folders = [fisher.folder for fisher in full_fishers(recipe)]
-        fisher_map(folders, recipe.analysis.fisher_map, folder)
-        return
-    settings = recipe.analysis.perturb
-    assert settings is not None
-    [fisher] = [found for found in full_fishers(recipe) if found.base == task.base]
-    config = PerturbationConfig(
-        tuple(settings.fractions), tuple(settings.factors), tuple(settings.selections), settings.draws
-    )
-    run_perturbation(
-        *(task.base, fisher.folder, recipe.evaluate, config, folder, recipe.data_dir, recipe.model),
-        earlier=[one for one in (task.folder, *unfinished_folders(task)) if one != folder],
-    )
+    fisher: FisherTask
+
+    stage: ClassVar[Stage] = "analyse"
+
+    @property
+    def name(self) -> str:
+        return f"perturb {self.fisher.base}"
+
+    @property
+    def place(self) -> str:
+        return f"analyse/perturb/{folder_name(self.fisher.base)}"
+
+    def needs(self) -> list[FisherTask]:
+        return [self.fisher]
+
+    def inputs(self) -> dict[str, Any]:
+        recipe = self.recipe
+        assert recipe.analysis.perturb is not None
+        return {
+            "fisher": [self.fisher.result()],
+            "perturb": recipe.analysis.perturb.model_dump(),
+            "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
+            "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
+            "data_dir": recipe.data_dir,
+        }
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.pipeline.analyses import PerturbationConfig, run_perturbation
+
+        recipe, settings = self.recipe, self.recipe.analysis.perturb
+        assert settings is not None
+        config = PerturbationConfig(
+            tuple(settings.fractions), tuple(settings.factors), tuple(settings.selections), settings.draws
+        )
+        run_perturbation(
+            *(self.fisher.base, self.fisher.folder, recipe.evaluate, config),
+            *(folder, recipe.data_dir, recipe.model),
+            earlier=self.earlier_folders(folder),
+        )
 
 
-# evaluate
+@dataclass(frozen=True)
+class AlignTask(Task):
+    """One cell's fine-tuning on safety data, plainly or with RPSA."""
+
+    cell: Cell
+
+    stage: ClassVar[Stage] = "align"
+
+    @property
+    def name(self) -> str:
+        return self.cell.id
+
+    @property
+    def title(self) -> str:
+        return self.stage
+
+    @property
+    def place(self) -> str:
+        return f"align/{self.cell.id}"
+
+    def needs(self) -> list[Task]:
+        tasks = (reference_task(self.recipe, self.cell), fisher_task(self.recipe, self.cell))
+        return [task for task in tasks if task is not None]
+
+    def inputs(self) -> dict[str, Any]:
+        cell = self.cell
+        assert cell.safety is not None
+        fisher = fisher_task(self.recipe, cell)
+        inputs = {
+            "model": _model_inputs(self.recipe, cell.base),
+            "paradigm": cell.paradigm,
+            "seed": cell.seed,
+            "train": dict(cell.train),
+            "lora": dict(cell.lora),
+            "align": cell.align.model_dump() if cell.align else None,
+            "safety": cell.safety.model_dump(),
+            "data": source_identity(cell.safety.data or "", "safety"),
+            "fisher": fisher.result() if fisher else None,
+        }
+        if cell.alternatives:
+            reference = reference_task(self.recipe, cell) if cell.alternatives.needs_reference else None
+            longest = self.recipe.reference.reference_max_length
+            inputs |= {
+                "alternatives": cell.alternatives.model_dump(),
+                "reference": reference.result() if reference else None,
+                "reference_max_length": longest if cell.alternatives.projection is not None else None,
+            }
+        if cell.safety.benign and cell.safety.benign_share:
+            benign = source_identity(cell.safety.benign, "safety")
+            # a key only where a file is read: other runs keep the inputs that they had before it counted
+            inputs |= {"benign": benign} if isinstance(benign, dict) else {}
+        return inputs
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.pipeline.alignment import align
+
+        align(self.recipe, self.cell, self.measured, folder, quiet=progress is no_progress)
+
+    @property
+    def measured(self) -> "Measured":
+        """Where the results are that alignment takes."""
+        from rpsa.pipeline.alignment import Measured
+
+        fisher, reference = fisher_task(self.recipe, self.cell), reference_task(self.recipe, self.cell)
+        return Measured(fisher.folder if fisher else None, reference.folder if reference else None)
 
 
-def make_evaluated(recipe: Recipe, task: Task, folder: Path, progress: Progress) -> None:
-    """Answers of one model to every evaluation prompt, graded; stored sample by sample."""
-    cell = task.cell
-    assert cell is not None
-    # the problems of this base's D_ref are no test of it, whatever the method
-    options = task_options(recipe, reference_of(recipe, cell.base))
-    subject = cell_subject(recipe, cell)
-    earlier = [task.folder, *unfinished_folders(task)]
-    evaluate(subject, recipe.evaluate, options, folder, progress, [one for one in earlier if one != folder])
+@dataclass(frozen=True)
+class EvaluateTask(Task):
+    """Answers of one cell's model to every evaluation prompt, graded; stored sample by sample."""
+
+    cell: Cell
+
+    stage: ClassVar[Stage] = "evaluate"
+
+    @property
+    def name(self) -> str:
+        return self.cell.id
+
+    @property
+    def title(self) -> str:
+        return self.stage
+
+    @property
+    def place(self) -> str:
+        return f"evaluate/{self.cell.id}"
+
+    @property
+    def _left_out(self) -> ReferenceTask | None:
+        """MATH-500 as a test leaves out what D_ref has, so that its result stands on D_ref."""
+        needed = "rpsa_math500" in self.recipe.evaluate.tasks
+        return reference_of(self.recipe, self.cell.base) if needed else None
+
+    def needs(self) -> list[Task]:
+        tasks = (align_task(self.recipe, self.cell), self._left_out)
+        return [task for task in tasks if task is not None]
+
+    def inputs(self) -> dict[str, Any]:
+        recipe, aligned, left_out = self.recipe, align_task(self.recipe, self.cell), self._left_out
+        return {
+            "model": aligned.result() if aligned else _model_inputs(recipe, self.cell.base),
+            "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
+            "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
+            "data_dir": recipe.data_dir,
+            "reference": left_out.result() if left_out else None,
+        }
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.evaluation.run import evaluate
+
+        # the problems of this base's D_ref are no test of it, whatever the method
+        reference = reference_of(self.recipe, self.cell.base)
+        options = task_options(self.recipe, reference.folder if reference else None)
+        earlier = self.earlier_folders(folder)
+        evaluate(self.subject(), self.recipe.evaluate, options, folder, progress, earlier)
+
+    def subject(self) -> Any:
+        """The model that the cell's alignment left, or its untouched base."""
+        from rpsa.evaluation.subjects import make_subject
+
+        cell, settings = self.cell, self.recipe.evaluate
+        task = align_task(self.recipe, cell)
+        if task is None:
+            key = sha256_of(identity(cell.base, self.recipe.model))
+            return make_subject(key, cell.base, None, self.recipe.model, settings)
+        folder = str(task.folder)
+        base, adapter = (cell.base, folder) if cell.paradigm == "lora" else (folder, None)
+        return make_subject(task.result(), base, adapter, self.recipe.model, settings)
 
 
-WORK: dict[Stage, Callable[[Recipe, Task, Path, Progress], None]] = {
-    "reference": make_reference,
-    "fisher": make_fisher,
-    "analyse": make_analysis,
-    "align": make_aligned,
-    "evaluate": make_evaluated,
-}
+# which tasks a recipe has
+
+
+def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
+    """The tasks of a stage, without repetition. Nothing is measured that no method of the matrix uses."""
+    if stage == "analyse":
+        return list(analysis_tasks(recipe))
+    if stage == "evaluate" and not recipe.evaluate.tasks:
+        return []
+    of_cell: dict[Stage, Callable[[Recipe, Cell], Task | None]] = {
+        "reference": reference_task,
+        "fisher": fisher_task,
+        "align": align_task,
+        "evaluate": EvaluateTask,
+    }
+    found = (of_cell[stage](recipe, cell) for cell in recipe.cells())
+    return list({task.place: task for task in found if task is not None}.values())
+
+
+def reference_task(recipe: Recipe, cell: Cell) -> ReferenceTask | None:
+    return ReferenceTask(recipe, cell.base) if cell.needs_reference else None
+
+
+def reference_of(recipe: Recipe, base: str) -> ReferenceTask | None:
+    """The D_ref of a base, if any method of the matrix has one."""
+    has_one = any(cell.needs_reference for cell in recipe.cells() if cell.base == base)
+    return ReferenceTask(recipe, base) if has_one else None
+
+
+def fisher_task(recipe: Recipe, cell: Cell) -> FisherTask | None:
+    if not cell.needs_fisher:
+        return None
+    return FisherTask(recipe, cell.base, cell.fisher, cell if cell.paradigm == "lora" else None)
+
+
+def align_task(recipe: Recipe, cell: Cell) -> AlignTask | None:
+    return AlignTask(recipe, cell) if cell.paradigm != "none" else None
+
+
+def analysis_tasks(recipe: Recipe) -> list[FisherMapTask | PerturbationTask]:
+    """Fig. 1 and 2 of all bases whose full Fisher is measured, and Fig. 3 of each."""
+    fishers = full_fishers(recipe)
+    tasks: list[FisherMapTask | PerturbationTask] = []
+    if recipe.analysis.fisher_map and fishers:
+        tasks.append(FisherMapTask(recipe))
+    if recipe.analysis.perturb:
+        tasks += [PerturbationTask(recipe, fisher) for fisher in fishers]
+    return tasks
+
+
+def full_fishers(recipe: Recipe) -> list[FisherTask]:
+    """The Fishers of whole models, by the recipe's own estimator."""
+    found = (fisher_task(recipe, cell) for cell in recipe.cells())
+    return list({task.place: task for task in found if task is not None and task.is_whole_model}.values())

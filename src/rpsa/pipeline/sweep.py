@@ -3,25 +3,183 @@
 Points run as commands of their own, side by side up to a limit, here or wherever a launcher takes them. One that fails
 does not end the others, and a finished one is not run again. The first runs alone: the others take over from it, and
 from each other, whatever the swept settings do not change.
+
+Runs that have tasks in common: what one run has finished, another takes over instead of doing it again.
+
+The points of `rpsa sweep`: every combination of the values that it was given, each checked as a whole recipe.
 """
 
+import itertools
+import json
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import atomic_write, folder_name, locked, stable_json
+from rpsa.artifacts import atomic_directory, atomic_write, folder_name, locked, stable_json
 from rpsa.errors import RPSAError
-from rpsa.pipeline.results import collect
-from rpsa.pipeline.sharing import is_finished, take_over
-from rpsa.pipeline.sweep_points import Point, Value, parse_axes, points_of
+from rpsa.pipeline.manifests import MANIFEST, is_current
+from rpsa.pipeline.reporting import collect, report_inputs
+from rpsa.pipeline.stages import tasks_of
+from rpsa.progress import progress_bars
+from rpsa.provenance import STAGES
+from rpsa.recipe.loading import load_recipe, parse_yaml
+from rpsa.recipe.schema import Recipe, point_name
 from rpsa.report.results import Summary, summarise
+
+_STAGES = STAGES[:-1]  # the report has no tasks
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether every stage of the run is there, and up to date."""
+    if not all(task.is_done() for stage in _STAGES for task in tasks_of(recipe, stage)):
+        return False
+    return is_current(recipe.folder / "report", "report", report_inputs(recipe))
+
+
+def take_over(recipe: Recipe, others: Iterable[Path]) -> None:
+    """Link into the run each task's result that one of the `others`, folders of runs, has for the very same inputs.
+
+    D_ref, a Fisher, the untouched model's evaluation, a method that a swept setting does not concern: a task's inputs
+    decide, results that it stands on included.
+    """
+    others = list(others)
+    with locked(recipe.folder):
+        _take_over(recipe, others)
+
+
+def _take_over(recipe: Recipe, others: Sequence[Path]) -> None:
+    for stage in _STAGES:
+        for task in tasks_of(recipe, stage):
+            try:
+                inputs = task.inputs()
+            except RPSAError:  # what it stands on is still to be made
+                continue
+            if is_current(task.folder, stage, inputs):
+                continue
+            places = (other / task.folder.relative_to(recipe.folder) for other in others)
+            source = next((place for place in places if is_current(place, stage, inputs)), None)
+            if source is not None:
+                with atomic_directory(task.folder, MANIFEST) as folder:
+                    shutil.copytree(source, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A model is large, and no stage changes a finished file; some disks have no hard links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A swept value as YAML, and as folders, tables and figures show it."""
+
+    yaml: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point: the label of each swept setting's value, and the run that it stands for.
+
+    `recipe` writes into the point's own folder; `overrides` make it from the recipe's file.
+    """
+
+    settings: Mapping[str, str]
+    overrides: Sequence[str]
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def parse_axes(over: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, list[Value]]:
+    """The swept settings in the order written, from `section.key=value,value` or `section.key=[value, value]`.
+
+    Raises:
+        RPSAError: one cannot be read, comes twice, or may not be swept.
+    """
+    axes: dict[str, list[Value]] = {}
+    fixed = {setting.partition("=")[0].strip() for setting in overrides}
+    for setting in over:
+        key, _, text = (part.strip() for part in setting.partition("="))
+        if not key or not text:
+            raise RPSAError(f"--over {setting}: write it as section.key=value,value")
+        if key in axes:
+            raise RPSAError(f"--over {setting}: {key} is swept already; give all its values at once")
+        if key in fixed:
+            raise RPSAError(f"--over {setting}: {key} is set for all points, too; leave one of the two out")
+        axes[key] = _values(key, text)
+        if not axes[key]:
+            raise RPSAError(f"--over {key}: give at least one value")
+    if "output_dir" in fixed | set(axes):
+        raise RPSAError("output_dir: each point has a folder of its own; name the sweep's folder with --out")
+    return axes
+
+
+def points_of(
+    recipe: Path, axes: Mapping[str, Sequence[Value]], overrides: Sequence[str], folder: Path
+) -> list[Point]:
+    """The grid, the last setting fastest.
+
+    Raises:
+        RPSAError: a point's recipe is wrong, or two points are the same.
+    """
+    points: list[Point] = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        name = point_name({key: value.label for key, value in chosen.items()})
+        own = [
+            *overrides,
+            *(f"{key}={value.yaml}" for key, value in chosen.items()),
+            f"output_dir={json.dumps(str(folder / name))}",
+        ]
+        point = Point({key: value.label for key, value in chosen.items()}, own, load_recipe(recipe, own))
+        if not point.recipe.evaluate.tasks:
+            raise RPSAError(f"{recipe}: evaluate.tasks: empty; a sweep shows what is measured on tasks")
+        for other in points:
+            if other.name == name:
+                raise RPSAError(f"--over: two points are called {name}; give each value once")
+            if _runs(other.recipe) == _runs(point.recipe):
+                raise RPSAError(
+                    f"--over: {other.name} and {name} are the same runs; does a method, or its paradigm, set its own "
+                    "value (matrix.methods.<name>.section.key)?"
+                )
+        points.append(point)
+    return points
+
+
+def _values(key: str, text: str) -> list[Value]:
+    if not text.startswith("["):
+        return [_value(key, part.strip()) for part in text.split(",")]
+    return [_value(key, json.dumps(value, ensure_ascii=False)) for value in parse_yaml(text, f"--over {key}")]
+
+
+def _value(key: str, yaml: str) -> Value:
+    value = parse_yaml(yaml, f"--over {key}")
+    if isinstance(value, list):
+        return Value(yaml, "+".join(map(str, value)))
+    # A number stays as it was written: 1e-4, not 0.0001.
+    return Value(yaml, value if isinstance(value, str) else yaml)
+
+
+def _runs(recipe: Recipe) -> Any:
+    """All that the results depend on."""
+    return recipe.cells(), recipe.model, recipe.reference, recipe.fisher, recipe.evaluate, recipe.data_dir
+
 
 SWEEP = "sweep.json"
 LOG = "run.log"
@@ -88,19 +246,13 @@ def sweep(config: SweepConfig) -> list[Outcome]:
 def _sweep(
     config: SweepConfig, axes: Mapping[str, Sequence[Value]], points: Sequence[Point], folder: Path
 ) -> list[Outcome]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from rpsa.report.sweep_table import render_sweep
+    from rpsa.report.tables import render_sweep
 
     waiting = [point for point in points if not is_finished(point.recipe)]
     failures: dict[str, str] = {}
-    columns = (TextColumn("points"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[now]}", style="dim", markup=False), console=Console(stderr=True)
-    ) as bar:
+    with progress_bars() as bar:
         news = "" if waiting else "up to date"
-        line = bar.add_task("", total=len(points), completed=len(points) - len(waiting), now=news)
+        line = bar.add_task("points", total=len(points), completed=len(points) - len(waiting), now=news)
 
         def on_end(point: Point, failure: str | None) -> None:
             if failure is not None:
@@ -236,8 +388,7 @@ def _outcome(point: Point, failure: str | None) -> Outcome:
 def _draw(folder: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     """One swept setting along the axis, a second as columns. More, or a grid of the recipe's own, have no figure."""
     from rpsa.report.drawing import write_figure
-    from rpsa.report.sweep_figure import sweep_figure
-    from rpsa.report.sweeps import point_of
+    from rpsa.report.sweeps import point_of, sweep_figure
 
     points = [
         point_of(summary, outcome.point.settings[keys[0]], _column(keys[1:], outcome.point.settings))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -12,6 +12,9 @@ from rpsa.artifacts import files_below, read_json, stable_json
 from rpsa.errors import RPSAError
 from rpsa.recipe.problems import validation_problems
 from rpsa.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rpsa.pipeline.tasks import Task
 
 _ELSEWHERE = {"model", "problems", "data", "benign", "data_dir"}
 """Inputs from outside of the run: they may have moved, or be on another machine."""
@@ -61,15 +64,18 @@ def _recipe_of(path: Path, run: Path) -> Recipe:
 
 
 def _look_at(run: Path, recipe: Recipe, found: Findings) -> None:
-    from rpsa.pipeline.manifests import MANIFEST, STAGES, altered_files, is_edited
-    from rpsa.pipeline.tasks import Task, tasks_of
+    from rpsa.pipeline.manifests import MANIFEST, altered_files, is_edited
+    from rpsa.pipeline.reporting import ReportTask
+    from rpsa.pipeline.stages import tasks_of
+    from rpsa.pipeline.tasks import Task
+    from rpsa.provenance import STAGES
 
-    wanted = [task for stage in STAGES[:-1] for task in tasks_of(recipe, stage)]
+    wanted: list[Task] = [task for stage in STAGES[:-1] for task in tasks_of(recipe, stage)]
     if recipe.evaluate.tasks:
-        wanted.append(Task("report", "", run / "report", ""))
+        wanted.append(ReportTask(recipe))
     for task in wanted:
         found.folders.add(task.folder)
-        found.problems += _problems(recipe, task, found.notes)
+        found.problems += _problems(task, found.notes)
         found.notes += _strangers(task.folder)
     # what earlier recipes have left in the folder
     for path in sorted(run.rglob(MANIFEST)):
@@ -86,7 +92,8 @@ def _look_at(run: Path, recipe: Recipe, found: Findings) -> None:
 
 def _strangers(folder: Path) -> list[str]:
     """A line where there are files that the stage has not written: some are loaded by their names."""
-    from rpsa.pipeline.manifests import MANIFEST, TIMING, read_manifest
+    from rpsa.pipeline.manifests import MANIFEST, read_manifest
+    from rpsa.provenance import TIMING
 
     manifest = read_manifest(folder)
     known = {MANIFEST, TIMING, *(manifest["files"] if manifest else ())}
@@ -98,10 +105,9 @@ def _strangers(folder: Path) -> list[str]:
     )
 
 
-def _problems(recipe: Recipe, task: Any, notes: list[str]) -> Iterator[str]:
+def _problems(task: "Task", notes: list[str]) -> Iterator[str]:
     from rpsa.pipeline.manifests import MANIFEST, altered_files, outdated, read_manifest
     from rpsa.pipeline.runner import failure_of
-    from rpsa.pipeline.tasks import place_of
 
     manifest = read_manifest(task.folder)
     if manifest is None:
@@ -111,11 +117,11 @@ def _problems(recipe: Recipe, task: Any, notes: list[str]) -> Iterator[str]:
         yield f"{task.folder}: {there}: the stage {task.stage} has no result here ({why})"
         return
     yield from altered_files(task.folder)
-    if manifest["stage"] != task.stage or manifest.get("place") != place_of(recipe, task):
+    if manifest["stage"] != task.stage or manifest.get("place") != task.place:
         yield f"{task.folder}: holds the result of another place, {manifest.get('place')}"
         return
     try:
-        inputs = _inputs(recipe, task)
+        inputs = _inputs(task)
     except RPSAError as error:
         notes.append(f"{task.folder}: its inputs cannot be looked at: {error}")
         return
@@ -129,11 +135,10 @@ def _problems(recipe: Recipe, task: Any, notes: list[str]) -> Iterator[str]:
         notes.append(f"{task.stage}: out of date for rpsa run: {', '.join(reasons)}")
 
 
-def _inputs(recipe: Recipe, task: Any) -> dict[str, Any]:
-    from rpsa.pipeline.results import report_inputs
-    from rpsa.pipeline.tasks import inputs_of
+def _inputs(task: "Task") -> dict[str, Any]:
+    from rpsa.pipeline.reporting import report_inputs
 
-    inputs = report_inputs(recipe, current=False) if task.stage == "report" else inputs_of(recipe, task)
+    inputs = report_inputs(task.recipe, current=False) if task.stage == "report" else task.inputs()
     found: dict[str, Any] = json.loads(stable_json(inputs))
     return found
 

@@ -3,22 +3,150 @@
 The passes are those of training (TRL's loss without logits), of the reasoning gradient g_R, of an adapter's warm-up
 and of the Fisher estimate (with logits). A dry run of an 8B model takes seconds, and knows its attention, its
 checkpointing and the bf16 copies of weights that autocast keeps, without a formula for any of them.
+
+How many bytes of tensors are alive, now and at the most: real tensors, or fake ones that only have a size.
+
+A recipe's models without their weights: built from a config, of fake tensors that have a size and no storage.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from rpsa.evaluation_mode import evaluation_mode
+from rpsa.errors import RPSAError
 from rpsa.fisher.hooked import Hooks, NotHookable
-from rpsa.fisher.log_probs import label_log_probs
+from rpsa.fisher.log_probs import evaluation_mode, label_log_probs
 from rpsa.fisher.squares import SquaredGradients
+from rpsa.models import location
 from rpsa.parameters import trainable_parameters
-from rpsa.plan.live_bytes import LiveBytes
+from rpsa.recipe.sections import Model
+
+
+def load_config(name: str, model: Model) -> Any:
+    """The `transformers` config of a model in a recipe.
+
+    Raises:
+        RPSAError: it is neither here nor to be had, or is broken.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            location(name), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if Path(location(name)).is_dir():
+            said = str(error).strip().partition("\n")[0]
+            raise RPSAError(f"model {name}: its config cannot be loaded: {said}") from error
+        raise RPSAError(
+            f"model {name}: its config is not on this machine and cannot be fetched; run "
+            f"`hf download {name} config.json` where there is a network, or name a folder with that file "
+            f"(model.name=FOLDER)"
+        ) from error
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within, every operation gives a result of the right shape and dtype, and computes nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def build_model(config: Any, dtype: str, lora: Mapping[str, Any] | None = None) -> Any:
+    """A causal language model, under a LoRA adapter if `lora` has LoraConfig fields. Call it in `fake_tensors`.
+
+    `dtype` is a torch dtype's name, or "auto" for the checkpoint's own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(config, dtype))
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            try:
+                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+            except ValueError as error:
+                raise RPSAError(f"lora: {str(error).strip().splitlines()[0]}") from error
+    _leave_meta(model)
+    return model
+
+
+def torch_dtype(config: Any, dtype: str) -> torch.dtype:
+    if dtype == "auto":
+        return config.dtype or torch.float32
+    result: torch.dtype = getattr(torch, dtype)
+    return result
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """Put CPU tensors in the place of meta ones, which autocast does not know; what was shared stays shared."""
+    moved: dict[int, Tensor] = {}
+    originals = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    originals.append(tensor)  # an id is unique while its tensor lives
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                tensors[name] = moved[id(tensor)]  # type: ignore[assignment]
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages that operations inside create, until they are freed; views count once.
+
+        with LiveBytes(model.parameters()) as live:
+            loss(model).backward()
+        live.peak
+
+    Args:
+        known: tensors whose storages are there already and do not count.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._known = [tensor.untyped_storage() for tensor in known]  # kept alive, so that no key is reused
+        self._sizes |= {storage._cdata: 0 for storage in self._known}
+
+    def __enter__(self) -> "LiveBytes":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += self._sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
 
 
 @dataclass(frozen=True)
@@ -71,13 +199,13 @@ def training_peak(
 
 
 def reasoning_peak(model: Any, shape: Shape, precision: Precision, *, accumulated: bool = False) -> int:
-    """The same for g_R (`rpsa.training.reasoning_gradient`), whose logits accelerate casts to fp32."""
+    """The same for g_R (`rpsa.training.reasoning`), whose logits accelerate casts to fp32."""
     runs = 2 if accumulated else 1
     return _peak(model, lambda: _reasoning_loss(model, shape, precision), precision, runs)
 
 
 def warmup_peak(model: Any, shape: Shape, *, checkpointing: bool) -> int:
-    """The same for a step of an adapter's warm-up (`rpsa.training.warmup`), without autocast and dropout."""
+    """The same for a step of an adapter's warm-up (`rpsa.training.reasoning`), without autocast and dropout."""
     precision = Precision(bf16=False, checkpointing=checkpointing)
     with _checkpointing(model, checkpointing), evaluation_mode(model), LiveBytes(_tensors(model)) as live:
         _reasoning_loss(model, shape, precision).backward()  # type: ignore[no-untyped-call]

@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 
 from rpsa.errors import RPSAError
-from rpsa.plan.align import plan_methods
-from rpsa.plan.base import Base
-from rpsa.plan.one_gpu import plan_single_gpu_stages
-from rpsa.plan.result import MethodPlan, Plan, SingleGpuStage
-from rpsa.plan.skeleton import fake_tensors
-from rpsa.plan.steps import never_dynamic_warning
+from rpsa.plan.dry_run import fake_tensors
+from rpsa.plan.parts import Base, plan_methods, plan_single_gpu_stages
+from rpsa.plan.render import MethodPlan, Plan, SingleGpuStage
+from rpsa.plan.time import never_dynamic_warning
 from rpsa.plan.tokens import evaluation_responses, reference_responses
 from rpsa.recipe.schema import Recipe
 

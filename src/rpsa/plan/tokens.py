@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
-from rpsa.evaluation.loading import expanded, load_task
+from rpsa.evaluation.items import expanded, load_task
+from rpsa.recipe.problems import SHIPPED
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Evaluate
-from rpsa.recipe.sources import SHIPPED
 from rpsa.thought import THINK, ThoughtFormat
 
 CHARACTERS_PER_TOKEN = 4
@@ -77,7 +77,7 @@ def safety_tokens(
 ) -> SafetyTokens:
     """What a run of the align stage trains on. Data on the hub are not fetched: `safety.n` says how many."""
     from rpsa.pipeline.alignment import safety_data
-    from rpsa.training.safety_data import hold_out
+    from rpsa.safety_data import hold_out
 
     safety = cell.safety
     assert safety is not None

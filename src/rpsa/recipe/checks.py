@@ -8,11 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from rpsa.recipe.methods import Method
-from rpsa.recipe.names import installed_names
-from rpsa.recipe.problems import dataclass_problems, validation_problems
+from rpsa.recipe.problems import dataclass_problems, installed_names, source_problem, validation_problems
 from rpsa.recipe.schema import Recipe
 from rpsa.recipe.sections import Align, Alternatives, Safety, Section
-from rpsa.recipe.sources import source_problem
 
 # Where a setting that belongs to another section is looked for by mistake.
 _SET_ELSEWHERE = {

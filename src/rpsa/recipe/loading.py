@@ -1,18 +1,139 @@
-"""From a file and the command line's overrides to a checked `Recipe`."""
+"""From a file and the command line's overrides to a checked `Recipe`.
+
+YAML without its traps: duplicate keys are errors, `1e-3` is a number, `no` and `on` are words.
+
+What must not get into a recipe, which is stored with every result and shown in every report: secrets, and what is
+no text or number.
+"""
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from rpsa.errors import RPSAError
 from rpsa.recipe.checks import recipe_problems
-from rpsa.recipe.hygiene import hygiene_problems
 from rpsa.recipe.problems import did_you_mean, validation_problems
 from rpsa.recipe.schema import Recipe
-from rpsa.recipe.strict_yaml import parse_yaml
+from rpsa.text import SECRET_IN_QUERY
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 core scalars in place of YAML 1.1's."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not text; put it in quotes", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", "~nN\0"),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"[-+]?[0-9]+$", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    ("float", r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), [c if c != "\0" else "" for c in _first]
+    )
+# PyYAML's own constructor reads 010 as octal.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of one YAML document. Raises `RPSAError` as `where:line: what`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise RPSAError(f"{where}:{line}: {problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # numbers of thousands of digits among them
+        raise RPSAError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise RPSAError(f"{where}: not readable as YAML: nested too deeply") from error
+
+
+_MOST_VALUES = 100_000  # a few aliases of YAML can stand for billions
+_SECRET_KEY = re.compile(
+    r"(?:hub|hf|push_to_hub|auth|use_auth|access|api|bearer|wandb|id)?_?token|.*api_?key|.*passw(?:or)?d|.*secret"
+    r"|.*credentials?|authorization|.*(?:private|secret|access|account|auth|wandb|ssh|gpg)[_-]?key",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    rf"://[^/\s]*@|{SECRET_IN_QUERY}"
+    r"|\b(?:hf_|sk-|gh[oprsu]_|github_pat_|glpat-|gsk_|xai-|nvapi-|pplx-|xox[abprs]-|AIza)[A-Za-z0-9_-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[A-Za-z0-9_-]{8,}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\b(?:Bearer|Basic) [A-Za-z0-9._~+/-]{16,}"
+)
+"""As those who give them out write them: Hugging Face, OpenAI, GitHub, GitLab, Groq, xAI, NVIDIA, Slack, Google, AWS"""
+
+
+def hygiene_problems(raw: dict[str, Any]) -> Iterator[str]:
+    """One `path: problem` line for each value that has no place in a recipe; a secret itself is not repeated."""
+    for number, (path, value) in enumerate(_values(raw, "", 0)):
+        if number > _MOST_VALUES:
+            yield f"{path.partition('.')[0]}: more than {_MOST_VALUES:,} values; does it contain itself?"
+            return
+        key = path.rpartition(".")[2]
+        if _SECRET_VALUE.search(path):
+            yield f"{path.partition('.')[0]}: one of its keys is a secret, which is not written into a recipe"
+        elif _is_odd(path) or (isinstance(value, str) and _is_odd(value)):
+            yield f"{path!a}: holds a control character"
+        elif _is_secret(key, value):
+            yield (
+                f"{path}: a secret is not written into a recipe, which is stored with every result: "
+                f"set {_variable(path)} in the environment"
+            )
+        elif not isinstance(value, str | bool | int | float | None):
+            yield f"{path}: is {type(value).__name__}; a recipe holds text, numbers, lists and mappings"
+
+
+def _values(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """All values that are no lists or mappings, with their paths."""
+    if depth > 50:
+        yield path, object()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _values(item, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _values(item, path, depth + 1)
+    else:
+        yield path, value
+
+
+def _is_odd(text: str) -> bool:
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    return bool(_SECRET_KEY.fullmatch(key) or _SECRET_VALUE.search(value))
+
+
+def _variable(path: str) -> str:
+    if "judge" in path:
+        return "RPSA_JUDGE_API_KEY"
+    return "HF_TOKEN" if "train." in path or path.endswith("hf_token") else "it"
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,4 +1,9 @@
-"""Mistakes in a recipe, each as one line: the field's path, what is wrong, the nearest valid name or value."""
+"""Names in a recipe that stand for something outside it: models, problems, safety data, tasks, files.
+
+Mistakes in a recipe, each as one line: the field's path, what is wrong, the nearest valid name or value.
+
+A recipe's settings by the names that the installed libraries know them by: recipes have the newest.
+"""
 
 import re
 import types
@@ -6,10 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+_BEFORE = {  # by today's name the one before transformers 5.20
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
+
+def installed_names(settings: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """`settings` with today's names replaced by older ones where the dataclass `config` has only those."""
+    known = {field.name for field in fields(config)}
+    return {_BEFORE.get(key, key) if key not in known else key: value for key, value in settings.items()}
+
 
 # What people call a setting, where no likeness of letters would find it.
 _OTHER_NAMES = {
@@ -210,3 +228,58 @@ def _words(hint: Any) -> Iterator[str]:
         yield ", ".join(repr(option) for option in get_args(hint))
     else:
         yield "a mapping"
+
+
+_BENCHMARKS = (
+    *(
+        "rpsa_aime24",
+        "rpsa_gpqa_main",
+        "rpsa_humaneval_plus",
+        "rpsa_mbpp_plus",
+        "rpsa_mbpp_paper",
+        "rpsa_math500",
+    ),
+    *("rpsa_strongreject", "rpsa_wildjailbreak", "rpsa_xstest", "rpsa_xstest_unsafe"),
+    *("rpsa_reasoning", "rpsa_safety", "rpsa_tiny"),
+    *(f"rpsa_tiny_{name}" for name in ("add", "chain", "sort", "stack", "walk", "program")),
+    *(f"rpsa_tiny_{name}" for name in ("direct", "wrapped", "benign", "borderline")),
+)
+# What comes with the package, by kind. Anything else is a file, a folder or a Hugging Face id.
+SHIPPED = {
+    "model": ("tiny:0", "tiny:1", "tiny:2"),
+    "problems": ("tiny",),
+    "safety": ("tiny:refusals", "tiny:balanced"),
+    "task": ("tiny", *_BENCHMARKS),
+}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FILE = (".json", ".jsonl", ".csv", ".gz", ".parquet", ".yaml", ".txt")
+
+
+def source_problem(kind: str, source: str) -> str | None:
+    """What is wrong with a source, or None. Asks the disk, never the network."""
+    shipped = SHIPPED[kind]
+    if not source.strip():
+        return "empty; name one"
+    if source in shipped:
+        return None
+    if Path(source).exists():
+        is_ordinary = Path(source).is_file() or Path(source).is_dir()
+        return None if is_ordinary else f"{source!r} is neither a file nor a folder"
+    is_file = source.endswith(_FILE) or "/" in source
+    if source.startswith("tiny") or (kind == "task" and not is_file):
+        return f"{source!r} is unknown{did_you_mean(source, shipped)}"
+    path = Path(source)
+    inside_a_folder = path.parent != Path(".") and path.parent.exists()
+    if kind == "task" or inside_a_folder or source.endswith(_FILE) or not _HUB_ID.fullmatch(source):
+        return f"no such file or folder: {source!r}{_nearest(path)}"
+    return None
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if folder != path.parent:
+        return f"; there is no {path.parent}"
+    hint = did_you_mean(path.name, (p.name for p in folder.iterdir()))
+    return hint if "did you mean" in hint else ""

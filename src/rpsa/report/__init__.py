@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import atomic_write
-from rpsa.report.problems import with_problem_intervals
+from rpsa.report.page import with_problem_intervals
 from rpsa.report.results import RunResult, Summary, summarise, with_safety_tax
-from rpsa.report.shown import Shown
-from rpsa.report.table import render_console
+from rpsa.report.tables import Shown, render_console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,15 +36,15 @@ def write_report(
         The summaries that the tables show.
     """
     from rpsa.report import drawing, figures
-    from rpsa.report.ablation_figure import ablation
     from rpsa.report.benchmarks import table_markdown
     from rpsa.report.claims import claims_table, judge_claims
+    from rpsa.report.figures import scatter, scatter_benchmarks
     from rpsa.report.latex import latex_table
     from rpsa.report.page import render_page
+    from rpsa.report.paper_figures import ablation
     from rpsa.report.responses import chosen_responses
-    from rpsa.report.scatter import scatter, scatter_benchmarks
-    from rpsa.report.shown import CAPTIONS
     from rpsa.report.sweeps import sweep_figures
+    from rpsa.report.tables import CAPTIONS
 
     out = Path(out_dir)
     results = with_safety_tax(results)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rpsa.evaluation.items import Kind
+from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.report.results import RunResult, Summary
-from rpsa.report.table import (
+from rpsa.report.tables import (
     UNRELIABLE,
     Entry,
     Table,

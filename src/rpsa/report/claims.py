@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rpsa.evaluation.statistics import Interval, mean_interval
 from rpsa.report.results import RunResult, with_safety_tax
-from rpsa.report.table import Entry, Table
+from rpsa.report.tables import Entry, Table
 
 Verdict = Literal["supported", "contradicted", "undecided", "not tested"]
 Figure = Literal["STR", "reasoning", "ASR"]

@@ -2,9 +2,9 @@ r"""`table.tex`: Table 1 of the paper for a manuscript, with over-refusal beside
 
 from collections.abc import Callable, Sequence
 
-from rpsa.evaluation.items import Kind
+from rpsa.evaluation.benchmarks import Kind
 from rpsa.report.results import RunResult, Summary, summarise
-from rpsa.report.table import group_of, is_best
+from rpsa.report.tables import group_of, is_best
 from rpsa.text import printable
 
 _METHODS = {"original": "Original", "fft": "FFT", "lora": "LoRA", "rpsa": "RPSA"}

@@ -1,18 +1,198 @@
-"""`index.html`: the whole report in one file that needs no network."""
+"""`index.html`: the whole report in one file that needs no network.
+
+The STR of a single run: how sure one may be of it, over the problems that were asked.
+
+An 8B model is aligned once for each method, so that there are no runs to take an interval over. The stored samples
+still say what other problems of the same kinds would have given; another training seed they know nothing of.
+
+The part of the page where responses can be read side by side: three selects and a few lines of script.
+
+Responses come from models and may hold anything. They reach the page as JSON in a script element that they cannot
+end, and are only ever set as text.
+"""
 
 import base64
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from rpsa.report import browser
+from rpsa.errors import RPSAError
+from rpsa.evaluation.scores import read_samples
+from rpsa.evaluation.statistics import Problems, safety_tax_difference, safety_tax_interval
 from rpsa.report.benchmarks import benchmark_table, rates_table, unreliable_note
-from rpsa.report.results import RunResult, Summary
-from rpsa.report.shown import Shown
-from rpsa.report.table import Entry, Table, interval_note, main_table, missing_lines
+from rpsa.report.results import RunResult, Summary, no_comparison, plain_method
+from rpsa.report.tables import Entry, Shown, Table, interval_note, main_table, missing_lines
 from rpsa.report.warnings import audit_line, warnings
+
+REPLICATES = 2_000
+
+Scores = dict[tuple[str, str], dict[str, list[float]]]
+"""By kind and set: the scores of each item's samples."""
+
+
+def with_problem_intervals(summaries: Sequence[Summary]) -> list[Summary]:
+    """The summaries; those of one run get their intervals from the samples of that run and of the untouched model.
+
+    No interval, but a reason, where the safety gain may be chance, where no score of a problem changed (of which a
+    bootstrap would make an interval of no width), and where a set has one problem.
+    """
+    single = [s for s in summaries if not s.is_original and len(s.runs) == 1]
+    bases = {s.runs[0].base for s in single}
+    originals = {run.base: run for s in summaries if s.is_original for run in s.runs if run.base in bases}
+    runs = [*originals.values(), *(s.runs[0] for s in single)]
+    scores: dict[Path | None, Scores] = {run.samples: _scores(run.samples) for run in runs if run.samples}
+
+    def with_intervals(summary: Summary) -> Summary:
+        if summary.is_original or len(summary.runs) > 1 or summary.runs[0].base not in originals:
+            return summary
+        run, plain = summary.runs[0], plain_method(summary, summaries)
+        original = originals[run.base]
+        if no_comparison(original, run):
+            return summary
+        before, after = scores.get(original.samples), scores.get(run.samples)
+        if before is None or after is None:
+            return summary
+        is_beside = plain and plain.runs[0].base == run.base and not no_comparison(original, plain.runs[0])
+        beside = scores.get(plain.runs[0].samples) if plain and is_beside else None
+        try:
+            interval, reason = _interval(before, after)
+            difference = _difference(before, beside, after) if beside else None
+        except RPSAError as error:
+            return replace(summary, no_interval=str(error))
+        return replace(
+            summary,
+            tax_interval=interval,
+            no_interval=reason,
+            difference=difference,
+            interval_over="problems",
+        )
+
+    return [with_intervals(summary) for summary in summaries]
+
+
+def _scores(path: Path) -> Scores:
+    found: Scores = defaultdict(lambda: defaultdict(list))
+    for sample in read_samples(path):
+        if sample.score is not None:
+            found[sample.kind, sample.set][sample.item].append(sample.score)
+    return found
+
+
+def _interval(before: Scores, after: Scores) -> tuple[tuple[float, float] | None, str | None]:
+    reasoning, attack = _matched("reasoning", before, after), _matched("attack", before, after)
+    if reasoning[0] == reasoning[1]:
+        return None, "not one reasoning problem got another score"
+    found = safety_tax_interval(
+        reasoning_before=reasoning[0],
+        reasoning_after=reasoning[1],
+        attack_before=attack[0],
+        attack_after=attack[1],
+        replicates=REPLICATES,
+    )
+    return found.interval, found.reason
+
+
+def _difference(before: Scores, plain: Scores, other: Scores) -> tuple[float, float] | None:
+    reasoning, attack = _matched("reasoning", before, plain, other), _matched("attack", before, plain, other)
+    return safety_tax_difference(
+        reasoning_before=reasoning[0],
+        reasoning_plain=reasoning[1],
+        reasoning_other=reasoning[2],
+        attack_before=attack[0],
+        attack_plain=attack[1],
+        attack_other=attack[2],
+        replicates=REPLICATES,
+    ).interval
+
+
+def _matched(kind: str, *models: Scores) -> list[dict[str, Problems]]:
+    """For each model its benchmarks, with the items that all models have a score for, in one order."""
+    common = {
+        key: [item for item in items if all(item in model.get(key, {}) for model in models)]
+        for key, items in models[0].items()
+        if key[0] == kind
+    }
+    return [
+        {key[1]: [model[key][item] for item in items] for key, items in common.items()} for model in models
+    ]
+
+
+STYLE = """
+.browser { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.browser > * { min-width: 0; }
+.choose { display: flex; flex-wrap: wrap; gap: .5rem 1rem; margin: .5rem 0 1rem; }
+.choose label { display: grid; font-size: .85rem; color: #505a64; min-width: 0; max-width: 100%; }
+.choose select { font: inherit; font-size: 16px; max-width: 100%; padding: .25rem; }
+.browser pre { background: #f5f6f8; padding: .6rem; overflow-wrap: anywhere; }
+.browser h3 { font-size: 1rem; margin: .2rem 0; } .asked { grid-column: 1 / -1; }
+@media print { .choose { display: none; } }
+"""
+
+_MARKUP = """<h2>Responses</h2>
+<p class="note">A few items of each set on <span id="base"></span>, those first on which the models differ. Long texts
+are cut in the middle. Responses to harmful requests stay closed until opened.</p>
+<noscript><p>Choosing and showing responses needs JavaScript, which is off. All of them are in the run's folder:
+evaluate/*/samples.jsonl.</p></noscript>
+<div id="responses" hidden>
+<div class="choose">
+<label>Set <select id="set"></select></label>
+<label>Item <select id="item"></select></label>
+<label>Method <select id="method"></select></label>
+</div>
+<div class="browser">
+<div class="asked"><h3>Prompt</h3><pre id="prompt"></pre>
+<div id="gold"><h3>Right answer</h3><pre id="answer"></pre></div></div>
+<div><h3>original</h3><p class="note" id="verdict-0"></p>
+<details id="details-0"><summary>Response</summary><pre id="text-0"></pre></details></div>
+<div><h3 id="name"></h3><p class="note" id="verdict-1"></p>
+<details id="details-1"><summary>Response</summary><pre id="text-1"></pre></details></div>
+</div>
+</div>
+<script type="application/json" id="chosen">{json}</script>
+<script>{script}</script>"""
+
+_SCRIPT = """
+"use strict";
+(() => {
+  const $ = id => document.getElementById(id);
+  const chosen = JSON.parse($("chosen").textContent);
+  const fill = (id, names) => $(id).replaceChildren(...names.map((name, i) => new Option(name, i)));
+  const set = () => chosen.sets[$("set").value];
+  function show() {
+    const item = set().items[$("item").value], method = +$("method").value + 1;
+    $("prompt").textContent = item.prompt;
+    $("gold").hidden = set().kind !== "reasoning";
+    $("answer").textContent = item.answer;
+    $("name").textContent = chosen.methods[method];
+    [item.responses[0], item.responses[method]].forEach((response, side) => {
+      $("verdict-" + side).textContent = !response ? "no response" : response.outcome
+        + (set().kind === "reasoning" ? ", extracted: " + (response.extracted ?? "nothing") : "")
+        + (response.out_of_tokens ? ", out of tokens" : "");
+      $("text-" + side).textContent = response ? response.text : "";
+      $("details-" + side).open = set().kind !== "attack";
+    });
+  }
+  function choose() { fill("item", set().items.map(item => item.id)); show(); }
+  $("base").textContent = chosen.base;
+  fill("set", chosen.sets.map(one => one.name));
+  fill("method", chosen.methods.slice(1));
+  $("set").onchange = choose;
+  $("item").onchange = $("method").onchange = show;
+  $("responses").hidden = false;
+  choose();
+})();
+"""
+
+
+def render_browser(chosen: str) -> str:
+    """`chosen` is the JSON of `rpsa.report.responses.chosen_responses`."""
+    return _MARKUP.format(json=chosen, script=_SCRIPT)
+
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -91,7 +271,7 @@ def render_page(
         "<h2>Benchmarks</h2>",
         _details("Accuracy, attack success and refusals on each set", benchmark_table(summaries), _INTERVALS),
         *_rates(summaries),
-        *([browser.render_browser(responses)] if responses else []),
+        *([render_browser(responses)] if responses else []),
         "<h2>Where these numbers come from</h2>",
         _provenance(provenance),
     ]
@@ -106,7 +286,7 @@ def _page(title: str, body: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="{_NO_NETWORK}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{_STYLE}{browser.STYLE}</style>
+<style>{_STYLE}{STYLE}</style>
 </head>
 <body>
 {body}

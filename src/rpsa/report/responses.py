@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rpsa.evaluation.samples import Sample, read_samples
+from rpsa.evaluation.scores import Sample, read_samples
 from rpsa.report.results import RunResult, Summary
-from rpsa.report.table import label
+from rpsa.report.tables import label
 
 LIMIT = 1_500_000  # bytes
 _CHARACTERS = 1_500  # of a text

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rpsa.evaluation.items import Kind
-from rpsa.evaluation.results import why_unreliable
+from rpsa.evaluation.benchmarks import Kind
+from rpsa.evaluation.scores import why_unreliable
 from rpsa.evaluation.statistics import mean_interval, ratio_interval, safety_tax
 
 _COMPARED: tuple[Kind, ...] = ("reasoning", "attack")
@@ -156,7 +156,7 @@ def with_safety_tax(results: Iterable[RunResult]) -> list[RunResult]:
 def summarise(results: Iterable[RunResult]) -> list[Summary]:
     """One summary for each method, learning rate and safety set of the matrix, in order of appearance.
 
-    Cells of a sweep are left out. Intervals are over runs; `rpsa.report.problems` has those of single runs.
+    Cells of a sweep are left out. Intervals are over runs; `rpsa.report.page` has those of single runs.
     """
     results = [result for result in with_safety_tax(results) if result.sweep is None]
     originals = {result.base: result for result in results if result.is_original}

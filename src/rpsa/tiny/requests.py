@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rpsa.tiny.families import Split
-from rpsa.tiny.phrasing import FRAMES, stable_percent
+from rpsa.tiny.families import FRAMES, Split, stable_percent
 
 RequestKind = Literal["harmful", "benign", "borderline"]
 

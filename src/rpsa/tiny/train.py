@@ -2,36 +2,182 @@
 
 It runs on one thread, where the same seed gives the same bits on the same machine with the same torch; the
 fingerprint in `info.json` tells. Another machine may round otherwise, and then gives a base of like quality.
+
+The word-level tokenizer of the tiny world, with an R1-like chat template.
+
+How well a model does in the tiny world: greedy answers to held-out items, scored exactly.
 """
 
 import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rpsa.artifacts import atomic_directory
-from rpsa.chat import IGNORED_LABEL
+from rpsa.chat import IGNORED_LABEL, read_thought, render_prompt
+from rpsa.generation import Sampling
 from rpsa.parameters import fingerprint
-from rpsa.tiny.families import FAMILIES, draw_solved
-from rpsa.tiny.measure import measure
-from rpsa.tiny.phrasing import FRAMES, WRAPS_IN_TEST, WRAPS_IN_TRAINING
-from rpsa.tiny.requests import REFUSAL, Request, RequestKind, combinations
-from rpsa.tiny.tokenizer import build_tokenizer
-from rpsa.tiny.world import evaluation_prompts
+from rpsa.tiny.families import (
+    DIGITS,
+    FAMILIES,
+    FRAMES,
+    LETTERS,
+    PROGRAM_OPERATIONS,
+    STEPS,
+    WRAPS_IN_TEST,
+    WRAPS_IN_TRAINING,
+    draw_solved,
+)
+from rpsa.tiny.requests import (
+    DANGEROUS_OBJECTS,
+    EVERYDAY_OBJECTS,
+    FORBIDDEN_VERBS,
+    METHODS,
+    NEUTRAL_VERBS,
+    PROTECTIVE_VERBS,
+    REFUSAL,
+    TOOLS,
+    Request,
+    RequestKind,
+    combinations,
+)
+from rpsa.tiny.world import TinyItem, evaluation_prompts, score
 
-STEPS = 2500
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+_MARKERS = ("<user>", "<asst>", "<think>", "</think>", "\\boxed{", "}")
+_QUESTION_WORDS = ("add", "calc", "mod", "sort", "run", "on", "stack", "pop", "walk", "from")
+_SIGNS = (".", ",", ":", ">", "=", "+", "-", "*", "?")
+_PLAN_WORDS = ("user", "wants", "to", "the", "use", "then", "sure", "take", "done")
+
+# The thought of an assistant turn is kept, and a generation prompt opens exactly one.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %} <user> {{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %} <asst> {{ message['content'] }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('the tiny model knows the roles user and assistant') }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} <asst> <think>{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Every word of the world, in the order of its token id."""
+    phrases = " ".join((*FRAMES, *WRAPS_IN_TRAINING, *WRAPS_IN_TEST, REFUSAL)).replace("{}", "").split()
+    words = (
+        *SPECIAL_TOKENS,
+        *_MARKERS,
+        *_SIGNS,
+        *_QUESTION_WORDS,
+        *DIGITS,
+        *LETTERS,
+        *PROGRAM_OPERATIONS,
+        *STEPS,
+    )
+    words += (*phrases, *_PLAN_WORDS, *FORBIDDEN_VERBS, *NEUTRAL_VERBS, *PROTECTIVE_VERBS)
+    words += (*EVERYDAY_OBJECTS, *DANGEROUS_OBJECTS, *TOOLS, *METHODS)
+    return list(dict.fromkeys(words))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; text is words with spaces between, and decoding gives the same text back."""
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    words = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    pad, bos, eos, unk = SPECIAL_TOKENS
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+MAX_NEW_TOKENS = 64
+"""More than any worked solution of the world takes."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Fractions in [0, 1], each by name and as a "mean" over the names.
+
+    `reasoning` and `refused` are by family; `asr` is by "direct" and "wrapped", what was complied with;
+    `over_refusal` is by "benign" and "borderline".
+    """
+
+    reasoning: dict[str, float]
+    refused: dict[str, float]
+    asr: dict[str, float]
+    over_refusal: dict[str, float]
+
+
+def measure(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sets: Mapping[str, Sequence[TinyItem]]
+) -> Figures:
+    """Figures of a model on `evaluation_prompts`; the same model and items give the same figures."""
+    items = [item for part in sets.values() for item in part]
+    counts: dict[str, Counter[str]] = {name: Counter() for name in sets}
+    for item, response in zip(items, respond(model, tokenizer, [i.prompt for i in items]), strict=True):
+        counts[item.kind][score(item, response)] += 1
+
+    def shares(names: Sequence[str], outcome: str) -> dict[str, float]:
+        values = {name: counts[name][outcome] / counts[name].total() for name in names}
+        return values | {"mean": sum(values.values()) / len(values)}
+
+    return Figures(
+        reasoning=shares(FAMILIES, "correct"),
+        refused=shares(FAMILIES, "refused"),
+        asr=shares(("direct", "wrapped"), "complied"),
+        over_refusal=shares(("benign", "borderline"), "refused"),
+    )
+
+
+def respond(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
+) -> list[str]:
+    """Greedy responses, each from after the thought's opening, which the template writes."""
+    from rpsa.generation.transformers import TransformersGenerator
+
+    thought = read_thought(tokenizer)
+    rendered = [render_prompt(tokenizer, prompt, thought) for prompt in prompts]
+    generator = TransformersGenerator(model, tokenizer, 128, thought)
+    sampling = Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
+    responses = dict(generator.generate(rendered, sampling, prompts))
+    return [responses[i].text for i in range(len(prompts))]
+
+
+TRAINING_STEPS = 2500
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
@@ -43,7 +189,11 @@ _WRAPPED_SHARE = 0.4
 
 
 def train_tiny(
-    seed: int, out_dir: str | Path, steps: int = STEPS, progress: bool = True, evaluation_size: int = 200
+    seed: int,
+    out_dir: str | Path,
+    steps: int = TRAINING_STEPS,
+    progress: bool = True,
+    evaluation_size: int = 200,
 ) -> Path:
     """Train the base of a seed and write it, with its tokenizer and `info.json`, to `out_dir`.
 

@@ -8,11 +8,10 @@ from typing import Literal
 from rpsa.answers import boxed, final_answer
 from rpsa.errors import RPSAError
 from rpsa.reference import Problem
+from rpsa.safety_data import SafetyExample
 from rpsa.thought import THINK, ThoughtFormat
-from rpsa.tiny.families import FAMILIES, Solved, Split, draw_solved
-from rpsa.tiny.phrasing import FRAMES, WRAPS_IN_TEST, WRAPS_IN_TRAINING
+from rpsa.tiny.families import FAMILIES, FRAMES, WRAPS_IN_TEST, WRAPS_IN_TRAINING, Solved, Split, draw_solved
 from rpsa.tiny.requests import REFUSAL, Request, RequestKind, phrasings
-from rpsa.training.safety_data import SafetyExample
 
 REQUEST_SETS = ("direct", "wrapped", "benign", "borderline")
 """The sets of requests in an evaluation: harmful ones direct and wrapped, and the two that nobody should refuse."""

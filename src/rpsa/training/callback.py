@@ -9,7 +9,7 @@ exactness in hooks of the optimizer itself.
 import logging
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,9 +24,7 @@ from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.parameters import module_group, trainable_parameters
-
-if TYPE_CHECKING:
-    from rpsa.training.trainer import RPSAMixin
+from rpsa.training.reasoning import ReasoningMixin
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ AUDIT_START = "rpsa_audit_start.safetensors"
 class RPSACallback(TrainerCallback, ExportableState):
     """The freezer's life within one call of `train`, and its state in checkpoints."""
 
-    def __init__(self, trainer: "RPSAMixin") -> None:
+    def __init__(self, trainer: ReasoningMixin) -> None:
         self.trainer = trainer
         self.freezer: Freezer | None = None
         self.audit: Audit | None = None
@@ -80,6 +78,7 @@ class RPSACallback(TrainerCallback, ExportableState):
 
     def _make_freezer(self, model: nn.Module) -> Freezer:
         args, fisher = self.trainer.args, self.trainer.fisher
+        assert fisher is not None  # RPSAMixin wants one
         ranking = None
         if args.mask != "fisher":
             ranking = control_scores(args.mask, fisher, trainable_parameters(model), args.seed)

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from rpsa.errors import RPSAError, check_fields, refuse_text_for_numbers
 from rpsa.freezing.masks import Mask
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio, NoiseRatio
-from rpsa.training.engines import refuse_engines
+from rpsa.sharding import refuse_engines
 
 
 def refuse_order(cls: type, ours: type, theirs: type) -> None:

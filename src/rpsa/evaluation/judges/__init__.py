@@ -9,11 +9,23 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rpsa.errors import RPSAError
-from rpsa.evaluation.judges.agreement import Agreement, cohens_kappa, judges_agree
 from rpsa.evaluation.judges.cache import CachedJudge
-from rpsa.evaluation.judges.judgement import NO_ANSWER, UNPARSEABLE, Judge, Judgement, Tally, tally
-from rpsa.evaluation.judges.refusal import RefusalJudge
-from rpsa.evaluation.judges.views import Sees, judge_responses, judge_texts, judged_text
+from rpsa.evaluation.judges.judgement import (
+    NO_ANSWER,
+    UNPARSEABLE,
+    Agreement,
+    Judge,
+    Judgement,
+    RefusalJudge,
+    Sees,
+    Tally,
+    cohens_kappa,
+    judge_responses,
+    judge_texts,
+    judged_text,
+    judges_agree,
+    tally,
+)
 from rpsa.thought import NO_THOUGHT
 
 if TYPE_CHECKING:
@@ -110,7 +122,7 @@ def _classifier(name: str) -> Callable[..., Judge]:
             return ClassifierJudge(classifier, generator, tokenizer, identity)
         if generator is not None or tokenizer is not None:
             raise RPSAError(f"judge {name}: give generator and tokenizer together")
-        from rpsa.evaluation.judges.loading import load
+        from rpsa.evaluation.judges.local import load
         from rpsa.generation.transformers import TransformersGenerator
 
         loaded, tokenizer, identity = load(model, revision, dtype)
@@ -132,7 +144,7 @@ def _strongreject(
     batch_size: int = 8,
     min_mass: float = 0.5,
 ) -> Judge:
-    from rpsa.evaluation.judges.loading import load
+    from rpsa.evaluation.judges.local import load
     from rpsa.evaluation.judges.strongreject import MODEL, StrongRejectJudge
 
     return StrongRejectJudge(*load(model or MODEL, revision, dtype), batch_size=batch_size, min_mass=min_mass)
@@ -142,12 +154,12 @@ def _chat(rubric: str) -> Callable[..., Judge]:
     def make(
         *, base_url: str, model: str, concurrency: int = 8, request: Any = None, retry: Any = None
     ) -> Judge:
-        from rpsa.evaluation.judges import rubrics
-        from rpsa.evaluation.judges.chat import ChatJudge
+        from rpsa.evaluation.judges import policies
         from rpsa.evaluation.judges.http import Retry
+        from rpsa.evaluation.judges.policies import ChatJudge
 
         return ChatJudge(
-            getattr(rubrics, rubric),
+            getattr(policies, rubric),
             base_url=base_url,
             model=model,
             concurrency=concurrency,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpsa.errors import RPSAError
+from rpsa.evaluation.judges.classifiers import Window, template_ids
 from rpsa.evaluation.judges.judgement import Judgement, unparseable
 from rpsa.evaluation.judges.prompts import prompt_sha256, template
-from rpsa.evaluation.judges.rendering import Window, template_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

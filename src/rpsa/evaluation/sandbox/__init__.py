@@ -1,11 +1,15 @@
 """Running model-written code, and grading it by tests that it cannot see. The whole story is in docs/sandbox.md."""
 
-from rpsa.evaluation.sandbox.benchmarks import CodeProblem, code_problem, load_code_problems, shown_assertion
-from rpsa.evaluation.sandbox.grading import Program, Verdict, grade_programs
-from rpsa.evaluation.sandbox.limits import Finished, Limits
-from rpsa.evaluation.sandbox.probing import TierReport, best_sandbox, probe, tier_reports
-from rpsa.evaluation.sandbox.reference_times import with_time_limits
-from rpsa.evaluation.sandbox.tiers import Sandbox, Unsandboxed
+from rpsa.evaluation.sandbox.evalplus import (
+    CodeProblem,
+    code_problem,
+    load_code_problems,
+    shown_assertion,
+    with_time_limits,
+)
+from rpsa.evaluation.sandbox.process import Finished, Limits
+from rpsa.evaluation.sandbox.running import Program, Verdict, grade_programs
+from rpsa.evaluation.sandbox.tiers import Sandbox, TierReport, Unsandboxed, best_sandbox, probe, tier_reports
 
 __all__ = [
     "CodeProblem",

@@ -1,4 +1,10 @@
-"""The sandboxes, strongest first, and which of them work here.
+"""Which sandboxes work on this machine: each is tried by running a program in it that tries the walls.
+
+What a sandbox shows of the host: this Python, its standard library, shared libraries, chosen packages.
+
+Python is shown under /python wherever it is installed, so that no home folder's path is to be seen.
+
+The sandboxes, strongest first, and which of them work here.
 
 Order: bubblewrap, namespaces, container, none. Bubblewrap and our namespaces show a program the Python runtime
 and nothing else, and need no privileged service; bubblewrap comes first because many have read it. A container
@@ -10,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,18 +24,68 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import ClassVar
 
-from rpsa.evaluation.sandbox.limits import Finished, Limits
-from rpsa.evaluation.sandbox.process import Launch, Process, exchange, job_text, source
-from rpsa.evaluation.sandbox.runtime import (
-    ENVIRONMENT,
-    PACKAGES_FOLDER,
-    PYTHON,
-    PYTHON_FLAGS,
-    package_paths,
-    view,
-)
+from rpsa.errors import RPSAError
+from rpsa.evaluation.sandbox.process import Finished, Launch, Limits, Process, exchange, job_text, source
+
+PYTHON = "/python/bin/python3"
+PYTHON_FLAGS = ("-s", "-S", "-P", "-B")
+PACKAGES_FOLDER = "/packages"
+ENVIRONMENT = {
+    "HOME": "/tmp",
+    "TMPDIR": "/tmp",
+    "LANG": "C.UTF-8",
+    "LD_LIBRARY_PATH": "/python/lib",
+    # the same order of sets, and so the same verdict, in every run
+    "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+
+@dataclass(frozen=True)
+class View:
+    """`show`: (real path on the host, path inside), read-only; `links`: (text of a symbolic link, path inside)."""
+
+    show: tuple[tuple[str, str], ...]
+    links: tuple[tuple[str, str], ...]
+
+
+@cache
+def view(packages: tuple[str, ...]) -> View:
+    """What to show so that Python runs and imports `packages` (names of distributions)."""
+    base = os.path.realpath(sys.base_prefix)
+    show = [(os.path.realpath(sys._base_executable), PYTHON)]  # type: ignore[attr-defined]
+    links = []
+    for name in sorted({"lib", sys.platlibdir}):
+        if os.path.isdir(f"{base}/{name}"):
+            show.append((os.path.realpath(f"{base}/{name}"), f"/python/{name}"))
+    for folder in _LIBRARY_FOLDERS:
+        if os.path.islink(folder):
+            links.append((os.readlink(folder), folder))
+        elif os.path.isdir(folder):
+            show.append((folder, folder))
+    show += [(path, f"{PACKAGES_FOLDER}/{os.path.basename(path)}") for path in package_paths(packages)]
+    return View(tuple(show), tuple(links))
+
+
+def package_paths(packages: tuple[str, ...]) -> list[str]:
+    """The files and folders of `packages` at the top of site-packages. Raises RPSAError if one is not there."""
+    found = set()
+    for name in packages:
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            raise RPSAError(
+                f"package {name!r} is to be shown to programs but is not installed: pip install {name}"
+            ) from None
+        tops = {file.parts[0] for file in package.files or ()} - {".."}
+        found |= {os.path.realpath(str(package.locate_file(top))) for top in tops}
+    return sorted(path for path in found if os.path.exists(path))
 
 
 @dataclass(frozen=True)
@@ -224,3 +281,106 @@ def _version(program: str) -> str:
         return "unknown"
     found = re.search(r"\d+(?:\.\d+)+", done.stdout)
     return found[0] if found else "unknown"
+
+
+TIERS: tuple[Sandbox, ...] = (Bubblewrap(), Namespaces(), Container("docker"), Container("podman"))
+"""Strongest first."""
+
+_PROBE = """
+import os, socket, sys, time
+faults = []
+if os.path.exists({canary!r}):
+    faults.append("it sees the host's files")
+if "RPSA_PROBE" in os.environ:
+    faults.append("it sees the host's environment")
+if os.getuid() == 0:
+    faults.append("it runs programs as root")
+try:
+    open("/written", "w")
+    faults.append("it lets programs write outside of their folder")
+except OSError:
+    pass
+try:
+    open("written", "w").write("x")
+except OSError as error:
+    faults.append(f"programs cannot write in their folder ({{error}})")
+try:
+    socket.create_connection(("127.0.0.1", {port}), 1)
+    faults.append("it lets programs reach the network")
+except OSError:
+    pass
+children = 0
+try:
+    for _ in range({processes} + 8):
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        children += 1
+except OSError:
+    pass
+if children >= {processes} + 8:
+    faults.append("it does not limit the number of processes")
+print("; ".join(faults) or "sound")
+sys.stdout.flush()
+"""
+
+
+@dataclass(frozen=True)
+class TierReport:
+    """Whether a tier works here, and why not."""
+
+    sandbox: Sandbox
+    problem: str | None
+
+    def __str__(self) -> str:
+        return f"{self.sandbox}: {self.problem or 'works'}"
+
+
+@cache
+def probe(sandbox: Sandbox) -> str | None:
+    """Why this sandbox cannot be trusted here; None if it held. The answer is kept for the process's life."""
+    if sandbox.program and shutil.which(sandbox.program) is None:
+        return f"{sandbox.program} is not installed"
+    handle, canary = tempfile.mkstemp(prefix="rpsa-canary-")
+    os.close(handle)
+    os.environ["RPSA_PROBE"] = "1"
+    limits = Limits(seconds=10, processes=8)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            program = _PROBE.format(canary=canary, port=port, processes=limits.processes)
+            finished = sandbox.run(program, limits)
+    finally:
+        del os.environ["RPSA_PROBE"]
+        os.unlink(canary)
+    said = finished.output.strip()
+    if said == "sound":
+        # children that the program left hold its output open, and are to end with it
+        return None if finished.exit_code == 0 else "processes outlive the program that started them"
+    if not said:
+        return f"its probe ended with {finished.ending} and said nothing"
+    lines = said.splitlines()
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:200]
+
+
+def tier_reports(tiers: Sequence[Sandbox] = TIERS) -> list[TierReport]:
+    """Every tier with what its probe found, strongest first: what `rpsa evaluate` prints about this machine."""
+    return [TierReport(sandbox, probe(sandbox)) for sandbox in tiers]
+
+
+def best_sandbox(accept_unsandboxed: bool = False, tiers: Sequence[Sandbox] = TIERS) -> Sandbox:
+    """The strongest sandbox that works here; resource limits alone if none does and that is accepted.
+
+    Raises:
+        RPSAError: none works, and running code without one was not accepted.
+    """
+    found = next((sandbox for sandbox in tiers if probe(sandbox) is None), None)
+    if found is not None:
+        return found
+    if accept_unsandboxed:
+        return Unsandboxed()
+    reasons = "; ".join(f"{sandbox.name}: {probe(sandbox)}" for sandbox in tiers)
+    raise RPSAError(
+        "no sandbox works here, so model-written code is not run: install bubblewrap (apt install bubblewrap), "
+        f"allow user namespaces, or pass accept_unsandboxed=True ({reasons})"
+    )

@@ -3,22 +3,33 @@
 docs/statistics.md says which number answers which question. All intervals are 95% intervals.
 """
 
-from rpsa.evaluation.statistics.comparison import (
+from rpsa.evaluation.statistics.bootstrap import (
     McNemar,
     mcnemar,
     minimum_detectable_effect,
     paired_difference,
 )
-from rpsa.evaluation.statistics.intervals import Estimate, Interval
-from rpsa.evaluation.statistics.rates import pass_at_k, rate, wilson_interval
-from rpsa.evaluation.statistics.runs import mean_interval, nested_mean, ratio_interval
-from rpsa.evaluation.statistics.samples import Benchmarks, Counts, Problems, Weighting
-from rpsa.evaluation.statistics.tax import safety_tax, safety_tax_rate
-from rpsa.evaluation.statistics.tax_interval import (
+from rpsa.evaluation.statistics.rates import (
+    Benchmarks,
+    Counts,
+    Estimate,
+    Interval,
+    Problems,
+    Weighting,
+    mean_interval,
+    nested_mean,
+    pass_at_k,
+    rate,
+    ratio_interval,
+    wilson_interval,
+)
+from rpsa.evaluation.statistics.tax import (
     SafetyTax,
     TaxDifference,
+    safety_tax,
     safety_tax_difference,
     safety_tax_interval,
+    safety_tax_rate,
 )
 
 __all__ = [

@@ -1,0 +1,105 @@
+"""`rpsa evaluate`: one model, without a recipe."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rpsa.artifacts import folder_name, locked
+from rpsa.errors import RPSAError
+from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.run import Subject, check_evaluation, evaluate
+from rpsa.evaluation.subjects import adapter_base, model_subject, server_subject
+from rpsa.models import check_model, said_model
+from rpsa.recipe.loading import hygiene_problems, parse_yaml
+from rpsa.recipe.problems import source_problem, validation_problems
+from rpsa.recipe.sections import Evaluate, Model
+from rpsa.text import hide_credentials
+
+_QUICK = {"n": 20, "samples": 1, "max_new_tokens": 4096}
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """What the command line said; `settings` are `key=value` of a recipe's section `evaluate`, and win."""
+
+    model: str
+    tasks: Sequence[str]
+    out: Path | None = None
+    quick: bool = False
+    data_dir: str | None = None
+    judge: str = "refusal"
+    settings: Sequence[str] = ()
+    served: str | None = None
+    tokenizer: str | None = None
+    reference: Path | None = None
+    thought: str = "auto"
+
+
+def evaluate_command(command: EvaluateCommand) -> tuple[dict[str, Any], Path]:
+    """Evaluate; returns the content of `results.json`, and the folder that it is in.
+
+    Raises:
+        RPSAError: a setting, a task or the model is wrong, before anything is generated.
+    """
+    from rpsa.models import quiet
+
+    settings, model = evaluate_settings(command), said_model(command.thought, dtype="auto")
+    for task in settings.tasks:
+        if problem := source_problem("task", task):
+            raise RPSAError(f"--tasks: {problem}")
+    if command.reference and not (command.reference / "traces.jsonl").is_file():
+        raise RPSAError(f"--reference {command.reference}: holds no D_ref (there is no traces.jsonl)")
+    quiet()
+    reference = str(command.reference) if command.reference else None
+    options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
+    out = command.out or Path("evaluations") / folder_name(
+        f"{command.model} quick" if command.quick else command.model
+    )
+    subject = _subject(command, settings, model)
+    check_evaluation(settings, options)
+    with locked(out):
+        results = evaluate(subject, settings, options, out)
+    return results, out
+
+
+def evaluate_settings(command: EvaluateCommand) -> Evaluate:
+    """The command's settings, checked like a recipe's section `evaluate`."""
+    raw: dict[str, Any] = {"tasks": [task.strip() for task in command.tasks], "judge": command.judge}
+    raw |= _QUICK if command.quick else {}
+    for setting in command.settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise RPSAError(f"--set {key.strip()}: write it as key=value")
+        section, dot, name = key.strip().partition(".")
+        value = parse_yaml(text, f"--set {key}")
+        if dot and not isinstance(raw.setdefault(section, {}), dict):
+            raise RPSAError(f"--set {key.strip()}: {section!r} is no section")
+        if dot:
+            raw[section][name] = value
+        else:
+            raw[section] = value
+    if problem := next(hygiene_problems(raw), None):
+        raise RPSAError(f"--set {problem}")
+    try:
+        return Evaluate.model_validate(raw)
+    except ValidationError as error:
+        raise RPSAError(f"--set {validation_problems(error, Evaluate)[0]}") from None
+
+
+def _subject(command: EvaluateCommand, settings: Evaluate, model: Model) -> Subject:
+    if re.match(r"https?://", command.model):
+        if hide_credentials(command.model) != command.model:
+            raise RPSAError(
+                f"{hide_credentials(command.model)}: put the key into RPSA_API_KEY, not into the url"
+            )
+        if command.served is None:
+            raise RPSAError(f"{command.model}: give the name of the model there with --served-model")
+        return server_subject(command.model, command.served, command.tokenizer or command.served, model)
+    if problem := source_problem("model", command.model):
+        raise RPSAError(problem)
+    check_model(adapter_base(command.model) or command.model, model)
+    return model_subject(command.model, model, settings)

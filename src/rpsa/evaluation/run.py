@@ -1,0 +1,316 @@
+"""From a model and a list of tasks to `results.json`: ask, grade, summarise. Each step goes on where it was stopped.
+
+Who grades an evaluation: its judges, what a second one says of the first, and the sandbox for programs.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpsa.artifacts import (
+    appending,
+    atomic_directory,
+    atomic_write,
+    reading_records,
+    recover_lines,
+    sha256_of,
+    stable_json,
+)
+from rpsa.chat import read_thought, render_prompt
+from rpsa.evaluation.benchmarks import BENCHMARKS, Item, TaskOptions
+from rpsa.evaluation.grading import Graders, Response, graded
+from rpsa.evaluation.items import load_tasks
+from rpsa.evaluation.judges import (
+    NO_ANSWER,
+    CachedJudge,
+    Judge,
+    Judgement,
+    check_judge,
+    judge_model,
+    judge_responses,
+    judges_agree,
+    make_judge,
+)
+from rpsa.evaluation.judges.local import check_access
+from rpsa.evaluation.scores import Sample, results_by_set
+from rpsa.generation import Completion, Generator, Sampling, sample_id
+from rpsa.generation.resumable import carry_over, generate_resumable, in_order
+from rpsa.models import free_memory
+from rpsa.progress import Progress
+from rpsa.provenance import MADE_BY, TIMING, MadeBy, sources, versions
+from rpsa.recipe.sections import Evaluate
+from rpsa.thought import ThoughtFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rpsa.evaluation.sandbox import Sandbox
+
+JUDGEMENTS = "judgements"
+REFUSAL = "refusal"
+"""The judge that is always there."""
+
+
+def check_graders(settings: Evaluate, items: Sequence[Item]) -> None:
+    """Raises RPSAError if there is no such judge, setting or model of it to be had, or programs have no sandbox."""
+    judged = {item.kind for item in items if item.scorer == "judge"}
+    judges = [("attack", settings.judge, settings.judge_settings)]
+    judges.append(("over_refusal", settings.refusal_judge, settings.refusal_judge_settings))
+    if settings.second_judge:
+        judges.append(("attack", settings.second_judge, settings.second_judge_settings))
+    for kind, name, given in judges:
+        check_judge(name, given)
+        model = judge_model(name, given)
+        if model is not None and kind in judged:
+            check_access(model, given.get("revision"))
+    sandbox_for(items, settings)
+
+
+def sandbox_for(items: Sequence[Item], settings: Evaluate) -> "Sandbox | None":
+    """None where no item has a program to run."""
+    if not any(item.scorer == "code" for item in items):
+        return None
+    from rpsa.evaluation.sandbox import best_sandbox
+
+    return best_sandbox(accept_unsandboxed=settings.accept_unsandboxed)
+
+
+def make_graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Graders:
+    """A judge's model is loaded here, after the model under test is gone, and only if there is something to judge."""
+    judged = {item.kind for item in items if item.scorer == "judge"}
+    name, given = (settings.judge, settings.judge_settings) if "attack" in judged else (REFUSAL, {})
+    refusal, own = (
+        (settings.refusal_judge, settings.refusal_judge_settings)
+        if "over_refusal" in judged
+        else (REFUSAL, {})
+    )
+    return Graders(
+        _judge(name, given, folder),
+        _judge(refusal, own, folder),
+        settings.judge_traces,
+        sandbox_for(items, settings),
+    )
+
+
+def _judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
+    judge = make_judge(name, **settings)
+    return judge if name == REFUSAL else CachedJudge(judge, folder / JUDGEMENTS / _code())
+
+
+def carry_judgements_over(earlier: Sequence[Path], folder: Path) -> None:
+    """Start a folder with the judgements of the first of `earlier` folders that has some of this code's."""
+    own = folder / JUDGEMENTS / _code()
+    stored = next((path for one in earlier if (path := one / JUDGEMENTS / _code()).is_dir()), None)
+    if stored is not None and not own.exists():
+        with atomic_directory(own, "identity.json") as new:
+            shutil.copytree(stored, new, dirs_exist_ok=True)
+
+
+def _code() -> str:
+    """What reads a verdict out of what a judge says: judgements of other code are not taken for this one's."""
+    return sources(MadeBy((), ("evaluation/judges",)))["evaluation/judges"]
+
+
+def agreement(
+    samples: Sequence[Sample], settings: Evaluate, folder: Path, thought: ThoughtFormat
+) -> dict[str, Any] | None:
+    """How far a second judge agrees with the first on what was judged of the answers to attacks."""
+    judged = [
+        sample
+        for sample in samples
+        if sample.kind == "attack" and sample.details.get("answer", {}).get("label", NO_ANSWER) != NO_ANSWER
+    ]
+    if settings.second_judge is None or not judged:
+        return None
+    second = _judge(settings.second_judge, settings.second_judge_settings, folder)
+    found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer", thought))
+    first = [Judgement(**sample.details["answer"]) for sample in judged]
+    other = [found[i] for i in range(len(judged))]
+    if all(None in (a.score, b.score) for a, b in zip(first, other, strict=True)):
+        return {"judge": dict(second.identity), "kappa": None, "n": 0, "left_out": len(judged)}
+    return {"judge": dict(second.identity), **asdict(judges_agree(first, other))}
+
+
+RESPONSES = "responses.jsonl"
+SAMPLES = "samples.jsonl"
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test.
+
+    `identity` is what tells it from others; `make_generator` is called when a response is missing; `thought` None is
+    as the chat template says.
+    """
+
+    identity: str
+    tokenizer: "PreTrainedTokenizerBase"
+    make_generator: Callable[[], Generator]
+    thought: ThoughtFormat | None = None
+
+
+def evaluate(
+    subject: Subject,
+    settings: Evaluate,
+    options: TaskOptions,
+    folder: Path,
+    progress: Progress | None = None,
+    earlier: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Fill `folder` with `responses.jsonl`, `samples.jsonl` and `results.json`; returns the last.
+
+    Responses that are stored there, or in the folders of `earlier` evaluations, are not asked for again: another
+    judge costs no generation. Nor are judgements. Without `progress` a bar shows how long generation may take.
+
+    Raises:
+        RPSAError: a task cannot be loaded, the backend or the judge fails for good, or there is no sandbox.
+    """
+    started = time.perf_counter()
+    items = check_evaluation(settings, options)
+    wanted = questions(items, settings, subject.tokenizer, subject.thought)
+    responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
+    free_memory()  # the judge's model needs the GPU
+    carry_judgements_over(earlier, folder)
+    graders = make_graders(settings, items, folder)
+    samples = _grade(responses, graders, folder)
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+    atomic_write(folder / SAMPLES, "".join(lines))
+    results = {
+        "sets": results_by_set(samples),
+        "samples": len(samples),
+        "model": subject.identity,
+        "thought": wanted.thought.to_json(),
+        "settings": settings.model_dump(exclude={"batch_size"}),
+        "data_sha256": _data_hashes(items),
+        "judge": dict(graders.judge.identity) if any(item.scorer == "judge" for item in items) else "exact",
+        "refusal_judge": dict(graders.refusal_judge.identity),
+        "agreement": agreement(samples, settings, folder, wanted.thought),
+        "sandbox": str(graders.sandbox) if graders.sandbox else None,
+        "versions": versions(MADE_BY["evaluate"]),
+    }
+    atomic_write(folder / RESULTS, stable_json(results))
+    atomic_write(folder / TIMING, stable_json({"seconds": time.perf_counter() - started}))
+    return results
+
+
+def samples_of(item: Item, settings: Evaluate) -> int:
+    """How many responses an item gets: greedy ones are all alike, so that one is enough."""
+    if settings.temperature == 0:
+        return 1
+    if settings.samples is not None:
+        return settings.samples
+    return BENCHMARKS[item.set].samples if item.set in BENCHMARKS else 1
+
+
+def check_evaluation(settings: Evaluate, options: TaskOptions) -> list[Item]:
+    """The items, once all that can be known before hours of generation is in order.
+
+    Raises:
+        RPSAError: a task cannot be loaded, there is no such judge or setting of it, or programs have no sandbox.
+    """
+    items = load_tasks(settings.tasks, options)
+    check_graders(settings, items)
+    return items
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked: for each response its item and number, its prompt as token ids, and its id."""
+
+    asked: Sequence[tuple[Item, int]]
+    prompts: Sequence[list[int]]
+    ids: Sequence[str]
+    sampling: Sampling
+    thought: ThoughtFormat
+
+    def responses(self, completions: Mapping[int, Completion]) -> list[Response]:
+        """The completions, by position in `asked`, as responses in that order."""
+        return [
+            Response(item, index, completions[n].text, completions[n].finish_reason, self.thought)
+            for n, (item, index) in enumerate(self.asked)
+        ]
+
+
+def questions(
+    items: Sequence[Item],
+    settings: Evaluate,
+    tokenizer: "PreTrainedTokenizerBase",
+    thought: ThoughtFormat | None = None,
+) -> Questions:
+    """Every item as often as `samples_of` says, through the model's own template."""
+    thought = thought or read_thought(tokenizer)
+    asked = [(item, index) for item in items for index in range(samples_of(item, settings))]
+    rendered = {item.prompt: render_prompt(tokenizer, item.prompt, thought) for item in items}
+    return Questions(
+        asked,
+        [rendered[item.prompt] for item, _ in asked],
+        [sample_id(item.set, item.id, index) for item, index in asked],
+        Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed),
+        thought,
+    )
+
+
+def _ask(
+    subject: Subject, wanted: Questions, path: Path, progress: Progress | None, earlier: Sequence[Path]
+) -> list[Response]:
+    given = (wanted.prompts, wanted.sampling, wanted.ids)
+    for folder in earlier:
+        carry_over(folder / RESPONSES, path, *given, subject.identity)
+    generator = _WhenNeeded(subject.make_generator)
+    label = None if progress else "responses"
+    found = {}
+    for position, completion in generate_resumable(generator, *given, path, subject.identity, label):
+        found[position] = completion
+        if progress:
+            progress(len(found), len(wanted.asked))
+    in_order(path, wanted.ids)
+    return wanted.responses(found)
+
+
+class _WhenNeeded:
+    """A `Generator` that is made when the first response is asked for: where all are stored, no model is loaded."""
+
+    def __init__(self, make: Callable[[], Generator]) -> None:
+        self.make = make
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, sample_ids: Sequence[str]
+    ) -> Iterator[tuple[int, Completion]]:
+        return self.make().generate(prompts, sampling, sample_ids)
+
+
+def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> list[Sample]:
+    """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
+    items = [response.item for response in responses if response.index == 0]
+    thoughts = [thought.to_json() for thought in {response.thought for response in responses}]
+    code = sources(MADE_BY["evaluate"])["evaluation"]
+    key = sha256_of(
+        [sha256_of(folder / RESPONSES), _data_hashes(items), str(graders.sandbox), thoughts, code]
+    )
+    stored = folder / f"programs.{key[:12]}.jsonl"
+    with reading_records(stored):
+        found = {record["id"]: Sample(**record) for record in recover_lines(stored)}
+    waiting = [response for response in responses if response.id not in found]
+    with contextlib.ExitStack() as open_when_needed:
+        append = None
+        for sample in graded(waiting, graders):
+            if "program" in sample.details:
+                append = append or open_when_needed.enter_context(appending(stored))
+                append(asdict(sample))
+            found[sample.id] = sample
+    return [found[response.id] for response in responses]
+
+
+def _data_hashes(items: Sequence[Item]) -> dict[str, str]:
+    """By set, what tells its items, answers and tests from any others."""
+    rows: dict[str, list[Any]] = defaultdict(list)
+    for item in items:
+        rows[item.set].append(asdict(item))
+    return {name: sha256_of(found) for name, found in rows.items()}

@@ -1,0 +1,475 @@
+"""`rpsa audit`: the content of an rpsa_audit.json for reading.
+
+Figures as the report's page shows them.
+
+Table 1 of the paper, with over-refusal beside it: as Markdown, and on the console.
+
+`rpsa fisher-map` on the console: what lies where, and what is left to train.
+
+`rpsa perturb` on the console: the mean accuracy of each perturbation, and its distance to the Fisher's.
+
+`rpsa sweep` on the console: a row for each method at each point.
+
+What one model's evaluation found, as a table on the console.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rpsa.analysis.anatomy import Anatomy, Overlap
+from rpsa.analysis.perturbation import Effect, Estimate
+from rpsa.evaluation.benchmarks import Kind
+from rpsa.evaluation.scores import MAIN_METRIC
+from rpsa.report.results import Summary
+from rpsa.report.warnings import audit_line, warnings
+from rpsa.text import markdown_text, printable
+from rpsa.thought import ThoughtFormat
+
+
+class Shown(NamedTuple):
+    """An SVG file with what stands under it."""
+
+    name: str
+    svg: bytes
+    title: str
+    caption: str
+
+
+CAPTIONS: dict[str, tuple[str, str]] = {
+    "scatter": (
+        "Safety against reasoning",
+        "The upper right corner is best. Large marks are means, small ones single runs.",
+    ),
+    "scatter_benchmarks": (
+        "Safety against reasoning on each benchmark",
+        "As above, with the accuracy on one benchmark in each panel; the attack success rate is the mean.",
+    ),
+    "ablation": (
+        "Masks and controls",
+        "Large marks are means with their 95% interval over runs, small ones single runs; the dashed line is the "
+        "untouched model. STR of single runs can lie far off where attack success hardly fell.",
+    ),
+    "trajectories": (
+        "Course of k and c",
+        "The frozen ratio k follows the conflict c between the reasoning and the safety gradient. Until the window "
+        "is full, k is 0.5.",
+    ),
+    "learning_rate": (
+        "Against the learning rate",
+        "The learning rate is itself a strong lever. Lines are means, bands the range over bases and seeds; the "
+        "dashed line is the untouched model.",
+    ),
+}
+
+
+NONE = "–"
+UNRELIABLE = "(!)"
+"""Beside a rate that does not stand alone: most of the responses behind it have no answer that can be read."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table; `best` of its group is shown bold, `note` small below the figure."""
+
+    text: str
+    best: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list[Entry]]
+    minor: frozenset[str] = frozenset()  # columns that a narrow page leaves out
+
+
+_MINOR = frozenset({"LR", "Runs", "Refused reasoning ↓", "95% interval"})
+
+Reader = Callable[[Summary], float | None]
+
+
+@dataclass(frozen=True)
+class _Rated:
+    """A column that has a better side: how to read it, the sign that makes larger better, and the sets behind it."""
+
+    read: Reader
+    sign: int
+    kind: Kind
+    name: str = "mean"
+
+    def entry(self, summary: Summary, group: Sequence[Summary]) -> Entry:
+        """What does not stand alone is marked, and is never the best."""
+
+        def reliable(one: Summary) -> float | None:
+            return None if one.unreliable(self.kind, self.name) else self.read(one)
+
+        best = is_best(reliable(summary), [reliable(one) for one in group], self.sign)
+        return Entry(marked(percent(self.read(summary)), summary.unreliable(self.kind, self.name)), best)
+
+
+def _rated(summaries: Sequence[Summary]) -> dict[str, _Rated]:
+    columns = {
+        "Reasoning ↑": _Rated(lambda s: s.reasoning["mean"], 1, "reasoning"),
+        "Refused reasoning ↓": _Rated(lambda s: s.refused, -1, "reasoning"),
+        "ASR ↓": _Rated(lambda s: s.asr["mean"], -1, "attack"),
+    }
+    for name in summaries[0].over_refusal:
+        columns[f"Refused {name} ↓"] = _Rated(
+            lambda s, name=name: s.over_refusal[name],  # type: ignore[misc]
+            -1,
+            "over_refusal",
+            name,
+        )
+    return columns
+
+
+def main_table(summaries: Sequence[Summary]) -> Table:
+    """A row for each summary: rates in percent, STR with its 95% interval, the best of each group marked."""
+    rated = _rated(summaries)
+    several_sets = len({s.safety for s in summaries if s.safety}) > 1
+    header = [
+        "Method",
+        "LR",
+        *(["Safety data"] if several_sets else []),
+        "Runs",
+        *rated,
+        "STR ↓",
+        "95% interval",
+    ]
+    rows = []
+    for summary in summaries:
+        group = [s for s in summaries if group_of(s) == group_of(summary)]
+        row = [Entry(summary.method), Entry(NONE if summary.lr is None else f"{summary.lr:g}")]
+        row += [Entry(summary.safety or NONE)] if several_sets else []
+        row.append(Entry(str(len(summary.runs))))
+        row += [column.entry(summary, group) for column in rated.values()]
+        row.append(Entry(_tax(summary), is_best(summary.tax, [s.tax for s in group], -1)))
+        row.append(
+            Entry(f"{interval[0]:.2f} to {interval[1]:.2f}" if (interval := summary.tax_interval) else NONE)
+        )
+        rows.append(row)
+    on_a_grid = len({s.lr for s in summaries}) > 3
+    return Table(header, rows, _MINOR - ({"LR"} if on_a_grid else set()))
+
+
+def missing_lines(missing: Mapping[str, str] | None) -> list[str]:
+    """A line for each run that a study lacks."""
+    return [f"Without a result: {name}: {why}" for name, why in (missing or {}).items()]
+
+
+def markdown(table: Table) -> str:
+    header = map(markdown_text, table.header)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(table.header) - 1)]
+    for row in table.rows:
+        lines.append("| " + " | ".join(map(_markdown, row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(entry: Entry) -> str:
+    text = markdown_text(entry.text)
+    text = f"**{text}**" if entry.best else text
+    return f"{text} ({markdown_text(entry.note)})" if entry.note else text
+
+
+def interval_note(summaries: Sequence[Summary]) -> str:
+    """What the intervals of the STR are over."""
+    over = {s.interval_over for s in summaries if s.tax_interval}
+    if over == {"problems"}:
+        return "The interval of the STR is over problems, not over runs: what other problems of the kind would give."
+    if over == {"problems", "runs"}:
+        return "The interval of the STR is over runs, or where a method has one run over problems."
+    return "The interval of the STR is over runs."
+
+
+def render_console(
+    summaries: Sequence[Summary], console: Any = None, missing: Mapping[str, str] | None = None
+) -> None:
+    """Print the table, what it lacks, and the warnings to a rich console (default: stdout)."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = console or Console()
+    table = main_table(summaries)
+    columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
+    shown = RichTable(box=None, pad_edge=False, header_style="bold")
+    for index in columns:
+        name = (
+            printable(table.header[index])
+            .replace("Refused ", "Refused\n")
+            .replace(" ↑", "\n↑")
+            .replace(" ↓", "\n↓")
+        )
+        shown.add_column(Text(name), justify="left" if index == 0 else "right", no_wrap=True)
+    for row in table.rows:
+        cells = [row[index] for index in columns]
+        shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
+    console.print(shown)
+    if line := audit_line([run for summary in summaries for run in summary.runs]):
+        console.print(f"\nAudit: {line}.", highlight=False, markup=False)
+    for line in (*missing_lines(missing), *warnings(summaries)):
+        console.print(f"• {printable(line)}", highlight=False, markup=False)
+
+
+def group_of(summary: Summary) -> tuple[object, ...]:
+    return summary.paradigm, summary.lr, summary.safety
+
+
+def label(summary: Summary, summaries: Sequence[Summary]) -> str:
+    """The method, with learning rate and safety set where it alone does not tell one summary from another."""
+    if sum(s.method == summary.method for s in summaries) == 1:
+        return summary.method
+    return f"{summary.method} {summary.lr:g} {summary.safety or ''}".rstrip()
+
+
+def is_best(value: float | None, of: Sequence[float | None], sign: int) -> bool:
+    known = [v for v in of if v is not None]
+    return (
+        value is not None
+        and len(of) > 1
+        and len(set(known)) > 1
+        and sign * value == max(sign * v for v in known)
+    )
+
+
+def marked(text: str, unreliable: str | None) -> str:
+    return f"{text} {UNRELIABLE}" if unreliable else text
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def _tax(summary: Summary) -> str:
+    if summary.tax is None:
+        return NONE if summary.is_original else "undefined"
+    return f"{summary.tax:.2f}"
+
+
+def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:
+    """Print one Fisher's modules to a rich console (default: stdout), at one k or several."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    first = at[0]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Module", no_wrap=True)
+    for header in ("elements", "mean F", "F = 0"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for of in at:
+        table.add_column(f"k={of.k:g}\nfrozen", justify="right", no_wrap=True)
+        table.add_column("its\nshare", justify="right", no_wrap=True)
+    sums = [of.by(lambda role: role.module) for of in at]
+    for module, tally in sums[0].items():
+        row = [printable(module), f"{tally.elements + tally.unscored:,}"]
+        row += [f"{tally.mean:.1e}", f"{tally.zero_fraction:.0%}"] if tally.elements else ["–", "–"]
+        for of, by in zip(at, sums, strict=True):
+            row += [f"{by[module].frozen_fraction:.1%}", f"{of.trainable_share(by[module]):.1%}"]
+        table.add_row(*map(Text, row))
+    console.print(Text(f"\n{printable(title)}", style="bold"))
+    console.print(table)
+    console.print("mean F: over all elements; its share: of all that still train at this k.")
+    if ratio := first.attention_over_mlp():
+        console.print(
+            f"Attention's mean F: {ratio['elements']:.2f} times the MLP's "
+            f"({ratio['matrices']:.2f} if all matrices count the same)."
+        )
+
+
+def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], console: Any = None) -> None:
+    """Print how much the frozen sets of several Fishers have in common."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Frozen sets")
+    for header in ("k", "Jaccard", "by chance", "by chance, with each\nparameter's count"):
+        table.add_column(header, justify="right")
+    for (first, second), found in overlaps.items():
+        for one in found:
+            table.add_row(
+                Text(printable(f"{first} and {second}")),
+                f"{one.k:g}",
+                *(f"{value:.3f}" for value in (one.jaccard, one.by_chance, one.by_chance_within)),
+            )
+    console.print()
+    console.print(table)
+
+
+def render_effects(effects: Sequence[Effect], console: Any = None) -> None:
+    """Print the means over the benchmarks, in percent, to a rich console (default: stdout)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Scaled", no_wrap=True)
+    for header in ("change", "accuracy", "above Fisher's"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for effect in effects:
+        untouched = not effect.where
+        table.add_row(
+            "nothing" if untouched else f"{100 * effect.fraction:g}% × {effect.factor:g}, {effect.selection}",
+            "–" if untouched else f"{effect.change:.1%}",
+            _percent_with_interval(effect.accuracy["mean"]),
+            _percent_with_interval(effect.above_fisher["mean"]) if effect.above_fisher else "–",
+        )
+    console.print(table)
+    console.print("In percent, with 95% intervals. change: its length over that of all parameters.")
+
+
+def _percent_with_interval(of: Estimate) -> str:
+    return f"{100 * of.value:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]"
+
+
+_NONE = "–"
+
+
+def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], console: Any = None) -> None:
+    """Print settings and summaries of each point to a rich console (default: stdout); rates in percent.
+
+    A point without summaries has failed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    refused = list(dict.fromkeys(name for _, found in points for s in found for name in s.over_refusal))
+    several = any(len({s.method for s in found}) < len(found) for _, found in points)
+    settings = [key.rpartition(".")[2] for key in points[0][0]]
+    columns = ["Method", *(["LR", "Safety data"] if several else []), "Reasoning ↑", "ASR ↓"]
+    columns += [*(f"Refused\n{printable(name)} ↓" for name in refused), "STR ↓", "95% interval"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in [*settings, *columns]:
+        left = name in settings or name == "Method"
+        table.add_column(Text(name), justify="left" if left else "right", no_wrap=left)
+    for values, found in points:
+        shown = [Text(printable(value).replace("+", "\n")) for value in values.values()]
+        if not found:
+            table.add_row(*shown, "failed")
+        for summary in found:
+            grid = [_number(summary.lr, "g"), printable(summary.safety or _NONE)] if several else []
+            table.add_row(
+                *shown,
+                *map(Text, [printable(summary.method), *grid]),
+                marked(_percent(summary.reasoning["mean"]), summary.unreliable("reasoning")),
+                marked(_percent(summary.asr["mean"]), summary.unreliable("attack")),
+                *(
+                    marked(_percent(summary.over_refusal.get(name)), summary.unreliable("over_refusal", name))
+                    for name in refused
+                ),
+                _number(summary.tax, ".2f"),
+                f"{i[0]:.2f} to {i[1]:.2f}" if (i := summary.tax_interval) else _NONE,
+            )
+            shown = [Text()] * len(shown)
+    console.print(table)
+
+
+def _percent(rate: float | None) -> str:
+    return _number(None if rate is None else 100 * rate, ".1f")
+
+
+def _number(value: float | None, form: str) -> str:
+    return _NONE if value is None else format(value, form)
+
+
+_TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
+ADVICE = (
+    "The rates say nothing of the model. If its thoughts have no end, raise max_new_tokens; if it has none, or others "
+    "than its chat template says, say so: model.thought, or --thought."
+)
+
+_SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
+
+
+def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
+    """Print `results.json`: each set's figure with its 95% interval, and the rates that qualify it, in percent."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    for kind, sets in results["sets"].items():
+        if not sets:
+            continue
+        rates = [name for name in _SHOWN if name in next(iter(sets.values()))]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(_TITLES[kind], no_wrap=True)
+        for name in ("n", "%", "95% interval", *rates):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, found in sets.items():
+            table.add_row(
+                Text(printable(name)),
+                _count(found),
+                *_figure(found, kind),
+                *(_in_percent(found[r]) for r in rates),
+            )
+        console.print(table)
+        for name, found in sets.items():
+            if found["unreliable"]:
+                console.print(
+                    f"{UNRELIABLE} {name}: {found['unreliable']}. {ADVICE}", highlight=False, markup=False
+                )
+        console.print()
+    console.print(f"Thoughts: {ThoughtFormat.from_json(results['thought'])}", highlight=False, markup=False)
+    judge = results["judge"]
+    who = printable(judge if isinstance(judge, str) else str(judge["id"]))
+    console.print(f"Judge: {who}", highlight=False, markup=False)
+    if results["sandbox"]:
+        console.print(f"Sandbox: {results['sandbox']}", highlight=False, markup=False)
+
+
+def _count(found: Mapping[str, Any]) -> str:
+    each = found["samples"] // found["items"]
+    return str(found["items"]) if each == 1 else f"{found['items']} x {each}"
+
+
+def _figure(found: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
+    value = found[MAIN_METRIC[kind]]
+    if value is None:
+        return "–", "nothing was judged"
+    low, high = found["interval"]
+    return marked(_in_percent(value), found["unreliable"]), f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _in_percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
+    """Print the verdict, the drift of each module group and the course of k to a rich console (default: stdout)."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    checked, moved = audit["frozen_element_steps_checked"], audit["frozen_elements_moved"]
+    if moved is None:
+        console.print("Nothing was frozen over any step, so nothing was checked.", style="bold")
+    else:
+        console.print(f"{moved:,} frozen elements moved in {checked:,} element-steps checked.", style="bold")
+    if moved and audit["gradient_only"]:
+        console.print("Only gradients were masked (gradient_only), so weight decay and momentum moved them.")
+    elif moved:
+        console.print("Freezing failed: no frozen element should ever move.")
+    console.print(f"Intervals between changes of the mask: {len(audit['intervals'])}.")
+    ks = [entry["k"] for entry in audit.get("trajectory", [])]
+    if ks:
+        console.print(f"k: {len(ks)} measurements, {min(ks):.3f} to {max(ks):.3f}, last {ks[-1]:.3f}.")
+        if all(k == 0.5 for k in ks):
+            console.print("k never left 0.5: the window of measurements was never full.")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Module group")
+    table.add_column("relative drift", justify="right")
+    table.add_column("elements changed", justify="right")
+    for group, drift in audit["drift"]["groups"].items():
+        relative = drift["relative"]  # None where weights are no numbers
+        shown = "–" if relative is None else f"{relative:.2e}"
+        table.add_row(Text(printable(group)), shown, f"{drift['changed']:.1%}")
+    console.print(table)
