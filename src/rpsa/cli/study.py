@@ -39,31 +39,33 @@ def sweep(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings of every point: section.key=value ...", show_default=False),
+        typer.Argument(help="Settings of the recipe: section.key=value ...", show_default=False),
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Points at a time.")] = 1,
-    launcher: Annotated[
-        str | None,
-        typer.Option(
-            help="What runs a point: 'sbatch --wait --gpus=1 --output {log} --wrap {command}'; {args} are the words "
-            "after rpsa, {slot} a number below --parallel.",
-            show_default=False,
-        ),
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Tasks at a time, each on a GPU of its own.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; default: sweeps/RECIPE/KEYS.", show_default=False)
+    ] = None,
     keep_finished: Annotated[
         bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
     ] = False,
 ) -> None:
-    """Run a recipe at every point of a grid of its settings (Fig. 5 and 7). Finished points are not run again."""
-    with readable_errors():
-        from rpsa.pipeline.sweep import SweepConfig
-        from rpsa.pipeline.sweep import sweep as run_sweep
+    """Vary settings of a recipe (Fig. 5 and 7): writes a recipe with that sweep, and runs it.
 
-        config = SweepConfig(recipe, over, overrides or [], out, parallel, launcher, keep_finished)
-        failed = any(outcome.failure is not None for outcome in run_sweep(config))
-    if failed:
-        raise typer.Exit(1)
+    The recipe is sweep.yaml in the run's folder; `rpsa run` takes it as any other.
+    """
+    with readable_errors():
+        from rpsa.recipe.loading import load_recipe, load_sweep, write_recipe
+
+        settings = [*(overrides or []), *([f"matrix.parallel={parallel}"] if parallel else [])]
+        swept = load_sweep(recipe, over, settings, out)
+        written = swept.folder / "sweep.yaml"
+        write_recipe(swept, written)
+        typer.echo(f"Recipe: {written}")
+        from rpsa import pipeline
+
+        pipeline.run(load_recipe(written), keep_finished=keep_finished)
 
 
 def plan(

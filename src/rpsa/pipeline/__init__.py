@@ -77,6 +77,8 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
     from rpsa.pipeline.manifests import MANIFEST, write_manifest
     from rpsa.pipeline.reporting import ReportTask
     from rpsa.report import render_console
+    from rpsa.report.sweeps import sweep_points
+    from rpsa.report.tables import render_sweep
 
     report = ReportTask(recipe, without_result)
     if report.results:
@@ -84,5 +86,9 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
             summaries = report.write(new)
             write_manifest(new, report.stage, report.inputs(), report.place)
         render_console(summaries, missing=report.missing)
+        for name in recipe.sweeps:
+            if any(result.sweep == name for result in report.results.values()):
+                print(f"\nSweep {name}:\n")
+                render_sweep(sweep_points(list(report.results.values()), name))
         print(f"\nReport: {report.folder / 'index.html'}")
     return report.missing

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +280,13 @@ def _perform(task: Task, key: str, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that import once and do task after task, each on its share of the cores."""
+    """Processes that import once and do task after task, each on its share of the cores and on one GPU."""
     threads = max(1, (os.cpu_count() or 1) // count)
-    executor = ProcessPoolExecutor(
-        count, get_context("spawn"), initializer=_start_worker, initargs=(threads,)
-    )
+    context = get_context("spawn")
+    devices = context.SimpleQueue()
+    for device in devices_of_workers(count):
+        devices.put(device)
+    executor = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(threads, devices))
     try:
         yield executor
     except BaseException:
@@ -315,7 +318,19 @@ def attempt_all(executor: ProcessPoolExecutor, tasks: list[Task]) -> Iterator[tu
             future.cancel()
 
 
-def _start_worker(threads: int) -> None:
+def devices_of_workers(count: int) -> list[str | None]:
+    """The GPU of each worker, as CUDA_VISIBLE_DEVICES says it; None where there is no choice."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    return [known[worker % len(known)] if len(known) > 1 else None for worker in range(count)]
+
+
+def _start_worker(threads: int, devices: "SimpleQueue[str | None]") -> None:
+    device = devices.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA is looked at
     import torch
 
     launch.end_with_parent()

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from rpsa.recipe.methods import Method
 from rpsa.recipe.problems import dataclass_problems, installed_names, source_problem, validation_problems
-from rpsa.recipe.schema import Recipe
-from rpsa.recipe.sections import Align, Alternatives, Safety, Section
+from rpsa.recipe.schema import Recipe, concerns
+from rpsa.recipe.sections import Align, Alternatives, Fisher, Safety, Section
 
 # Where a setting that belongs to another section is looked for by mistake.
 _SET_ELSEWHERE = {
@@ -25,7 +25,12 @@ _ABOVE_ZERO = (
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("r", "lora_alpha"),
 )
-_SECTIONS: dict[str, type[Section]] = {"align": Align, "alternatives": Alternatives, "safety": Safety}
+_SECTIONS: dict[str, type[Section]] = {
+    "align": Align,
+    "alternatives": Alternatives,
+    "fisher": Fisher,
+    "safety": Safety,
+}
 _NOT_BELOW_ZERO = (
     *("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"),
     *("logging_steps", "eval_steps", "save_steps"),
@@ -41,6 +46,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.bases and not grid:
         yield from _name_problems(recipe)
         yield from _alternatives_problems(recipe)
+        yield from _sweep_problems(recipe)
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
@@ -164,6 +170,14 @@ def _grid_problems(recipe: Recipe) -> Iterator[str]:
                     model.model_validate({name: value})
                 except ValidationError as error:
                     yield f"{where}.{section}.{validation_problems(error, model)[0]}"
+
+
+def _sweep_problems(recipe: Recipe) -> Iterator[str]:
+    """What a sweep would not change, every point of it being the same."""
+    for name, sweep in recipe.sweeps.items():
+        for key in sweep.over:
+            if not any(concerns(key, method) for method in sweep.methods.values()):
+                yield f"sweeps.{name}.over.{key}: concerns none of the sweep's methods"
 
 
 def _launch_problems(recipe: Recipe) -> Iterator[str]:

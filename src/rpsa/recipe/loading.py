@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from rpsa.artifacts import atomic_write, folder_name
 from rpsa.errors import RPSAError
 from rpsa.recipe.checks import recipe_problems
 from rpsa.recipe.problems import did_you_mean, validation_problems
@@ -162,6 +163,95 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise _as_error(path.name, problems)
     return recipe
+
+
+def load_sweep(
+    path: Path | str, over: Sequence[str], overrides: Sequence[str] = (), folder: Path | None = None
+) -> Recipe:
+    """A recipe with a section `sweeps` in place of its matrix: its methods at every value of some settings.
+
+    The untouched model stays in the matrix, since the Safety Tax Rate compares with it. What the recipe's own
+    `matrix.grid` varies is varied still.
+
+    Args:
+        over: `section.key=value,value` or `section.key=[value, value]`.
+        folder: where the run writes; default: `sweeps/RECIPE/KEYS`.
+
+    Raises:
+        RPSAError: as `load_recipe`; or a setting cannot be read, or comes twice.
+    """
+    path = Path(path)
+    recipe = load_recipe(path, overrides)
+    axes = {**recipe.matrix.grid, **parse_over(over, overrides)}
+    name = "-".join(key.rpartition(".")[2] for key in axes)
+    folder = folder or Path("sweeps") / folder_name(path.stem) / name
+    methods = {
+        key: one.model_dump(mode="json", exclude_unset=True) for key, one in recipe.matrix.methods.items()
+    }
+    untouched = {key: one for key, one in methods.items() if one["paradigm"] == "none"}
+    raw = recipe.model_dump(mode="json", exclude_unset=True)
+    raw["matrix"] = raw.get("matrix", {}) | {"methods": untouched or {"original": {}}, "grid": {}}
+    trained = {key: one for key, one in methods.items() if key not in untouched}
+    raw["sweeps"] = raw.get("sweeps", {}) | {name: {"methods": trained, "over": axes}}
+    raw["output_dir"] = str(folder)
+    if problem := next(hygiene_problems(raw), None):
+        raise RPSAError(f"{path.name}: {problem}")
+    try:
+        swept = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _as_error(path.name, validation_problems(error, Recipe)) from None
+    if problems := list(recipe_problems(swept)):
+        raise _as_error(path.name, problems)
+    return swept
+
+
+def parse_over(over: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """The swept settings in the order written.
+
+    Raises:
+        RPSAError: one cannot be read, or comes twice.
+    """
+    axes: dict[str, list[Any]] = {}
+    fixed = {setting.partition("=")[0].strip() for setting in overrides}
+    for setting in over:
+        key, _, text = (part.strip() for part in setting.partition("="))
+        if not key or not text:
+            raise RPSAError(f"--over {setting}: write it as section.key=value,value")
+        if key in axes:
+            raise RPSAError(f"--over {setting}: {key} is swept already; give all its values at once")
+        if key in fixed:
+            raise RPSAError(f"--over {setting}: {key} is set for all points, too; leave one of the two out")
+        values = parse_yaml(text if text.startswith("[") else f"[{text}]", f"--over {key}")
+        if not values:
+            raise RPSAError(f"--over {key}: give at least one value")
+        axes[key] = values
+    return axes
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML that `load_recipe` reads back as it is; defaults are left out."""
+    text = yaml.dump(
+        recipe.model_dump(mode="json", exclude_unset=True),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    atomic_write(path, text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would read as a number, or as another kind of value."""
+
+
+def _quoted_where_needed(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_plain = yaml.load(text, _Loader) == text
+    except yaml.YAMLError:
+        is_plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+
+
+_Dumper.add_representer(str, _quoted_where_needed)
 
 
 def _read(path: Path) -> str:

@@ -170,7 +170,7 @@ class Recipe(Section):
         if method.paradigm == "none":
             yield Cell(_cell_id(name, base), name, base, self.matrix.seeds[0], "none")
             return
-        axes = {key: values for key, values in grid.items() if _concerns(key, method)}
+        axes = {key: values for key, values in grid.items() if concerns(key, method)}
         for seed, values in itertools.product(seeds, itertools.product(*axes.values())):
             yield self._cell(name, method, base, seed, dict(zip(axes, values, strict=True)))
 
@@ -183,7 +183,8 @@ class Recipe(Section):
         train |= self.train | own.train | method.train | _part(point, "train")
         lora = LORA_DEFAULTS | self.lora | own.lora | method.lora | _part(point, "lora")
         protected = method.align is not None or method.alternatives is not None
-        fisher = Fisher(**_set(self.fisher) | _set(method.fisher)) if protected else Fisher()
+        own_fisher = _set(self.fisher) | _set(method.fisher) | _part(point, "fisher")
+        fisher = Fisher(**own_fisher) if protected else Fisher()
         return Cell(
             id=_cell_id(name, base, seed, point),
             method=name,
@@ -213,10 +214,13 @@ def recipe_schema() -> dict[str, Any]:
     return schema
 
 
-def _concerns(key: str, method: Method) -> bool:
+def concerns(key: str, method: Method) -> bool:
+    """Whether a grid over this setting varies anything of the method."""
     section, _, name = key.partition(".")
     if section == "align":
         return method.align is not None
+    if section == "fisher":
+        return method.align is not None or bool(method.alternatives and method.alternatives.needs_fisher)
     if section == "alternatives":
         own = method.alternatives.model_fields_set if method.alternatives else set()
         return name in own or (name == "penalty_strength" and "penalty" in own)

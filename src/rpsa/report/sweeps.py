@@ -164,18 +164,26 @@ _MODULES = {
 def sweep_figures(results: Sequence[RunResult]) -> dict[str, Figure]:
     """A figure for each sweep by its name: the first setting along the axis, the others as columns."""
     names = list(dict.fromkeys(result.sweep for result in results if result.sweep is not None))
-    return {name: _figure([r for r in results if r.sweep == name], results) for name in names}
+    return {name: _figure(sweep_points(results, name)) for name in names}
 
 
-def _figure(swept: Sequence[RunResult], results: Sequence[RunResult]) -> Figure:
+def sweep_points(results: Sequence[RunResult], name: str) -> list[tuple[dict[str, str], list[Summary]]]:
+    """The points of a sweep: the swept settings as an axis shows them, and a summary of each method there."""
+    swept = [result for result in results if result.sweep == name]
     keys = max((list(result.point) for result in swept), key=len)
-    points = list(dict.fromkeys(tuple(shown(r.point.get(key)) for key in keys) for r in swept))
+    points = dict.fromkeys(tuple(shown(r.point.get(key)) for key in keys) for r in swept)
+    settings = [dict(zip(keys, values, strict=True)) for values in points]
+    return [(point, _summaries(swept, results, point)) for point in settings]
+
+
+def _figure(points: Sequence[tuple[dict[str, str], list[Summary]]]) -> Figure:
     marks = [
         point_of(summary, values[0], ", ".join(values[1:]))
-        for values in points
-        for summary in _summaries(swept, results, dict(zip(keys, values, strict=True)))
+        for point, summaries in points
+        for values in (list(point.values()),)
+        for summary in summaries
     ]
-    return sweep_figure(keys[0], marks)
+    return sweep_figure(next(iter(points[0][0])), marks)
 
 
 def _summaries(

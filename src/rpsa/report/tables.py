@@ -8,7 +8,7 @@ Table 1 of the paper, with over-refusal beside it: as Markdown, and on the conso
 
 `rpsa perturb` on the console: the mean accuracy of each perturbation, and its distance to the Fisher's.
 
-`rpsa sweep` on the console: a row for each method at each point.
+Sweeps on the console: a row for each method at each point.
 
 What one model's evaluation found, as a table on the console.
 """
