@@ -1,5 +1,7 @@
 """The ways to align that a recipe may name: what each sets, and what the two paradigms set for it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rpsa.recipe.problems import did_you_mean
@@ -24,45 +26,82 @@ LORA_DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.05,
     "target_modules": ["gate_proj", "up_proj", "down_proj"],
 }
-# What `align` says for each variant of RPSA that has a name: `fft+rpsa`, `lora+constant`, ... (section 4.4 and more)
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "rpsa": {},
-    "noise_k": {"frozen_ratio": "noise"},
-    "gradient_only": {"gradient_only": True},
-    "raw_moments": {"frozen_moments": "raw"},
-    "sigma4": {"sigma_scale": 4.0},
-    "constant": {"frozen_ratio": 0.6},
-    "random": {"frozen_ratio": 0.6, "mask": "random"},
-    "random_nonzero": {"frozen_ratio": 0.6, "mask": "random_nonzero"},
-    "random_per_tensor": {"frozen_ratio": 0.6, "mask": "random_per_tensor"},
-    "magnitude": {"frozen_ratio": 0.6, "mask": "magnitude"},
-    "inverse": {"frozen_ratio": 0.6, "mask": "inverse"},
-    "zero_frozen": {"frozen_ratio": 0.6, "zero_fisher": "frozen"},
-    "per_sequence": {"frozen_ratio": 0.6},
+
+Marker = str | tuple[int, int, int]
+"""One of matplotlib's, or points, kind (0 polygon, 1 star) and angle."""
+
+OTHER_MARKER: Marker = (8, 1, 0)
+"""Of methods that have none of their own."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method that recipes know by name, behind `fft+` or `lora+`; alone among the methods of a figure its marker.
+
+    Attributes:
+        says: what it does.
+        settings: what the method sets, by section: a recipe's own settings for it win.
+        latex: its name in `table.tex`, if not the one that recipes know.
+    """
+
+    says: str
+    marker: Marker
+    settings: Mapping[str, Mapping[str, Any]]
+    latex: str | None = None
+
+
+def _rpsa(says: str, marker: Marker, **align: Any) -> Variant:
+    return Variant(says, marker, {"align": align})
+
+
+def _control(mask: str, marker: Marker, says: str) -> Variant:
+    return _rpsa(says, marker, frozen_ratio=0.6, mask=mask)
+
+
+def _instead(says: str, marker: Marker, **alternatives: Any) -> Variant:
+    return Variant(says, marker, {"alternatives": alternatives})
+
+
+PLAIN = Variant("plain fine-tuning", "^", {})
+VARIANTS: dict[str, Variant] = {
+    # RPSA, the choices that it leaves open made the other way, and controls (section 4.4 and more)
+    "rpsa": Variant("as the section align says", "*", {"align": {}}, latex="RPSA"),
+    "constant": _rpsa("k = 0.6", "D", frozen_ratio=0.6),
+    "noise_k": _rpsa("k from noise in place of the conflict", "v", frozen_ratio="noise"),
+    "gradient_only": _rpsa("gradients are masked, weights may move", "p", gradient_only=True),
+    "raw_moments": _rpsa("Adam sees frozen elements' gradients", "h", frozen_moments="raw"),
+    "sigma4": _rpsa("k saturates at 2 sigma", "d", sigma_scale=4.0),
+    "random": _control("random", "X", "as many elements at random"),
+    "random_nonzero": _control("random_nonzero", OTHER_MARKER, "as many at random where F > 0"),
+    "random_per_tensor": _control("random_per_tensor", "P", "as many of each tensor at random"),
+    "magnitude": _control("magnitude", "<", "as many of the largest weights"),
+    "inverse": _control("inverse", ">", "as many with the lowest Fisher"),
+    "zero_frozen": _rpsa("k = 0.6, F = 0 frozen", OTHER_MARKER, frozen_ratio=0.6, zero_fisher="frozen"),
+    "per_sequence": Variant(
+        "k = 0.6, on the Fisher of squared mean gradients",
+        OTHER_MARKER,
+        {"align": {"frozen_ratio": 0.6}, "fisher": {"estimator": "per_sequence"}},
+    ),
+    # what one could do instead, each as far as its authors or common use go; none is tuned
+    "ewc": _instead("a penalty by the Fisher", "s", penalty="fisher"),
+    "l2sp": _instead("a uniform penalty", "8", penalty="uniform"),
+    "rehearsal": _instead("D_ref among the safety data", "H", rehearsal_share=0.25),
+    "agem": _instead("g_S without what opposes g_R", (4, 1, 0), projection="agem"),
+    "sign_projection": _instead(
+        "g_S without elements whose sign opposes g_R", (4, 1, 45), projection="signs"
+    ),
+    "interpolation": _instead("half of the way back", (6, 1, 0), interpolation=0.5),
+    "restored": _instead("after training, 60% of the elements put back", (5, 0, 36), restored_ratio=0.6),
 }
-# The alternatives to RPSA by their names, each as far as its authors or common use go; none is tuned
-_ALTERNATIVES: dict[str, dict[str, Any]] = {
-    "ewc": {"penalty": "fisher"},
-    "l2sp": {"penalty": "uniform"},
-    "rehearsal": {"rehearsal_share": 0.25},
-    "agem": {"projection": "agem"},
-    "sign_projection": {"projection": "signs"},
-    "interpolation": {"interpolation": 0.5},
-    "restored": {"restored_ratio": 0.6},
-}
-_ESTIMATORS: dict[str, dict[str, Any]] = {"per_sequence": {"fisher": {"estimator": "per_sequence"}}}
+"""Adding a method is one record here, the code of what is new about it, and a row in docs/recipes.md."""
+
 WELL_KNOWN: dict[str, dict[str, Any]] = {
     "original": {"paradigm": "none"},
     **{paradigm: {"paradigm": paradigm} for paradigm in ("fft", "lora")},
     **{
-        f"{paradigm}+{name}": {"paradigm": paradigm, "align": align} | _ESTIMATORS.get(name, {})
+        f"{paradigm}+{name}": {"paradigm": paradigm, **variant.settings}
         for paradigm in ("fft", "lora")
-        for name, align in _VARIANTS.items()
-    },
-    **{
-        f"{paradigm}+{name}": {"paradigm": paradigm, "alternatives": alternatives}
-        for paradigm in ("fft", "lora")
-        for name, alternatives in _ALTERNATIVES.items()
+        for name, variant in VARIANTS.items()
     },
 }
 

@@ -1,8 +1,7 @@
-"""Names in a recipe that stand for something outside it: models, problems, safety data, tasks, files.
+"""Mistakes in a recipe, each as one line: the field's path, what is wrong, the nearest valid name or value.
 
-Mistakes in a recipe, each as one line: the field's path, what is wrong, the nearest valid name or value.
-
-A recipe's settings by the names that the installed libraries know them by: recipes have the newest.
+Pydantic's errors in our own words; values that TRL's and PEFT's config classes do not admit; and sources, names that
+stand for something outside of a recipe (models, problems, safety data, tasks, files), of which there is none.
 """
 
 import re
@@ -11,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 _BEFORE = {  # by today's name the one before transformers 5.20
@@ -169,31 +169,32 @@ def _is_union(hint: Any) -> bool:
 
 
 def _admits(hint: Any, value: Any) -> bool:
+    try:
+        _admitting(hint).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+@cache
+def _admitting(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(_as_written(hint))
+
+
+def _as_written(hint: Any) -> Any:
+    """The type of what YAML can say: an enum is one of its values, a config class a mapping."""
     if _is_union(hint):
         options = get_args(hint)
-        enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
         # `SchedulerType | str` means one of the enum's values, written as text.
-        options = tuple(o for o in options if not (enums and o is str))
-        return any(_admits(option, value) for option in options)
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value == option and type(value) is type(option) for option in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_admits(arguments[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint in (None, types.NoneType):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str, list, dict):
-        return isinstance(value, hint)
+        has_enum = any(isinstance(option, type) and issubclass(option, Enum) for option in options)
+        return Union[tuple(_as_written(o) for o in options if not (has_enum and o is str))]  # noqa: UP007
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return value in [member.value for member in hint]
-    # Any, and nested config classes, which a recipe writes as a mapping.
-    return hint is Any or isinstance(value, dict)
+        return Literal[tuple(member.value for member in hint)]
+    if get_origin(hint) is list:
+        return list[_as_written(get_args(hint)[0])]  # type: ignore[misc]
+    if get_origin(hint) is Literal or hint in (Any, None, types.NoneType, float, int, bool, str, list):
+        return hint
+    return dict
 
 
 def _wrong_value(hint: Any, value: Any) -> str:
