@@ -6,6 +6,7 @@ What must not get into a recipe, which is stored with every result and shown in 
 no text or number.
 """
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -143,25 +144,23 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises `RPSAError` with one line: the file, the field's path, what is wrong, the nearest valid name or value.
     """
     path = Path(path)
-    raw = parse_yaml(_read(path), path.name)
-    if not isinstance(raw, dict):
-        raise RPSAError(
-            f"{path.name}: expected a mapping with keys such as {', '.join(list(Recipe.model_fields)[:5])}"
-        )
+    origins = _Origins(path.name)
+    raw = _read_extended(path, path.name, origins)
     for override in overrides:
         _override(raw, override)
+        origins.replace(override.partition("=")[0].strip(), None, path.name)
     if problem := next(hygiene_problems(raw), None):
-        raise RPSAError(f"{path.name}: {problem}")
-    raw = _interpolate(raw, raw.get("data_dir"), path.name)
+        raise _as_error(origins, [problem])
+    raw = _interpolate(raw, raw.get("data_dir"), origins, "")
     # `report:` with nothing below it means the section's defaults.
     raw = {key: value for key, value in raw.items() if value is not None}
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise _as_error(path.name, validation_problems(error, Recipe)) from None
+        raise _as_error(origins, validation_problems(error, Recipe)) from None
     problems = list(recipe_problems(recipe))
     if problems:
-        raise _as_error(path.name, problems)
+        raise _as_error(origins, problems)
     return recipe
 
 
@@ -199,9 +198,9 @@ def load_sweep(
     try:
         swept = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise _as_error(path.name, validation_problems(error, Recipe)) from None
+        raise _as_error(_Origins(path.name), validation_problems(error, Recipe)) from None
     if problems := list(recipe_problems(swept)):
-        raise _as_error(path.name, problems)
+        raise _as_error(_Origins(path.name), problems)
     return swept
 
 
@@ -254,24 +253,105 @@ def _quoted_where_needed(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _quoted_where_needed)
 
 
-def _read(path: Path) -> str:
+class _Origins:
+    """Which file each setting of a recipe stands in, by its dotted path, where a recipe extends another."""
+
+    def __init__(self, main: str) -> None:
+        self.main = main
+        self._files: dict[str, str] = {}
+
+    def replace(self, path: str, value: Any, file: str) -> None:
+        """What `path` held is gone; it and all below it now stand in `file`."""
+        self._files = {at: name for at, name in self._files.items() if not f"{at}.".startswith(f"{path}.")}
+        self._add(path, value, file)
+
+    def merge(self, path: str, file: str) -> None:
+        """`file` has something to say about the mapping at `path`; what it holds stays where it is."""
+        self._files[path] = file
+
+    def _add(self, path: str, value: Any, file: str) -> None:
+        self._files[path] = file
+        for key, item in value.items() if isinstance(value, dict) else ():
+            self._add(f"{path}.{key}", item, file)
+
+    def __getitem__(self, path: str) -> str:
+        while path and path not in self._files:
+            path = path.rpartition(".")[0]
+        return self._files.get(path, self.main)
+
+
+def _read_extended(
+    path: Path, name: str, origins: _Origins, above: tuple[tuple[Path, str], ...] = ()
+) -> dict[str, Any]:
+    """A file laid over the one that it `extends`, if any, and so on down the chain.
+
+    `name` is what messages call the file; `above` are the files that led here, with their names.
+    """
+    raw = parse_yaml(_read(path, above[-1][1] if above else None), name)
+    if not isinstance(raw, dict):
+        raise RPSAError(
+            f"{name}: expected a mapping with keys such as {', '.join(list(Recipe.model_fields)[:5])}"
+        )
+    base = raw.pop("extends", None)
+    if base is None and not above:
+        return raw
+    if problem := next(hygiene_problems(raw), None):
+        raise RPSAError(f"{name}: {problem}")
+    if base is None:
+        return _lay_over({}, raw, origins, name)
+    if not isinstance(base, str) or not base:
+        raise RPSAError(f"{name}: extends: expected the path of another recipe, not {base!r}")
+    chain = (*above, (path.resolve(), name))
+    base_path, base_name = path.parent / base, os.path.normpath(Path(name).parent / base)
+    if base_path.resolve() in (file for file, _ in chain):
+        circle = " -> ".join([*(one for _, one in chain), base_name])
+        raise RPSAError(f"{name}: extends: a recipe cannot extend itself: {circle}")
+    return _lay_over(_read_extended(base_path, base_name, origins, chain), raw, origins, name)
+
+
+def _lay_over(
+    below: dict[str, Any], above: dict[str, Any], origins: _Origins, name: str, at: str = ""
+) -> dict[str, Any]:
+    """`above` over `below`: mappings are merged, all else is replaced, and null removes what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        path, under = f"{at}.{key}" if at else key, below.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            origins.merge(path, name)
+            merged[key] = _lay_over(under, value, origins, name, path)
+            continue
+        origins.replace(path, value, name)
+        merged[key] = value
+        if value is None and under is not None:
+            del merged[key]
+    return merged
+
+
+def _read(path: Path, extended_by: str | None) -> str:
+    who = f"{extended_by}: extends: {os.path.normpath(path)}" if extended_by else str(path)
     if path.is_dir():
         recipes = ", ".join(sorted(p.name for p in path.glob("*.yaml"))) or "no .yaml file"
-        raise RPSAError(f"{path}: is a folder, not a recipe; it holds {recipes}")
+        raise RPSAError(f"{who}: is a folder, not a recipe; it holds {recipes}")
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RPSAError(
-            f"{path}: no such recipe{did_you_mean(path.name, siblings) if siblings else ''}"
+            f"{who}: no such recipe{did_you_mean(path.name, siblings) if siblings else ''}"
         ) from None
     except UnicodeDecodeError as error:
-        raise RPSAError(f"{path}: not a text file in UTF-8 (byte {error.start})") from None
+        raise RPSAError(f"{who}: not a text file in UTF-8 (byte {error.start})") from None
 
 
-def _as_error(name: str, problems: list[str]) -> RPSAError:
-    rest = f" ({len(problems) - 1} more: {'; '.join(problems[1:])})" if len(problems) > 1 else ""
-    return RPSAError(f"{name}: {problems[0]}{rest}")
+def _as_error(origins: _Origins, problems: list[str]) -> RPSAError:
+    """The first of `path: problem` lines with the file that it is about; the others name theirs where it is another."""
+    files = [origins[problem.partition(": ")[0]] for problem in problems]
+    others = [
+        problem if file == files[0] else f"{file}: {problem}"
+        for file, problem in zip(files[1:], problems[1:], strict=True)
+    ]
+    rest = f" ({len(others)} more: {'; '.join(others)})" if others else ""
+    return RPSAError(f"{files[0]}: {problems[0]}{rest}")
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -279,6 +359,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise RPSAError(f"{key!r}: write an override as section.key=value")
+    if parts == ["extends"]:
+        raise RPSAError("extends: stands in a recipe's file, not on the command line")
     value = parse_yaml(text, key)
     matrix = raw.get("matrix")
     if isinstance(matrix, dict):
@@ -311,13 +393,15 @@ def _make_way(matrix: dict[str, Any], parts: list[str]) -> None:
             own[section].pop(key, None)
 
 
-def _interpolate(value: Any, data_dir: Any, name: str) -> Any:
+def _interpolate(value: Any, data_dir: Any, origins: _Origins, path: str) -> Any:
     if isinstance(value, dict):
-        return {key: _interpolate(item, data_dir, name) for key, item in value.items()}
+        below = f"{path}." if path else ""
+        return {key: _interpolate(item, data_dir, origins, f"{below}{key}") for key, item in value.items()}
     if isinstance(value, list):
-        return [_interpolate(item, data_dir, name) for item in value]
+        return [_interpolate(item, data_dir, origins, path) for item in value]
     if isinstance(value, str):
         for variable in re.findall(r"\$\{(.*?)\}", value):
+            name = origins[path]
             if variable != "data_dir":
                 raise RPSAError(f"{name}: ${{{variable}}} is unknown; the only variable is ${{data_dir}}")
             if not isinstance(data_dir, str):

@@ -211,6 +211,11 @@ def recipe_schema() -> dict[str, Any]:
     }
     names = {"type": "array", "items": {"enum": list(WELL_KNOWN)}}
     matrix["methods"] = {"default": mapping.pop("default"), "anyOf": [names, mapping]}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "The recipe that this one is laid over.",
+    }
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return schema
 
 
