@@ -12,7 +12,9 @@ from rpsa.pipeline.preflight import preflight
 from rpsa.recipe import Cell, Recipe, load_recipe
 from rpsa.reference import ReferenceConfig
 
-ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("smoke", "accelerate"))
+ALL = sorted(
+    path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("smoke", "accelerate", "base")
+)
 REAL = [path for path in ALL if path.parent.name != "tiny"]
 PAPER = [path for path in REAL if "7b" in path.parent.name or "8b" in path.parent.name]
 
