@@ -101,7 +101,7 @@ def tax_difference(
 
 
 def nested(runs: int, n: int, samples: int, deviation: float) -> Study:
-    """`deviation`: between runs, normal, of what all rates are multiplied with; its mean is .75."""
+    """`deviation`: between runs, normal, of what all rates are multiplied with; its mean is 0.75."""
 
     def study(rng: Rng, replicates: int) -> tuple[Interval, float]:
         rates = problem_rates(rng, n, 0.6)
@@ -112,16 +112,16 @@ def nested(runs: int, n: int, samples: int, deviation: float) -> Study:
 
 
 STUDIES: dict[str, Study] = {
-    "rate, 30 problems, 1 sample, .5": pass_at_1(30, 1, 0.5),
-    "rate, 30 problems, 16 samples, .5": pass_at_1(30, 16, 0.5),
-    "rate, 30 problems, 16 samples, .9": pass_at_1(30, 16, 0.9),
-    "rate, 313 prompts, 1 sample, .03": pass_at_1(313, 1, 0.03),
-    "rate, 313 prompts, 4 samples, .03": pass_at_1(313, 4, 0.03),
-    "difference, 30 problems, 1 sample, .5 to .4": difference({"AIME": 30}, 1, 0.5, 0.8),
-    "difference, 30 problems, 16 samples, .5 to .4": difference({"AIME": 30}, 16, 0.5, 0.8),
-    "difference, 30 problems, 4 samples, .9 to .45": difference({"AIME": 30}, 4, 0.9, 0.5),
-    "difference, the paper's four, 1 sample, .65 to .52": difference(REASONING, 1, 0.65, 0.8),
-    "difference, the paper's four, 4 samples, .65 to .62": difference(REASONING, 4, 0.65, 0.95),
+    "rate, 30 problems, 1 sample, 0.5": pass_at_1(30, 1, 0.5),
+    "rate, 30 problems, 16 samples, 0.5": pass_at_1(30, 16, 0.5),
+    "rate, 30 problems, 16 samples, 0.9": pass_at_1(30, 16, 0.9),
+    "rate, 313 prompts, 1 sample, 0.03": pass_at_1(313, 1, 0.03),
+    "rate, 313 prompts, 4 samples, 0.03": pass_at_1(313, 4, 0.03),
+    "difference, 30 problems, 1 sample, 0.5 to 0.4": difference({"AIME": 30}, 1, 0.5, 0.8),
+    "difference, 30 problems, 16 samples, 0.5 to 0.4": difference({"AIME": 30}, 16, 0.5, 0.8),
+    "difference, 30 problems, 4 samples, 0.9 to 0.45": difference({"AIME": 30}, 4, 0.9, 0.5),
+    "difference, the paper's four, 1 sample, 0.65 to 0.52": difference(REASONING, 1, 0.65, 0.8),
+    "difference, the paper's four, 4 samples, 0.65 to 0.62": difference(REASONING, 4, 0.65, 0.95),
     "STR, the paper's six, 1 sample": tax(REASONING, ATTACK, 1, 0.65, 0.8, 0.1),
     "STR, the paper's six, 4 samples": tax(REASONING, ATTACK, 4, 0.65, 0.8, 0.1),
     "STR, 30 and 100 problems, 50 attacks": tax(SMALL, {"attack": 50}, 4, 0.65, 0.8, 0.1),
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=500)
     parser.add_argument("--replicates", type=int, default=2000)
     args = parser.parse_args()
-    print("| Studies | held |\n|---|---:|")
+    print("| Studies | covered |\n|---|---:|")
     for name in STUDIES:
         print(f"| {name} | {100 * coverage(name, args.studies, args.replicates):.1f}% |", flush=True)
 

@@ -344,8 +344,8 @@ COVERAGE = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))
 @pytest.mark.parametrize(
     "study",
     [
-        "rate, 30 problems, 16 samples, .5",
-        "difference, 30 problems, 16 samples, .5 to .4",
+        "rate, 30 problems, 16 samples, 0.5",
+        "difference, 30 problems, 16 samples, 0.5 to 0.4",
         "STR, 30 and 100 problems, 50 attacks",
         "nested, 3 runs, 30 problems, 16 samples, runs alike",
         "nested, 5 runs, 100 problems, 4 samples, runs differ",
