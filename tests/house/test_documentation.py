@@ -149,6 +149,7 @@ def test_the_readmes_recipe_and_its_mistake(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "recipe.yaml").write_text(recipe)
     cells = load_recipe(tmp_path / "recipe.yaml", []).cells()
     assert [cell.method for cell in cells] == ["original", "fft", "fft+rpsa", "lora", "lora+rpsa"]
+    assert [cell.learning_rate for cell in cells] == [None, 1e-5, 1e-5, 1e-4, 1e-4]
     (tmp_path / "recipe.yaml").write_text(recipe + "fisher: {estimatr: per_token}\n")
     done = subprocess.run(
         [sys.executable, "-c", "from rpsa.cli import main; main()", "run", "recipe.yaml"],

@@ -1,0 +1,304 @@
+"""Writes the figures that the README, the docs and the recipes show, so that nobody copies them by hand.
+
+    python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (minutes each)
+    python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
+    python benchmarks/docs_numbers.py write                texts from plans.json alone
+
+`plans` keeps its results in `plans.json` beside this file. It needs no network: the models' configs are below. `demo`
+brings the demo up to date first, so that table and figure are always those of one run. What is written stands between
+marks such as `<!-- docs_numbers: demo -->`, or, in recipes, on lines that begin with `# Memory (rpsa plan): `.
+`tests/house/test_numbers_in_docs.py` holds the texts to `plans.json`, and, where it is slow, `plans.json` to the plan.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PLANS = Path(__file__).with_name("plans.json")
+MEMORY = "# Memory (rpsa plan): "
+
+_COMMON = {"tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 131072}
+_QWEN_7B = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+_QWEN_1B = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A model with recipes: `recipe` is planned, with `config` (a `transformers` model type and its fields)."""
+
+    id: str
+    folder: str
+    recipe: str
+    model_type: str
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.id.rpartition("/")[2]
+
+
+SHIPPED = [
+    Shipped(
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "deepseek-r1-distill-llama-8b", "paper-study.yaml", "llama",
+        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8},
+    ),
+    Shipped(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "deepseek-r1-distill-qwen-7b", "paper-study.yaml", "qwen2",
+        {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, **_QWEN_7B},
+    ),
+    Shipped(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1-distill-qwen-1.5b", "lora+rpsa-24gb.yaml", "qwen2",
+        {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, **_QWEN_1B},
+    ),
+    Shipped(
+        "Qwen/Qwen3-8B", "qwen3-8b", "lora+rpsa.yaml", "qwen3",
+        {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960},
+    ),
+]  # fmt: skip
+
+METHODS = (
+    "matrix.methods={original: {}, fft: {}, fft+rpsa: {}, "
+    "fft+compact: {paradigm: fft, align: {frozen_ratio: 0.6, compact: true}}, lora: {}, lora+rpsa: {}}"
+)
+DEMO_PLAN = ["matrix.bases=[tiny:0]", "matrix.methods=[fft, fft+rpsa]"]
+
+
+# Plans
+
+
+@contextmanager
+def configs() -> Iterator[None]:
+    """In here the current folder has a folder with a config for each shipped model, by its name."""
+    from transformers import AutoConfig
+
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for model in SHIPPED:
+                AutoConfig.for_model(model.model_type, **_COMMON | model.config).save_pretrained(model.name)
+            yield
+        finally:
+            os.chdir(before)
+
+
+def planned(model: Shipped, *more: str) -> dict[str, Any]:
+    """GiB by method, number of GPUs and stage, and the whole text. Call it within `configs`."""
+    from rpsa.plan import make_plan
+    from rpsa.recipe import load_recipe
+
+    recipe = load_recipe(
+        ROOT / "recipes" / model.folder / model.recipe, [f"model.name={model.name}", METHODS, *more]
+    )
+    plan = make_plan(recipe)
+    return {
+        "parameters": plan.parameters[model.name],
+        "align": {
+            method.method: {
+                str(layout.gpus): [gib(layout.memory.total), layout.sharding, layout.fits]
+                for layout in method.layouts
+            }
+            for method in plan.methods
+        },
+        "stages": {stage.stage: gib(stage.memory.total) for stage in plan.stages[model.name]},
+        "text": rendered(plan),
+    }
+
+
+def rendered(plan: Any) -> str:
+    from rich.console import Console
+
+    from rpsa.plan.render import render
+
+    out = io.StringIO()
+    render(plan, Console(file=out, width=110))
+    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
+
+
+def demo_plan() -> str:
+    from rpsa.plan import make_plan
+    from rpsa.recipe import load_recipe
+
+    return rendered(make_plan(load_recipe(ROOT / "recipes" / "tiny" / "demo.yaml", DEMO_PLAN), gpus=(1, 8)))
+
+
+def gib(size: int) -> float:
+    return round(size / 2**30, 1)
+
+
+def fewest(layouts: dict[str, list[Any]]) -> tuple[int, float] | None:
+    """The smallest number of 80 GiB GPUs on which a method fits, and GiB on each."""
+    return next(((int(gpus), total) for gpus, (total, _, fits) in layouts.items() if fits), None)
+
+
+def memory_table(plans: dict[str, Any]) -> str:
+    """What README shows of the models: GiB, rounded up."""
+    lines = [
+        "| Model | Parameters | Full, dynamic k | Full, constant k (compact) | LoRA | Fisher, full | Responses |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for model in SHIPPED:
+        plan = plans[model.name]
+        cells = [
+            model.name,
+            f"{plan['parameters'] / 1e9:.2f}B",
+            *(on_gpus(fewest(plan["align"][method])) for method in ("fft+rpsa", "fft+compact", "lora+rpsa")),
+            str(math.ceil(plan["stages"]["Fisher, full"])),
+            str(math.ceil(plan["stages"]["evaluate, each model"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def on_gpus(found: tuple[int, float] | None) -> str:
+    if found is None:
+        return "–"
+    gpus, total = found
+    return f"{math.ceil(total)}" if gpus == 1 else f"{gpus} × {math.ceil(total)}"
+
+
+def memory_line(plan: dict[str, Any], method: str) -> str:
+    """What the head of a recipe says of the method that it is about."""
+    layouts = plan["align"][method]
+    parts = [f"{math.ceil(layouts['1'][0])} GiB on one GPU"]
+    if layouts["2"][1] == "FSDP2":
+        parts += [f"{math.ceil(layouts[n][0])} on each of {n}" for n in ("2", "4", "8")]
+    text = ", ".join(parts)
+    if method.endswith("rpsa"):
+        text += (
+            f"; Fisher {math.ceil(plan['stages']['Fisher, LoRA' if 'lora' in method else 'Fisher, full'])}"
+        )
+    return f"{text}; responses {math.ceil(plan['stages']['evaluate, each model'])}."
+
+
+def texts(plans: dict[str, Any]) -> dict[Path, str]:
+    """Every file that shows a plan, as it should be."""
+    llama = plans[SHIPPED[0].name]["text"]
+    found = {
+        ROOT / "README.md": with_block(ROOT / "README.md", "models", memory_table(plans)),
+        ROOT / "docs" / "plan.md": with_block(ROOT / "docs" / "plan.md", "plan", fenced(llama)),
+        ROOT / "docs" / "recipes.md": with_block(
+            ROOT / "docs" / "recipes.md", "demo plan", fenced(demo_plan())
+        ),
+    }
+    for model in SHIPPED:
+        for path in (ROOT / "recipes" / model.folder).glob("*.yaml"):
+            method = "lora+rpsa" if path.stem.startswith("lora+rpsa") else path.stem
+            if method in plans[model.name]["align"]:
+                line = MEMORY + memory_line(plans[model.name], method)
+                text, count = re.subn(rf"^{re.escape(MEMORY)}.*$", line, path.read_text(), flags=re.MULTILINE)
+                if count != 1:
+                    raise SystemExit(f"{path}: {count} lines begin with {MEMORY!r}, not one")
+                found[path] = text
+    return found
+
+
+def fenced(text: str) -> str:
+    return f"```text\n{text}\n```"
+
+
+def with_block(path: Path, name: str, block: str) -> str:
+    start, end = f"<!-- docs_numbers: {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = path.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{path}: lacks {start} or {end}")
+    return f"{before}{start}\n{block}\n{end}{after}"
+
+
+# The demo
+
+
+def demo(folder: Path) -> dict[Path, str]:
+    """Bring the demo in `folder` up to date; the texts that show it. Its figure is copied."""
+    command = [
+        sys.executable,
+        "-m",
+        "rpsa",
+        "run",
+        str(ROOT / "recipes/tiny/demo.yaml"),
+        f"output_dir={folder}",
+    ]
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    table = re.search(r"^ +Refused .*?^Audit: .*?$", shown, re.MULTILINE | re.DOTALL)
+    if table is None:
+        raise SystemExit(f"no table in what rpsa run said:\n{shown}")
+    lines = "\n".join(line.rstrip() for line in table[0].splitlines())
+    figure = ROOT / "docs" / "images" / "demo-scatter.png"
+    shutil.copyfile(folder / "report" / "scatter.png", figure)
+    model = folder / "align" / "fft+rpsa" / "tiny-0" / "seed0"
+    audit = said("audit", str(model)).splitlines()
+    first = next(i for i, line in enumerate(audit) if line.startswith("Module group")) + 3
+    verified = said("verify", str(folder)).strip()
+    card = (folder / "report" / "cards" / "fft+rpsa" / "tiny-0" / "seed0" / "README.md").read_text()
+    docs = ROOT / "docs"
+    checked = re.search(r"moved in ([\d,]+) element-steps", lines)
+    assert checked is not None
+    return {
+        ROOT / "README.md": with_block(ROOT / "README.md", "demo", f"{of_figure(figure)}\n{fenced(lines)}"),
+        docs / "results.md": re.sub(
+            r"[\d,]+(?= element-steps of the demo)", checked[1], (docs / "results.md").read_text()
+        ),
+        docs / "recipes.md": with_block(
+            docs / "recipes.md", "audit", fenced("\n".join([verified, "", *audit[:first], "..."]))
+        ),
+        docs / "model-card.md": with_block(
+            docs / "model-card.md", "card", f"````markdown\n{card.strip()}\n````"
+        ),
+    }
+
+
+def of_figure(path: Path) -> str:
+    """Ties the table to the figure of the same run."""
+    return f"<!-- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()} -->"
+
+
+def said(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rpsa", *words], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["plans", "demo", "write"])
+    parser.add_argument(
+        "names", nargs="*", help="models (default: all), or the demo's folder (runs/tiny-demo)"
+    )
+    arguments = parser.parse_args()
+    if arguments.what == "demo":
+        written = demo(Path(*(arguments.names or [ROOT / "runs" / "tiny-demo"])).absolute())
+    else:
+        plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
+        if arguments.what == "plans":
+            with configs():
+                for model in SHIPPED:
+                    if not arguments.names or model.name in arguments.names:
+                        plans[model.name] = planned(model)
+            PLANS.write_text(json.dumps(plans, indent=1, ensure_ascii=False) + "\n")
+        written = texts(plans)
+    for path, text in written.items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
