@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slow bench lint format docs clean
+.PHONY: install demo test test-integration test-slow bench numbers lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -23,11 +23,18 @@ lint: install
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n logical --maxprocesses 8
 
+test-integration: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "integration and not slow"
+
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
 
 bench: install
 	$(BIN)/python benchmarks/bench.py --write
+
+numbers: install
+	$(BIN)/python benchmarks/docs_numbers.py demo
+	$(BIN)/python benchmarks/docs_numbers.py plans
 
 format: install
 	$(BIN)/ruff check --fix .
