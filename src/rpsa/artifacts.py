@@ -1,4 +1,4 @@
-"""Files and folders: names, locks, files that appear whole or not at all, hashes, lines that survive a crash."""
+"""Artifacts: paths, locks, files that appear whole or not at all, hashes, lines that survive a crash."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Rendering through a model's own chat template: one BOS, one open thought, the thought kept.
+"""Chat templates: rendering through a model's own, with one BOS, one open thought, the thought kept.
 
 Only the user turn goes through the template. The assistant turn is tokenised here, because templates of
 reasoning models delete the thought from it, and a run on their output would train on the bare refusal.

@@ -1,4 +1,4 @@
-"""Models and adapters read whole, or refused: libraries fill what a checkpoint lacks with random numbers, and go on."""
+"""Checkpoints read whole, or refused: libraries fill what is missing with random numbers, and go on."""
 
 import logging
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The one exception that reaches users, and what is wrong with a value's type, in one line."""
+"""Errors: the one exception that reaches users, and what is wrong with a value's type, in one line."""
 
 import inspect
 import types

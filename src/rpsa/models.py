@@ -1,7 +1,4 @@
-"""Silence around the libraries.
-
-Models as a recipe names them: loaded, identified, and with a LoRA adapter that always starts the same.
-"""
+"""Models as a recipe names them: located, identified, loaded, and with a LoRA adapter that always starts the same."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Names and identities of a model's parameters, shared by the Fisher and by everything that freezes."""
+"""Parameters: their names and identities, shared by the Fisher and by everything that freezes."""
 
 import hashlib
 import re

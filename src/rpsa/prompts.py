@@ -1,4 +1,4 @@
-"""Appendix B: the user messages of the reasoning benchmarks, with the backslashes that typesetting lost.
+"""Prompts of Appendix B: user messages of the reasoning benchmarks, with the backslashes that typesetting lost.
 
 There is no system prompt; `<think>` is opened by the chat template (`rpsa.chat`).
 """

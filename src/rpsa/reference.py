@@ -1,14 +1,9 @@
-"""D_ref: problems and the model's own responses to them (section 3.1), and how problems are read.
+"""D_ref: reasoning problems and the model's own responses to them (section 3.1).
 
-The responses are a sample from the model itself, so that squared gradients on them estimate its Fisher
-information; wrong and truncated ones belong to that sample and are kept, flagged. Exact token ids are
-stored, because retokenised text may differ from what the model emitted.
-
-The problems that D_ref's responses answer, and how they are read.
-
-D_ref as it is read: traces, and the batches that the Fisher and g_R see of them.
-
-How D_ref is made: one response of the model's own to each problem, stored as it comes.
+The responses are a sample from the model itself, so that squared gradients on them estimate its Fisher information;
+wrong and truncated ones belong to that sample and are kept, flagged. Exact token ids are stored, because
+retokenised text may differ from what the model emitted. One response to each problem is stored as it comes;
+`ReferenceDataset` reads them, and has the batches that the Fisher and g_R see.
 """
 
 import json

@@ -1,11 +1,7 @@
-"""D_S: safety examples from a source, mixed with benign ones, held out, tokenised, and compared with what is evaluated.
+"""Safety data, D_S: published formats as examples with a thought; mixed, held out, tokenised, compared.
 
-The formats of the sources are in `rpsa.safety_data`.
-
-The formats in which safety data is published, and one row of each as an example with a thought.
-
-DirectRefusal (a refusal, to which one constant thought is put), SafeChain and STAR-1 (chains of thought with safe
-answers), and plain prompt/response or chat records.
+Formats: DirectRefusal (a refusal, which gets one constant thought), SafeChain and STAR-1 (chains of thought with
+safe answers), and plain prompt/response or chat records.
 """
 
 import logging

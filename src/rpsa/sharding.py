@@ -1,9 +1,8 @@
-"""What may spread training over several processes: DDP and FSDP2; the rest is refused before any work is done.
+"""Sharding: what differs when a parameter is spread over ranks (FSDP2's DTensor), and what is supported.
 
-What differs when a parameter is spread over several ranks (FSDP2's DTensor): shards and reduced counts.
-
-Everything that `fisher` and `freezing` do element by element is done on the local shard; everything global
-(the threshold, the conflict, the number of frozen elements) is a count, and counts are summed over ranks.
+Everything that `fisher` and `freezing` do element by element is done on the local shard; everything global (the
+threshold, the conflict, the number of frozen elements) is a count, and counts are summed over ranks. DDP and FSDP2
+are supported; other engines are refused before any work is done.
 """
 
 import sys

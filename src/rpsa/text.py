@@ -1,4 +1,4 @@
-"""Texts of others: names of the user's, and what models, servers and files say, shown as nothing but text."""
+"""Texts of others: names of users, and what models, servers and files say, shown as nothing but text."""
 
 import re
 

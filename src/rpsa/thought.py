@@ -1,4 +1,4 @@
-"""What sets a model's thought apart from its answer: a property of the model.
+"""Thought formats: how a model's thought is told from its answer, a property of the model.
 
 `rpsa.chat.read_thought` reads it from a chat template; here is what it is, and what follows from it for a text.
 """

@@ -1,6 +1,6 @@
-"""What the answer of a response is, and whether it is right.
+"""Answers: what the answer of a response is, and whether it is right.
 
-Only what follows the thought counts, in the model's own format (`rpsa.thought`): a `\\boxed{}` inside a thought is
+Only what follows the thought counts, in the model's own format (`rpsa.thought`): a `\boxed{}` inside a thought is
 no answer, and a thought that was never closed has none.
 """
 

@@ -1,15 +1,11 @@
-"""Whether two stated answers are the same value: lists, points and numbers here, the rest by computer algebra.
+"""Equality of answers: lists, points and numbers are compared here, everything else by computer algebra.
 
-math-verify alone takes 1/2^99 for 1/2^98, 40_9 for 40, and -2, 1 for the point (-2, 1).
+Expressions are read by math-verify and compared exactly by SymPy. math-verify alone takes 1/2^99 for 1/2^98, 40_9
+for 40, and -2, 1 for the point (-2, 1).
 
-Whether two expressions are equal by computer algebra: read by math-verify, compared exactly by SymPy.
-
-Runs in a process of its own (`rpsa.answers.equality`): there are expressions that no computer finishes.
-
-Computer algebra with bounds: in a process of its own, which ends when a comparison takes too long.
-
-No limit within a process holds: no signal interrupts a power tower that Python raises in one step, and outside of the
-main thread there are none.
+Computer algebra runs in a process of its own, which is ended when a comparison takes too long: there are
+expressions that no computer finishes. No limit within a process would hold: no signal interrupts a power tower that
+Python raises in one step, and outside of the main thread there are no signals.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""The program in an answer: a code block that is Python and defines the function that was asked for."""
+"""Programs in answers: the code block that is Python and defines the function that was asked for."""
 
 import ast
 import dis

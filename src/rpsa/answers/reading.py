@@ -1,4 +1,4 @@
-"""What a stated answer says: mathematics in one spelling, a number, an integer, a choice.
+"""Reading of stated answers: mathematics in one spelling, a number, an integer, a choice.
 
 One reader for all: what `integer` reads in an answer, the comparison of values (`rpsa.answers.equality`) reads too.
 """

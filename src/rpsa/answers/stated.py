@@ -1,4 +1,4 @@
-"""Where an answer states its answer: in a box, or after "Final Answer"."""
+"""Stated answers: what a response puts in a box, or after "Final Answer"."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Figures 1 to 3: `rpsa fisher-map` and `rpsa perturb`."""
+"""The commands `rpsa fisher-map` and `rpsa perturb`: Figures 1 to 3."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Measuring one model: `rpsa evaluate`, and `rpsa tasks-path` for lm-evaluation-harness."""
+"""The commands `rpsa evaluate`, for one model, and `rpsa tasks-path`, for lm-evaluation-harness."""
 
 from pathlib import Path
 from typing import Annotated

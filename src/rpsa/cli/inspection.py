@@ -1,7 +1,4 @@
-"""The commands `rpsa tiny ...`.
-
-Looking at what there is: a recipe's schema, a run's files, a model's audit.
-"""
+"""The commands that look at what there is: a recipe's schema, a run's files, a model's audit; and `rpsa tiny`."""
 
 import json
 from pathlib import Path

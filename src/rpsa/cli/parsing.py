@@ -1,4 +1,4 @@
-"""What goes wrong in a command, as one line on stderr and an exit code."""
+"""Errors of commands: one line on stderr and an exit code."""
 
 import errno
 import os

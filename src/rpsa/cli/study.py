@@ -1,4 +1,4 @@
-"""What takes a recipe: `rpsa run`, `rpsa sweep`, `rpsa plan`."""
+"""The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa plan`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,4 @@
-"""The stage align: one cell's safety data, its model, its trainer, and what is kept of the run.
-
-The trainer of a cell: its settings, the model that it starts from, and what goes by Fisher or D_ref.
-"""
+"""Alignment, the stage align: one cell's safety data, its model, its trainer, and what is kept of the run."""
 
 import json
 import logging

@@ -1,7 +1,4 @@
-"""`rpsa perturb`: Fig. 3 of a saved Fisher and the model that it was measured on.
-
-`rpsa fisher-map`: Fig. 1 and 2 of saved Fishers, their numbers, and how much their masks have in common.
-"""
+"""Analyses of Fishers: maps (`rpsa fisher-map`, Fig. 1 and 2) and perturbation (`rpsa perturb`, Fig. 3)."""
 
 import json
 import logging

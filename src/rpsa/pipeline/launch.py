@@ -1,4 +1,4 @@
-"""Stages in several processes: `rpsa run` starts them through `accelerate launch`, or finds itself in one of them."""
+"""Launching: `rpsa run` starts a stage in several processes by `accelerate launch`, or finds itself in one of them."""
 
 import ctypes
 import logging

@@ -1,4 +1,4 @@
-"""What vouches for a finished stage: a `stage.json` in its folder, and when a result is still up to date.
+"""Manifests: a `stage.json` vouches for a finished stage, and tells when a result is out of date.
 
 It holds what went in (`inputs`), the versions of the packages and the digests of our own rooms that decide the
 result (`rpsa.provenance`), one hash over all three, which is the result's identity, and size and hash of every file.

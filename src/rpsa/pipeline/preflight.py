@@ -1,4 +1,4 @@
-"""What can be known before hours of work: what libraries refuse, data, models, judges, programs that are not there."""
+"""Preflight: what can be known before hours of work, such as what libraries refuse, or missing data."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""`rpsa verify`: whether a run holds what its recipe asks for, as its stages wrote it."""
+"""Verification (`rpsa verify`): whether a run holds what its recipe asks for, as its stages wrote it."""
 
 import json
 from collections.abc import Iterator, Mapping

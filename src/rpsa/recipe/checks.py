@@ -1,4 +1,4 @@
-"""What the types of a recipe do not see: TRL's and PEFT's fields, files that are not there, missing parts."""
+"""Checks of a whole recipe that types cannot make: fields of TRL and PEFT, missing files, missing parts."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,9 +1,8 @@
-"""From a file and the command line's overrides to a checked `Recipe`.
+"""Loading of recipes: from a file and the command line's overrides to a checked `Recipe`.
 
-YAML without its traps: duplicate keys are errors, `1e-3` is a number, `no` and `on` are words.
-
-What must not get into a recipe, which is stored with every result and shown in every report: secrets, and what is
-no text or number.
+YAML is read without its traps: duplicate keys are errors, `1e-3` is a number, `no` and `on` are words. What must
+not get into a recipe, which is stored with every result and shown in every report, is refused: secrets, and what is
+neither text nor a number.
 """
 
 import os

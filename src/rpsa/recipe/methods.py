@@ -1,4 +1,4 @@
-"""The ways to align that a recipe may name: what each sets, and what the two paradigms set for it."""
+"""Methods: one record for each way to align that a recipe may name, and what the two paradigms set for all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

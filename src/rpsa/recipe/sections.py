@@ -1,4 +1,4 @@
-"""The sections of a recipe, each with its defaults: Appendix A of the paper, and what it leaves open."""
+"""Sections of a recipe, each with its defaults: Appendix A of the paper, and what it leaves open."""
 
 import re
 from typing import Annotated, Any, Literal

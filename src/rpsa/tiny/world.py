@@ -1,4 +1,4 @@
-"""What studies ask of the tiny world: reference problems, safety data, evaluation prompts, and exact scores."""
+"""The tiny world as studies use it: reference problems, safety data, evaluation prompts, and exact scores."""
 
 import random
 from collections.abc import Sequence
