@@ -183,7 +183,7 @@ def test_a_quota_that_is_used_up_is_not_asked_again(answers, waits):
     with server(answers, fault=lambda prompt, attempt: "quota") as it:
         _, message = failure(it, max_in_flight=1)
         assert len(it.requests) == 1 + 1  # the first of all asks for one token
-    assert "status 429 you have used it up; see to the account" in message
+    assert "HTTP 429 you have used it up; see to the account" in message
     assert waits == []
 
 
@@ -193,7 +193,10 @@ def test_when_the_retries_are_spent_what_is_done_has_been_yielded(greedy, answer
         found, message = failure(it, retries=2, max_in_flight=2)
         assert it.attempts[(*bad, False)] == 3
         assert it.url in message
-        assert "'tiny/10/0' failed 3 times, last with status 500 busy" in message
+        assert (
+            "gave up after 3 tries; the last: HTTP 500 busy (sample 'tiny/10/0'); see to the server"
+            in message
+        )
         assert set(range(10)) <= found.keys()
         assert 10 not in found
         assert all(greedy[i] == completion for i, completion in found.items())
@@ -216,7 +219,7 @@ def test_a_refusal_in_between_stops_at_once(in_flight, greedy, answers):
     with server(answers, fault=lambda prompt, attempt: 400 if prompt == PROMPTS[6] else None) as it:
         found, message = failure(it, max_in_flight=in_flight)
         assert len(it.requests) == 1 + len(found) + 1
-    assert "status 400 no way" in message
+    assert "HTTP 400 no way" in message
     assert set(range(6)) <= found.keys()
     assert in_flight > 1 or len(found) == 6
     assert all(greedy[i] == completion for i, completion in found.items())
@@ -228,15 +231,15 @@ def test_what_no_retry_can_mend_is_one_line_after_one_request(answers, monkeypat
         monkeypatch.setenv("OPENAI_API_KEY", "open")
         _, message = failure(it)
         assert len(it.requests) == 1
-        assert f"{it.url}, model 'tiny': status 401 wrong key; set RPSA_API_KEY" in message
+        assert f"{it.url}, model 'tiny': HTTP 401 wrong key; set RPSA_API_KEY" in message
         monkeypatch.setenv("RPSA_API_KEY", "sesame\r\nX: y")
-        assert "no plain line" in failure(it)[1]
+        assert "RPSA_API_KEY holds characters" in failure(it)[1]
         monkeypatch.setenv("RPSA_API_KEY", "sesame\n")
         assert len(run(it)) == len(PROMPTS)
         _, message = failure(it, model="other")
-        assert "model 'other': status 404 The model `other` does not exist.; check the URL" in message
+        assert "model 'other': HTTP 404 The model `other` does not exist.; check the URL" in message
         it.url = it.url.removesuffix("/v1")
-        assert "status 404" in failure(it)[1]
+        assert "HTTP 404" in failure(it)[1]
     assert "sesame" not in caplog.text
     assert "sesame" not in repr(generator(it).__dict__)
 
@@ -248,7 +251,7 @@ def test_nobody_there(waits):
     found, error = collect(ServerGenerator(config, TOKENIZER).generate(PROMPTS, GREEDY, IDS))
     assert waits == []
     assert not found
-    assert f"no server answers at http://127.0.0.1:{port}/v1 (ConnectError" in str(error)
+    assert f"http://127.0.0.1:{port}/v1, model 'tiny': no server is there, no answer (Conn" in str(error)
     assert "\n" not in str(error)
 
 
@@ -267,7 +270,7 @@ def test_a_server_that_gives_text_alone(speaks, greedy, answers, caplog):
 def test_the_form_can_be_set(answers):
     with server(answers, speaks="text") as it:
         assert len(run(it, prompts_as="text")) == len(it.requests)
-        assert "status 400" in failure(it, prompts_as="token_ids")[1]
+        assert "HTTP 400" in failure(it, prompts_as="token_ids")[1]
 
 
 def test_a_prompt_that_text_would_change_is_refused(answers):

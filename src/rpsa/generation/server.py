@@ -14,21 +14,17 @@ What makes a response exact are extensions that vLLM and SGLang share: token ids
 import asyncio
 import json
 import logging
-import os
 import queue
-import random
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import httpx2
-
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Sampling, check_lengths, sample_seed
 from rpsa.generation.decoding import ResponseDecoder
-from rpsa.http import Refusal, read_refusal, short
+from rpsa.http import Client, Connection, GaveUp, Refused, Retry, TryAgain, checked_url, short
 from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
@@ -43,22 +39,6 @@ _EXTENSIONS = {
     "skip_special_tokens": False,
     "return_token_ids": True,
 }
-
-
-class TryAgain(Exception):
-    """This attempt failed, another may not. `wait`: seconds that the server asks for (Retry-After)."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class Refused(RPSAError):
-    """The server understood and declined: another attempt would end alike. `status`: the HTTP status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -83,27 +63,6 @@ class CompletionsAPI:
         if form == "text":
             return {"prompt": self._prompt_text(prompt, sample_id), **fields}
         return {"prompt": prompt, **fields, **_EXTENSIONS}
-
-    async def post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> Any:
-        """The answer, parsed.
-
-        Raises:
-            TryAgain: the connection failed or timed out, the server is overloaded, or its answer is no JSON.
-            Refused: any other status than success.
-        """
-        try:
-            response = await client.post(f"{self.url}/completions", json=body)
-        except httpx2.RequestError as error:
-            raise TryAgain(f"{type(error).__name__} {error}".strip()) from error
-        if response.status_code != 200:
-            refusal = _refusal(client, response)
-            if refusal.may_pass:
-                raise TryAgain(f"status {refusal.status} {refusal.said}".strip(), refusal.wait or 0.0)
-            raise Refused(self._declined(refusal), refusal.status)
-        try:
-            return json.loads(response.content)
-        except (ValueError, RecursionError) as error:
-            raise TryAgain(f"an answer that is no JSON: {short(response.text) or 'empty'}") from error
 
     def completion(self, answer: Any, prompt: list[int]) -> Completion:
         """Check an answer and turn it into a `Completion`.
@@ -158,16 +117,6 @@ class CompletionsAPI:
             "only: use a server that takes token ids (vLLM, SGLang)"
         )
 
-    def _declined(self, refusal: Refusal) -> str:
-        advice = {
-            401: "set RPSA_API_KEY or OPENAI_API_KEY",
-            403: "check the API key's rights",
-            404: "check the URL (it ends in /v1) and the model's name (see GET /v1/models)",
-            429: "see to the account",
-        }.get(refusal.status, "correct the request")
-        said = f"status {refusal.status} {refusal.said}".strip()
-        return f"{self.url}, model {self.model!r}: {said}; {advice}"
-
 
 def _only_choice(answer: Any) -> dict[str, Any]:
     choices = answer.get("choices") if isinstance(answer, dict) else None
@@ -176,17 +125,11 @@ def _only_choice(answer: Any) -> dict[str, Any]:
     return choices[0]
 
 
-def _refusal(client: httpx2.AsyncClient, response: httpx2.Response) -> Refusal:
-    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
-    return read_refusal(response.status_code, response.content, response.headers.get("Retry-After"), key)
-
-
 logger = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT = 10.0
-_LONGEST_BACKOFF = 60.0
+KEY_VARIABLES = ("RPSA_API_KEY", "OPENAI_API_KEY")
+
 _NOT_UNDERSTOOD = (400, 415, 422)
-_NOT_REACHED = (httpx2.ConnectError, httpx2.ConnectTimeout)
 
 Results = queue.SimpleQueue[tuple[int, Completion] | None]
 
@@ -213,17 +156,15 @@ class ServerConfig:
     backoff: float = 0.5
 
     def __post_init__(self) -> None:
-        try:
-            url = httpx2.URL(self.url)
-        except httpx2.InvalidURL:
-            url = httpx2.URL()
-        if url.scheme not in ("http", "https") or not url.host:
-            raise RPSAError(f"server url {self.url!r}: give one like http://127.0.0.1:8000/v1")
-        if url.userinfo:
-            raise RPSAError(f"server url at {url.host}: put the key into RPSA_API_KEY, not into the url")
+        checked_url("server url", self.url, KEY_VARIABLES[0])
         for name, least in (("max_in_flight", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise RPSAError(f"server {name} is {getattr(self, name)}: give at least {least}")
+
+    @property
+    def retry(self) -> Retry:
+        """A server that never was there is an address mistyped: that is said at once."""
+        return Retry(self.retries + 1, self.backoff, timeout=self.timeout, tries_unreached=1)
 
 
 class ServerGenerator:
@@ -275,28 +216,24 @@ class _Work:
         self.sampling = sampling
         self.results = results
         self.form: PromptForm = "token_ids"
-        self.is_reached = False
         self.failure: Exception | None = None
         self.failed = asyncio.Event()
 
     async def do(self, samples: list[tuple[list[int], str]]) -> None:
-        limits = httpx2.Limits(max_connections=self.config.max_in_flight)
-        timeout = httpx2.Timeout(self.config.timeout, connect=min(_CONNECT_TIMEOUT, self.config.timeout))
-        is_here = httpx2.URL(self.config.url).host in ("127.0.0.1", "::1", "localhost")
-        async with httpx2.AsyncClient(
-            headers=_authorization(), limits=limits, timeout=timeout, trust_env=not is_here
-        ) as client:
-            self.form = await self._choose_form(client, *samples[0])
+        called = f"{self.api.url}, model {self.api.model!r}"
+        client = Client(f"{self.api.url}/completions", KEY_VARIABLES, self.config.retry, called)
+        async with client.connect(self.config.max_in_flight) as connection:
+            self.form = await self._choose_form(connection, *samples[0])
             waiting = enumerate(samples)
             number = min(self.config.max_in_flight, len(samples))
-            await asyncio.gather(*(self._worker(client, waiting) for _ in range(number)))
+            await asyncio.gather(*(self._worker(connection, waiting) for _ in range(number)))
         if self.failure is not None:
             raise self.failure
 
-    async def _worker(self, client: httpx2.AsyncClient, waiting: "enumerate[tuple[list[int], str]]") -> None:
+    async def _worker(self, connection: Connection, waiting: "enumerate[tuple[list[int], str]]") -> None:
         for index, (prompt, sample_id) in waiting:
             try:
-                self.results.put((index, await self._respond(client, prompt, sample_id)))
+                self.results.put((index, await self._respond(connection, prompt, sample_id)))
             except Exception as error:
                 self._fail(error)
             if self.failed.is_set():
@@ -308,19 +245,19 @@ class _Work:
             self.failed.set()
             logger.warning("no more requests start, those under way are waited for: %s", error)
 
-    async def _choose_form(self, client: httpx2.AsyncClient, prompt: list[int], sample_id: str) -> PromptForm:
+    async def _choose_form(self, connection: Connection, prompt: list[int], sample_id: str) -> PromptForm:
         """Ask for a single token in the better form; a server that does not understand it gets text."""
         if self.config.prompts_as != "auto":
             return self.config.prompts_as
         one_token = replace(self.sampling, max_new_tokens=1)
         try:
-            response = await self._respond(client, prompt, sample_id, one_token)
+            response = await self._respond(connection, prompt, sample_id, one_token)
         except Refused as refusal:
             if refusal.status not in _NOT_UNDERSTOOD:
                 raise
             self.form = "text"
             try:
-                response = await self._respond(client, prompt, sample_id, one_token)
+                response = await self._respond(connection, prompt, sample_id, one_token)
             except Refused:
                 raise refusal from None
         if not response.exact:
@@ -329,36 +266,23 @@ class _Work:
 
     async def _respond(
         self,
-        client: httpx2.AsyncClient,
+        connection: Connection,
         prompt: list[int],
         sample_id: str,
         sampling: Sampling | None = None,
     ) -> Completion:
         """One sample, with as many attempts as it takes."""
         body = self.api.request(self.form, prompt, sampling or self.sampling, sample_id)
-        for attempt in range(self.config.retries + 1):
-            try:
-                answer = await self.api.post(client, body)
-                self.is_reached = True
-                return self.api.completion(answer, prompt)
-            except TryAgain as failure:
-                reason = failure
-            self.is_reached |= not isinstance(reason.__cause__, _NOT_REACHED)
-            if not self.is_reached:
-                raise RPSAError(
-                    f"no server answers at {self.api.url} ({reason}): start it or correct the url"
-                )
-            if attempt == self.config.retries or await self._stopped_within(self._wait(attempt, reason)):
-                break
-            logger.info("sample %s: %s; trying again", sample_id, reason)
-        raise RPSAError(
-            f"{self.api.url}, model {self.api.model!r}: sample {sample_id!r} failed {attempt + 1} times, last "
-            f"with {reason}; see to the server and start again: what has been yielded stands"
-        )
 
-    def _wait(self, attempt: int, reason: TryAgain) -> float:
-        backoff = min(self.config.backoff * 2.0**attempt, _LONGEST_BACKOFF)
-        return max(reason.wait, backoff * random.uniform(0.5, 1.5))
+        def read(answer: Any) -> Completion:
+            return self.api.completion(answer, prompt)
+
+        try:
+            return await connection.post(body, read, self._stopped_within)
+        except GaveUp as error:
+            raise RPSAError(
+                f"{error} (sample {sample_id!r}); see to the server and start again: what has been yielded stands"
+            ) from None
 
     async def _stopped_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):
@@ -391,12 +315,3 @@ def _background(work: Coroutine[Any, Any, None], results: Results) -> Iterator["
         loop.call_soon_threadsafe(task.cancel)
         thread.join()
         loop.close()
-
-
-def _authorization() -> dict[str, str]:
-    key = (os.environ.get("RPSA_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise RPSAError(
-            "the API key in RPSA_API_KEY or OPENAI_API_KEY is no plain line of text: set it again"
-        )
-    return {"Authorization": f"Bearer {key}"} if key else {}

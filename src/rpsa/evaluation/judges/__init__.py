@@ -155,8 +155,8 @@ def _chat(rubric: str) -> Callable[..., Judge]:
         *, base_url: str, model: str, concurrency: int = 8, request: Any = None, retry: Any = None
     ) -> Judge:
         from rpsa.evaluation.judges import policies
-        from rpsa.evaluation.judges.http import Retry
         from rpsa.evaluation.judges.policies import ChatJudge
+        from rpsa.http import Retry
 
         return ChatJudge(
             getattr(policies, rubric),

@@ -3,20 +3,17 @@
 What a chat model is asked to judge by, and how its answer is read: StrongREJECT's rubric, XSTest's three classes.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
 
 from rpsa.errors import RPSAError
-from rpsa.evaluation.judges.http import EndpointError, Retry, Stopped, post
 from rpsa.evaluation.judges.judgement import Judgement, unparseable
 from rpsa.evaluation.judges.prompts import prompt_sha256, template
-from rpsa.text import hide_credentials
+from rpsa.http import Client, Refused, Retry, Stopped, TryAgain, checked_url
 from rpsa.thought import after_any_thought
 
 _GRADE = r"^[^A-Za-z0-9\n]*{n}\.b\b[^\n\d]*(\d+)(?: ?/ ?\d+)?[^A-Za-z0-9\n]*$"
@@ -114,7 +111,7 @@ class ChatJudge:
         if concurrency < 1:
             raise RPSAError(f"judge: concurrency is {concurrency}: give at least 1")
         self.rubric = rubric
-        self.url = _checked(base_url) + "/chat/completions"
+        self.url = checked_url("judge: base_url", base_url, KEY_VARIABLES[0]) + "/chat/completions"
         self.model = model
         self.concurrency = concurrency
         fields = {**rubric.request, **(request or {})}
@@ -134,7 +131,7 @@ class ChatJudge:
         At most `concurrency` calls are under way or answered and not yet taken: the next one starts when the
         caller asks for more. An error stops new calls; answers that were under way are yielded before it is raised.
         """
-        key = _key()
+        client = Client(self.url, KEY_VARIABLES, self.retry)
         stop = Event()
         todo = iter(enumerate(pairs))
         running: dict[Future[Judgement], int] = {}
@@ -143,7 +140,7 @@ class ChatJudge:
         try:
             while True:
                 while failure is None and len(running) < self.concurrency and (item := next(todo, None)):
-                    running[pool.submit(self._ask, *item[1], key, stop)] = item[0]
+                    running[pool.submit(self._ask, *item[1], client, stop)] = item[0]
                 if not running:
                     break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -164,40 +161,23 @@ class ChatJudge:
         if failure is not None:
             raise failure
 
-    def _ask(self, prompt: str, text: str, key: str | None, stop: Event) -> Judgement:
+    def _ask(self, prompt: str, text: str, client: Client, stop: Event) -> Judgement:
         body = {"model": self.model, "messages": self.rubric.messages(prompt, text), **self.request}
         try:
-            output = post(self.url, body, key, _content, self.retry, stop)
-        except EndpointError as error:
-            if error.code in _ABOUT_THE_TEXT or _TOO_LONG in str(error):
-                return unparseable(str(error))
-            if error.status in (401, 403):
-                raise RPSAError(f"{error}: set {' or '.join(KEY_VARIABLES)} to a valid key") from None
+            output = client.post(body, _content, stop.wait)
+        except Refused as error:
+            if error.code in _ABOUT_THE_TEXT or _TOO_LONG in error.problem:
+                return unparseable(error.problem)
             raise
         return self.rubric.read(output)
 
 
 def _content(answer: Any) -> str:
     """The text of a chat completion; empty where the model refused to say anything."""
-    content = answer["choices"][0]["message"].get("content")
+    try:
+        content = answer["choices"][0]["message"].get("content")
+    except (LookupError, TypeError, AttributeError):
+        raise TryAgain("an answer without a message") from None
     if content is not None and not isinstance(content, str):
-        raise TypeError("content is not text")
+        raise TryAgain("an answer whose content is not text")
     return content or ""
-
-
-def _checked(base_url: str) -> str:
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RPSAError(f"judge: base_url is {hide_credentials(base_url)!r}: give one like https://host/v1")
-    if parts.username or parts.password or parts.query:
-        raise RPSAError(f"judge: base_url holds more than an address: put the key into {KEY_VARIABLES[0]}")
-    return base_url.rstrip("/")
-
-
-def _key() -> str | None:
-    for name in KEY_VARIABLES:
-        if key := os.environ.get(name, "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise RPSAError(f"{name} holds characters that no key has: set it again")
-            return key
-    return None
