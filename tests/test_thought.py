@@ -35,7 +35,7 @@ from rpsa.generation.decoding import ResponseDecoder
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.models import said_model
 from rpsa.pipeline.preflight import preflight
-from rpsa.plan.parts import Base
+from rpsa.plan.planning import Base
 from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Evaluate, Thought
 from rpsa.reference import Problem, ReferenceConfig, build_reference

@@ -43,7 +43,7 @@ from rpsa.fisher.log_probs import (
     response_logits,
 )
 from rpsa.fisher.loop import Loop, only_requiring_grad
-from rpsa.fisher.overlap import split_half_overlap
+from rpsa.fisher.overlap import SAMPLED_ELEMENTS, split_half_overlap
 from rpsa.fisher.probes import Probe, probes
 from rpsa.fisher.samples import Responses, Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.fisher.squares import SquaredGradients
@@ -59,7 +59,7 @@ _CHECKED_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """What is known of some samples without the model, all of it on the CPU."""
 
     samples: Samples
@@ -80,8 +80,11 @@ class Estimation:
         parameters: dict[str, nn.Parameter],
         data: list[Samples],
         config: FisherConfig,
+        sample_size: int = SAMPLED_ELEMENTS,
     ) -> None:
-        self.squares = SquaredGradients(parameters, config.seed)
+        self.squares = SquaredGradients(parameters, config.seed, sample_size)
+        self.hooks: Hooks | None = None
+        """None: the loop."""
         self.excluded: dict[int, str] = {}
         """Places and ids of the samples that are not finite."""
         self.overlap_with_fp32: dict[str, float | None] = {}
@@ -92,11 +95,10 @@ class Estimation:
         self._config = config
         self._device = next(model.parameters()).device
         self._loop = Loop(parameters, self.squares)
-        self._hooks: Hooks | None = None
 
     @property
     def path(self) -> str:
-        return "hooked" if self._hooks else "loop"
+        return "hooked" if self.hooks else "loop"
 
     def run(self) -> None:
         """Sum over all samples that are finite, in the precision that the config says.
@@ -141,24 +143,24 @@ class Estimation:
         if self._config.estimator == "per_token":
             return
         try:
-            self._hooks = Hooks(self._model, self._parameters, self.squares)
+            self.hooks = Hooks(self._model, self._parameters, self.squares)
             self._check_hooks()
         except NotHookable as reason:
             self._take_loop(reason)
         else:
-            logger.info("Fisher by hooks on %d modules, a batch at a time", len(self._hooks))
+            logger.info("Fisher by hooks on %d modules, a batch at a time", len(self.hooks))
 
     def _take_loop(self, reason: NotHookable) -> None:
-        self._hooks = None
+        self.hooks = None
         logger.info("Fisher one sequence at a time: %s", reason)
 
     def _check_hooks(self) -> None:
         """Compare hooks and loop on one sequence: a weight that is used without its module shows here."""
-        hooks = self._hooks
+        hooks = self.hooks
         for sample in self._single_samples():
-            self._hooks = None
+            self.hooks = None
             expected = self._traces(sample)
-            self._hooks = hooks
+            self.hooks = hooks
             found = self._traces(sample)
             if expected is None or found is None:
                 continue
@@ -180,7 +182,7 @@ class Estimation:
 
     def _traces(self, sample: Samples) -> dict[str, float] | None:
         """Each parameter's summed squared gradient; None if something is not finite."""
-        with self._installed():
+        with self.installed():
             is_bad = self._nonfinite_rows(self._batch(sample))
         if is_bad:
             return None
@@ -193,7 +195,7 @@ class Estimation:
             for precision in (config.precision, "fp32"):
                 self._config = replace(config, precision=precision)
                 self.squares.clear()
-                with _matmul_precision(self._config.precision), self._installed():
+                with _matmul_precision(self._config.precision), self.installed():
                     is_finite = self._add(self._batch(replace(sample, places=(0,))))
                 self.squares.sum_over_ranks()
                 scores += self.squares.sampled_halves()[:1] if is_finite else []
@@ -202,15 +204,15 @@ class Estimation:
                 return split_half_overlap(scores[0], scores[1])
         return {}
 
-    def _batch(self, samples: Samples) -> _Batch:
+    def _batch(self, samples: Samples) -> Batch:
         responses = samples.responses()
-        return _Batch(samples, responses, probes(self._config, samples, responses))
+        return Batch(samples, responses, probes(self._config, samples, responses))
 
     def _pass(self) -> bool:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
         is_clean = True
         shares = self._shares()
-        with self._installed(), progress_bars(disable=not self._config.progress or rank() > 0) as bars:
+        with self.installed(), progress_bars(disable=not self._config.progress or rank() > 0) as bars:
             bar = bars.add_task("Fisher", total=sum(len(samples) for samples, _ in shares), now="")
             for samples, counts in shares:
                 for part in self._parts(samples):
@@ -225,7 +227,7 @@ class Estimation:
     def _parts(self, samples: Samples) -> list[list[int]]:
         """Which rows of a batch to take at once; none of them: run along."""
         rows = [row for row, place in enumerate(samples.places) if place not in self.excluded]
-        if not self._hooks:
+        if not self.hooks:
             return [[row] for row in rows]
         # each half's rows side by side
         rows.sort(key=lambda row: samples.places[row] % 2)
@@ -234,11 +236,11 @@ class Estimation:
     @property
     def _is_in_step(self) -> bool:
         """Whether the ranks work on different samples of one sharded model."""
-        return self.squares.sharded and self._hooks is not None
+        return self.squares.sharded and self.hooks is not None
 
     def _shares(self) -> list[tuple[Samples, bool]]:
         """This rank's batches, and whether they count or are only run along with."""
-        if self.squares.sharded and not self._hooks:
+        if self.squares.sharded and not self.hooks:
             return [(samples, True) for samples in self._data]
         shares = []
         for start in range(0, len(self._data), world_size()):
@@ -256,28 +258,29 @@ class Estimation:
         return torch.autocast(self._device.type, torch.bfloat16)
 
     @contextmanager
-    def _installed(self) -> Iterator[None]:
-        differentiated = [] if self._hooks else list(self._parameters.values())
-        with only_requiring_grad(self._model, differentiated), (self._hooks or self._loop).installed():
+    def installed(self) -> Iterator[None]:
+        """The hooks of the present path on, and only what it differentiates requiring grad."""
+        differentiated = [] if self.hooks else list(self._parameters.values())
+        with only_requiring_grad(self._model, differentiated), (self.hooks or self._loop).installed():
             try:
                 yield
             finally:
                 reshard(self._model)
 
-    def _add(self, batch: _Batch, counts: bool = True) -> bool:
+    def _add(self, batch: Batch, counts: bool = True) -> bool:
         """Add a batch; False if something was not finite, on any rank of a sharded model: the sums are spoilt then."""
         self.squares.begin([place % 2 for place in batch.samples.places], counts=counts)
-        is_finite = self._add_squares(batch)
+        is_finite = self.forward_backward(batch)
         all_finite = self.squares.is_finite()
         if counts:
             all_finite = all_finite & is_finite.all().to(all_finite.device)
         is_clean = bool(all_finite)  # waits for the device
         return not on_any_rank(not is_clean) if self.squares.sharded else is_clean
 
-    def _nonfinite_rows(self, batch: _Batch, counts: bool = True) -> list[int]:
+    def _nonfinite_rows(self, batch: Batch, counts: bool = True) -> list[int]:
         """Rows of a batch whose log-probabilities or gradients are not finite; the sums stay as they are."""
         self.squares.begin_norms(len(batch.samples), counts=counts)
-        is_finite = self._add_squares(batch)
+        is_finite = self.forward_backward(batch)
         rows = batch.responses.rows[torch.cat([probe.tokens for probe in batch.probes])]
         found = {*rows[~is_finite.cpu()].tolist(), *self.squares.nonfinite_rows()}
         return sorted(found) if counts else []
@@ -291,11 +294,11 @@ class Estimation:
         logger.warning("skipped, as log p or gradients are not finite: sample %s", names)
         self.excluded |= {samples.places[row]: samples.ids[row] for row in rows}
 
-    def _add_squares(self, batch: _Batch) -> Tensor:
+    def forward_backward(self, batch: Batch) -> Tensor:
         """Go forward and back; whether log p of each probe's tokens, one probe's after another's, is finite."""
         samples, responses = batch.samples, batch.responses
         with self._autocast():
-            hooked = self._hooks.forward_pass(len(samples), self._device.type) if self._hooks else None
+            hooked = self.hooks.forward_pass(len(samples), self._device.type) if self.hooks else None
             logits, places = response_logits(self._model, samples, responses, self._device, hooked)
         # the softmax of each pass is that of its own tokens
         log_probs = [
@@ -307,7 +310,7 @@ class Estimation:
         # The backward pass runs in the dtypes that the forward pass has left: a caller's autocast ends there.
         with torch.autocast(is_finite.device.type, enabled=False):
             self._backward(log_probs, batch.probes)
-        if self._hooks is None:
+        if self.hooks is None:
             for name in self._parameters:
                 self.squares.look(name, 0)
         return is_finite

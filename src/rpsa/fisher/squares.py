@@ -1,5 +1,6 @@
 """The running sums of squared gradients, and what is read from them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -61,6 +62,10 @@ class SquaredGradients:
             if sampled is not None:
                 self._sampled[name] = sampled.to(parameter.device)
                 self._halves[name] = torch.zeros(2, len(sampled), device=parameter.device)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, of this rank's shards."""
+        return [total for sums in self._sums.values() for total in sums]
 
     def begin(self, half_of_row: Sequence[int], *, counts: bool = True) -> None:
         """Start a batch with row i in half `half_of_row[i]`, ascending; one that does not count adds nothing."""
@@ -186,7 +191,7 @@ class SquaredGradients:
 
     def is_finite(self) -> Tensor:
         """Whether this rank's sums are, a bool on the first one's device."""
-        everything = [total for sums in self._sums.values() for total in sums]
+        everything = self.tensors()
         largest = [everything[0].new_zeros(())]
         largest += [total.amax().to(largest[0].device) for total in everything if total.numel()]
         return torch.stack(largest).isfinite().all()
@@ -229,6 +234,15 @@ class SquaredGradients:
             total = sums[0].add_(sums[1]) if len(sums) == 2 else sums[0]
             result[name] = as_sharded(total.div_(samples), self._parameters[name])
         return result
+
+
+def sums_bytes(elements: int) -> int:
+    """What `SquaredGradients` holds of so many elements, over all ranks, once each was looked at."""
+    if elements <= SAMPLED_ELEMENTS:
+        return 2 * 4 * elements
+    # drawn with replacement, each is then kept once: two halves, what was seen last, its place in int64
+    sampled = int(-elements * math.expm1(-SAMPLED_ELEMENTS / elements))
+    return 4 * elements + sampled * (3 * 4 + 8)
 
 
 def _zeros(copies: int, like: Tensor, device: torch.device) -> list[Tensor]:

@@ -1,12 +1,9 @@
-"""What a forward and backward pass keeps alive, found by running the model's own code on fake tensors.
+"""Dry runs: what a forward and backward pass keeps alive, found by running the model's own code on fake tensors.
 
-The passes are those of training (TRL's loss without logits), of the reasoning gradient g_R, of an adapter's warm-up
-and of the Fisher estimate (with logits). A dry run of an 8B model takes seconds, and knows its attention, its
-checkpointing and the bf16 copies of weights that autocast keeps, without a formula for any of them.
-
-How many bytes of tensors are alive, now and at the most: real tensors, or fake ones that only have a size.
-
-A recipe's models without their weights: built from a config, of fake tensors that have a size and no storage.
+A model is built from its config alone, of tensors that have a size and no storage. The passes are those of training
+(TRL's loss without logits), of the reasoning gradient g_R, of an adapter's warm-up, of the Fisher estimate (with
+logits; `rpsa.fisher.footprint` has them) and of generation. A dry run of an 8B model takes seconds, and knows its
+attention, its checkpointing and the bf16 copies of weights that autocast keeps, without a formula for any of them.
 """
 
 import weakref
@@ -22,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rpsa.errors import RPSAError
-from rpsa.fisher.hooked import Hooks, NotHookable
+from rpsa.fisher.footprint import dry_passes
 from rpsa.fisher.log_probs import evaluation_mode, label_log_probs
-from rpsa.fisher.squares import SquaredGradients
 from rpsa.models import location
 from rpsa.parameters import trainable_parameters
 from rpsa.recipe.sections import Model
@@ -108,6 +104,10 @@ def _leave_meta(model: nn.Module) -> None:
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations inside create, until they are freed; views count once.
+
+    torch's own `torch.distributed._tools.mem_tracker.MemTracker` sorts them by module, and so refuses a model's second
+    pass ("multiple iterative calls"), which accumulation, several probes, generation and a real trainer's steps make.
+    It also is private, and this is all that is wanted of it.
 
         with LiveBytes(model.parameters()) as live:
             loss(model).backward()
@@ -232,31 +232,15 @@ def sharded_peak(model: Any, shape: Shape, precision: Precision, peak: Callable[
         return peak(model, shape, lean)
 
 
-def fisher_peak(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> tuple[int, str]:
-    """Bytes beside weights and sums of the Fisher estimate of one batch, and the path it takes (hooked or loop)."""
-    with _checkpointing(model, checkpointing), evaluation_mode(model):
-        return _fisher_peak(model, shape, probes)
-
-
-def _fisher_peak(model: Any, shape: Shape, probes: int) -> tuple[int, str]:
-    parameters = trainable_parameters(model)
-    one = Shape(1, shape.tokens)
-    loop = _fisher_loop(model, parameters, one, probes)
-    try:
-        hooks = Hooks(model, parameters, _NoSums(shape.sequences))
-    except NotHookable:
-        return loop, "loop"
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    with LiveBytes(_tensors(model)) as live, hooks.installed():
-        with hooks.forward_pass(shape.sequences, "cpu"):
-            logits = model(**_inputs(shape), use_cache=False).logits
-        _backward(_log_probs(logits.flatten(0, 1), shape, probes))
-        del logits
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    # before it trusts the hooks, the estimate runs both paths on one sequence
-    return max(live.peak, loop), "hooked"
+def fisher_peak(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> int:
+    """Bytes beside weights and sums of the Fisher estimate of one batch."""
+    peaks = []
+    with _checkpointing(model, checkpointing):
+        for dry_pass in dry_passes(model, shape.sequences, shape.tokens, probes):
+            with LiveBytes([*_tensors(model), *dry_pass.held]) as live:
+                dry_pass.run()
+            peaks.append(live.peak)
+    return max(peaks)
 
 
 def decoding_bytes(model: Any, shape: Shape) -> tuple[int, int]:
@@ -278,52 +262,6 @@ def decoding_bytes(model: Any, shape: Shape) -> tuple[int, int]:
         for tensor in (layer.keys, layer.values)
     )
     return kept, live.peak - kept
-
-
-class _NoSums(SquaredGradients):
-    """Sums that are counted elsewhere: only what comes and goes on the way to them."""
-
-    def __init__(self, sequences: int) -> None:
-        self.sharded = False
-        middle = (sequences + 1) // 2
-        self.groups = [half for half in (slice(middle), slice(middle, sequences)) if half.start != half.stop]
-
-    def into(
-        self, name: str, group: int, rows: slice | None = None, *, is_shard: bool = False
-    ) -> Callable[[Tensor], None]:
-        return lambda gradient: None
-
-    def add_stack(self, name: str, group: int, gradients: Tensor) -> None:
-        gradients.float().square().sum(dim=0)
-
-    def add_rows(self, name: str, group: int, indices: Tensor, gradients: Tensor) -> None:
-        gradients.float().square()
-
-    def look(self, name: str, group: int) -> None:
-        pass
-
-
-def _fisher_loop(model: Any, parameters: dict[str, nn.Parameter], shape: Shape, probes: int) -> int:
-    with _dropping_gradients(parameters.values()), LiveBytes(_tensors(model)) as live:
-        logits = model(**_inputs(shape), use_cache=False).logits
-        _backward(_log_probs(logits.flatten(0, 1), shape, probes))
-        del logits
-    return live.peak
-
-
-def _log_probs(logits: Tensor, shape: Shape, probes: int) -> list[Tensor]:
-    """Those of two of the passes, each of which has its own part of the tokens."""
-    return [
-        label_log_probs(logits, *(tokens[number::probes] for tokens in _labels(shape)))
-        for number in range(min(probes, 2))
-    ]
-
-
-def _backward(log_probs: list[Tensor]) -> None:
-    """The graph is kept for all probes but the last."""
-    while log_probs:
-        values = log_probs.pop(0)
-        torch.autograd.backward(values, torch.ones_like(values), retain_graph=bool(log_probs))
 
 
 def _peak(model: Any, loss: Callable[[], Tensor], precision: Precision, runs: int) -> int:

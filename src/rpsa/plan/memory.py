@@ -12,15 +12,14 @@ What stays in a training step with trainable parameters of b bytes each (4, as t
 An alternative has a penalty's starting weights b and Fisher 4, or a projection's g_R b (until it is used).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from rpsa.fisher.overlap import SAMPLED_ELEMENTS
 from rpsa.fisher.quantile import DEVICE_BLOCK
+from rpsa.fisher.squares import sums_bytes
 from rpsa.freezing.audit import SAMPLED_ELEMENTS as AUDITED_ELEMENTS
 from rpsa.parameters import trainable_parameters
 from rpsa.plan.dry_run import (
@@ -241,12 +240,8 @@ def align_memory(
 def fisher_memory(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> StageMemory:
     """The Fisher stage, which one GPU does: the sums in fp32, and a sample of the elements for each half."""
     elements = sum(p.numel() for p in trainable_parameters(model).values())
-    sums = 2 * 4 * elements
-    if elements > SAMPLED_ELEMENTS:  # drawn with replacement, each then kept once
-        sampled = int(-elements * math.expm1(-SAMPLED_ELEMENTS / elements))
-        sums = 4 * elements + sampled * (3 * 4 + 8)
-    work, _ = fisher_peak(model, shape, probes, checkpointing=checkpointing)
-    return StageMemory({"weights": _bytes(model), "Fisher sums": sums}, work)
+    work = fisher_peak(model, shape, probes, checkpointing=checkpointing)
+    return StageMemory({"weights": _bytes(model), "Fisher sums": sums_bytes(elements)}, work)
 
 
 def warmup_memory(model: Any, shape: Shape, *, checkpointing: bool) -> StageMemory:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rpsa.plan.memory import Sharding, StageMemory
 from rpsa.plan.time import GPUS, Steps
-from rpsa.plan.tokens import Responses, SafetyTokens
+from rpsa.plan.tokens import ResponseTokens, SafetyTokens
 from rpsa.text import printable
 
 
@@ -76,8 +76,8 @@ class Plan:
     methods: list[MethodPlan]
     stages: dict[str, list[SingleGpuStage]]
     """By base."""
-    reference: Responses | None
-    evaluation: list[Responses]
+    reference: ResponseTokens | None
+    evaluation: list[ResponseTokens]
     evaluated: int
     """Models that answer the evaluation."""
     warnings: list[str]

@@ -55,7 +55,7 @@ class SafetyTokens:
 
 
 @dataclass(frozen=True)
-class Responses:
+class ResponseTokens:
     """`count` responses of `tokens` each on average, at most `limit`."""
 
     name: str
@@ -112,24 +112,24 @@ def with_rehearsal(safety: SafetyTokens, cell: Cell, recipe: Recipe) -> SafetyTo
     )
 
 
-def reference_responses(recipe: Recipe) -> Responses:
+def reference_responses(recipe: Recipe) -> ResponseTokens:
     settings = recipe.reference
     expected = RESPONSE_TOKENS["tiny" if settings.problems == "tiny" else "math"]
     limit = settings.max_new_tokens
-    return Responses("reference", settings.n, min(expected, limit), limit)
+    return ResponseTokens("reference", settings.n, min(expected, limit), limit)
 
 
-def evaluation_responses(settings: Evaluate) -> list[Responses]:
+def evaluation_responses(settings: Evaluate) -> list[ResponseTokens]:
     """One entry a task: its items times its samples."""
     return [_task_responses(task, settings) for task in expanded(settings.tasks)]
 
 
-def _task_responses(task: str, settings: Evaluate) -> Responses:
+def _task_responses(task: str, settings: Evaluate) -> ResponseTokens:
     limit = settings.max_new_tokens
     if task in _SIZES:
         items, tokens = _SIZES[task]
         samples = 1 if settings.temperature == 0 else settings.samples or BENCHMARKS[task].samples
-        return Responses(task, min(items, settings.n or items) * samples, min(tokens, limit), limit)
+        return ResponseTokens(task, min(items, settings.n or items) * samples, min(tokens, limit), limit)
     asked = load_task(task, TaskOptions(settings.n, settings.seed))
     kind = "tiny" if "tiny" in task else "math" if asked[0].kind == "reasoning" else "request"
-    return Responses(Path(task).stem, len(asked), min(RESPONSE_TOKENS[kind], limit), limit)
+    return ResponseTokens(Path(task).stem, len(asked), min(RESPONSE_TOKENS[kind], limit), limit)
