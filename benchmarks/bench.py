@@ -29,9 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.fisher.quantile import Ranking, threshold_rank
 from rpsa.freezing.bits import BitMask
 from rpsa.freezing.compact import CompactFreezer

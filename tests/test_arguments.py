@@ -16,9 +16,8 @@ from helpers import trl_runs as t
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.analysis.perturbation import PerturbationConfig
 from rpsa.errors import RPSAError, check_fields
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
 from rpsa.recipe.problems import installed_names

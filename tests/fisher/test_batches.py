@@ -12,12 +12,11 @@ from helpers.fisher_models import ragged_batch, relative_error, rows_of, tiny_mo
 from helpers.waits import Waits
 from rpsa.errors import RPSAError
 from rpsa.fisher import hooked
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import Estimation, estimate_fisher
+from rpsa.fisher.estimators import Estimation, FisherConfig, estimate_fisher
 from rpsa.fisher.log_probs import evaluation_mode
 from rpsa.fisher.overlap import sampled_elements
-from rpsa.fisher.probes import probes
+from rpsa.fisher.probes import signed_probes
 from rpsa.fisher.samples import read_samples
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
@@ -146,7 +145,7 @@ def test_a_cut_keeps_the_start_of_the_response() -> None:
 def test_every_response_token_is_in_one_probe(count: int) -> None:
     [samples] = read_samples([BATCH])
     responses = samples.responses()
-    found = probes(FisherConfig(probes=count), samples, responses)
+    found = signed_probes(samples, responses, count, seed=42)
     assert len(found) == min(count, 9)
     tokens = torch.cat([probe.tokens for probe in found])
     assert tokens.sort().values.tolist() == list(range(21))

@@ -16,9 +16,8 @@ from rpsa.alternatives.after_training import restore, starting_weights
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.analysis.perturbation import PerturbationConfig, perturb
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConstantRatio
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters

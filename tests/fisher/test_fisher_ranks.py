@@ -12,9 +12,8 @@ from torch import nn
 from helpers.fisher_models import ragged_batch, relative_error, tiny_model, with_lora
 from helpers.ranks import run_ranks
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.sharding import full
 

@@ -17,9 +17,8 @@ from helpers.rank_runs import KINDS, RANKS, assert_same, make_model, save_fisher
 from helpers.ranks import run_ranks
 from helpers.sharded import STEPS, accumulate, batches, shard
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.freezing.audit import Audit
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.masks import control_scores

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.fisher_models import VOCABULARY
 from helpers.rank_runs import make_model, reference, sequences
-from rpsa.fisher.config import FisherConfig
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.parameters import trainable_parameters
 from rpsa.recipe.problems import installed_names
 from rpsa.reference import ReferenceDataset, Trace

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from helpers.fisher_models import VOCABULARY, tiny_model
-from rpsa.fisher.config import FisherConfig
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.parameters import trainable_parameters
 from rpsa.recipe.problems import installed_names
 from rpsa.reference import ReferenceDataset, Trace

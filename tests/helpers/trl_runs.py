@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.recipe.problems import installed_names
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.training.config import RPSAArguments, RPSAConfig

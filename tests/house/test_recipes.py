@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import RECIPES
-from rpsa.fisher.config import FisherConfig
+from rpsa.fisher.estimators import FisherConfig
 from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.preflight import preflight
 from rpsa.recipe import Cell, Recipe, load_recipe

@@ -17,9 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from helpers.command_line import invoke
 from helpers.paths import RECIPES
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import Estimation, estimate_fisher
+from rpsa.fisher.estimators import Estimation, FisherConfig, estimate_fisher
 from rpsa.fisher.log_probs import evaluation_mode
 from rpsa.fisher.quantile import CPU_BLOCK
 from rpsa.fisher.samples import read_samples

@@ -315,7 +315,7 @@ def test_yaml_scalars_mean_what_they_look_like() -> None:
 
 def test_choices_are_those_of_the_parts() -> None:
     """The recipe repeats some choices, so that a typo is reported before torch is imported."""
-    from rpsa.fisher.config import FisherConfig
+    from rpsa.fisher.estimators import FisherConfig
     from rpsa.freezing.masks import Mask
     from rpsa.safety_data import SafetyFormat
 

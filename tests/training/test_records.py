@@ -22,8 +22,7 @@ from trl import SFTConfig
 from helpers import trl_runs as t
 from helpers.trl_runs import STEPS, RPSADPOConfig, RPSADPOTrainer, rpsa_trainer
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.freezing.audit import _sampled_places
 from rpsa.parameters import trainable_parameters
 from rpsa.recipe.problems import installed_names

@@ -13,9 +13,8 @@ from helpers.rank_runs import assert_same, make_model, make_trainer, reference, 
 from helpers.ranks import run_ranks
 from helpers.sharded import shard_on_cpus
 from rpsa.errors import RPSAError
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.fisher.estimators import estimate_fisher
+from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.models import sharded
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.alignment import save_whole

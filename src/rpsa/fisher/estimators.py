@@ -25,13 +25,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rpsa.errors import RPSAError, check_type
-from rpsa.fisher.config import FisherConfig, Precision
+from rpsa.errors import RPSAError, check_fields, check_type
 from rpsa.fisher.diagonal import FisherDiagonal, sampled_weights
 from rpsa.fisher.hooked import Hooks, NotHookable
 from rpsa.fisher.log_probs import (
@@ -44,18 +43,51 @@ from rpsa.fisher.log_probs import (
 )
 from rpsa.fisher.loop import Loop, only_requiring_grad
 from rpsa.fisher.overlap import SAMPLED_ELEMENTS, split_half_overlap
-from rpsa.fisher.probes import Probe, probes
+from rpsa.fisher.probes import Probe, signed_probes, whole_probe
 from rpsa.fisher.samples import Responses, Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.progress import progress_bars
 from rpsa.sharding import all_reduce, gather_objects, on_any_rank, rank, reshard, without_ddp, world_size
 
-__all__ = ["FisherConfig", "estimate_fisher"]
-
 logger = logging.getLogger(__name__)
 
 _CHECKED_TOKENS = 64
+
+Estimator = Literal["token_signs", "per_token", "per_sequence"]
+OnNonfinite = Literal["skip", "stop"]
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+@dataclass(frozen=True)
+class FisherConfig:
+    """How Eq. 4 is estimated.
+
+    Raises:
+        RPSAError: a value is not possible.
+    """
+
+    estimator: Estimator = "token_signs"
+    probes: int = 4
+    """Backward passes a batch of `token_signs`: more of them, less noise. The others have no use for it."""
+    seed: int = 42
+    scope: str | None = None
+    """A regular expression searched for in canonical parameter names; None: every trainable parameter."""
+    on_nonfinite: OnNonfinite = "skip"
+    """What to do about a sample whose log-probabilities or gradients are not finite; none is averaged in."""
+    precision: Precision = "fp32"
+    """How products of matrices are taken: as the weights' dtype has it; with TF32, on CUDA alone; or under bf16
+    autocast. The sums are float32 whatever it is."""
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "fisher.")
+        if self.probes < 1:
+            raise RPSAError(f"fisher.probes is {self.probes}: use 1 or more")
+        try:
+            re.compile(self.scope or "")
+        except re.error as error:
+            raise RPSAError(f"fisher.scope {self.scope!r} is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -206,7 +238,12 @@ class Estimation:
 
     def _batch(self, samples: Samples) -> Batch:
         responses = samples.responses()
-        return Batch(samples, responses, probes(self._config, samples, responses))
+        return Batch(samples, responses, self._probes(samples, responses))
+
+    def _probes(self, samples: Samples, responses: Responses) -> list[Probe]:
+        if self._config.estimator == "token_signs":
+            return signed_probes(samples, responses, self._config.probes, self._config.seed)
+        return [whole_probe(responses)]
 
     def _pass(self) -> bool:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
@@ -345,7 +382,7 @@ def _matmul_precision(precision: Precision) -> Iterator[None]:
 def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    config: FisherConfig = FisherConfig(),  # noqa: B008  (frozen)
+    config: FisherConfig = FisherConfig(),
 ) -> FisherDiagonal:
     """Estimate Eq. 4 on the response tokens of `batches`.
 

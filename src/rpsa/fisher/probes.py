@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpsa.fisher.config import FisherConfig
 from rpsa.fisher.samples import Responses, Samples
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -54,16 +53,24 @@ class Probe:
     weights: Tensor
 
 
-def probes(config: FisherConfig, samples: Samples, responses: Responses) -> list[Probe]:
-    """One for each backward pass of a whole batch; every response token is in one of them.
+def whole_probe(responses: Responses) -> Probe:
+    """All response tokens in one backward pass, each weighing 1/sqrt(|y|)."""
+    weights = _weights(responses)
+    return Probe(torch.arange(len(weights)), weights)
+
+
+def signed_probes(samples: Samples, responses: Responses, count: int, seed: int) -> list[Probe]:
+    """The passes of `token_signs`: each response's tokens dealt to `count` of them in turn, with random signs.
 
     The squares of the gradients of sum_t w_t log p_t, summed over the passes, are one sequence's part of F.
     """
-    weights = responses.lengths[responses.rows].float().rsqrt()
-    if config.estimator != "token_signs":
-        return [Probe(torch.arange(len(weights)), weights)]
-    keys = torch.tensor([sample_key(config.seed, name) for name in samples.ids])
-    weights = weights * random_signs(keys[responses.rows], responses.positions)
-    groups = responses.ranks % config.probes
+    keys = torch.tensor([sample_key(seed, name) for name in samples.ids])
+    weights = _weights(responses) * random_signs(keys[responses.rows], responses.positions)
+    groups = responses.ranks % count
     chosen = [(groups == group).nonzero()[:, 0] for group in sorted({*groups.tolist()})]
     return [Probe(tokens, weights[tokens]) for tokens in chosen]
+
+
+def _weights(responses: Responses) -> Tensor:
+    """Squared they are Eq. 4's 1/|y|."""
+    return responses.lengths[responses.rows].float().rsqrt()

@@ -26,7 +26,7 @@ _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no bit of a value i
 
 
 @dataclass(frozen=True)
-class Interval:
+class MaskSpan:
     """Optimizer steps [start, end) under one mask; `moved` counts frozen elements whose bits differ at the end."""
 
     start: int
@@ -59,7 +59,7 @@ class Audit:
 
     def __init__(self, freezer: Freezer, seed: int = 42) -> None:
         self.freezer = freezer
-        self.intervals: list[Interval] = []
+        self.intervals: list[MaskSpan] = []
         places = _sampled_places(freezer, seed)
         self._held = {
             name: None if of is None else _held(freezer.parameters[name], of) for name, of in places.items()
@@ -115,7 +115,7 @@ class Audit:
         ]
         moved = sum_over_shards(torch.tensor(counts), sharded=self.freezer.sharded).tolist()
         self._add(
-            Interval(
+            MaskSpan(
                 start=opened.step,
                 end=self.freezer.step,
                 frozen_ratio=opened.frozen_ratio,
@@ -136,7 +136,7 @@ class Audit:
         by_parameter: list[list[int]] = torch.stack([each.to(device) for each in sums]).tolist()
         return [list(column) for column in zip(*by_parameter, strict=True)]
 
-    def _add(self, interval: Interval) -> None:
+    def _add(self, interval: MaskSpan) -> None:
         """One interval for one mask, wherever checkpoints lay: those of a run that was stopped lie elsewhere."""
         if self.intervals:
             last = self.intervals[-1]
@@ -219,7 +219,7 @@ class Audit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.intervals = [
-            Interval(**{**interval, "tensors_changed": tuple(interval["tensors_changed"])})
+            MaskSpan(**{**interval, "tensors_changed": tuple(interval["tensors_changed"])})
             for interval in state["intervals"]
         ]
 

@@ -183,8 +183,7 @@ class FisherTask(Task):
         return training_dtype(train, "lora" if self.cell else "fft", self.recipe.model)
 
     def run(self, folder: Path, progress: Progress) -> None:
-        from rpsa.fisher.config import FisherConfig
-        from rpsa.fisher.estimators import estimate_fisher
+        from rpsa.fisher.estimators import FisherConfig, estimate_fisher
         from rpsa.reference import ReferenceDataset
 
         reference = ReferenceDataset.load(ReferenceTask(self.recipe, self.base).folder)
