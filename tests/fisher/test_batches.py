@@ -44,7 +44,7 @@ def test_a_batch_waits_for_the_device_once(kind: str, probes: int, monkeypatch: 
     with evaluation_mode(model):
         estimation._choose_path()
         batch = estimation._batch(samples.select([0, 2, 1, 3]))
-        with estimation._installed(), Waits() as whole:
+        with estimation.installed(), Waits() as whole:
             assert estimation._add(batch)
     assert estimation.path == "hooked"
     assert whole.count - forward.count == 1

@@ -2,7 +2,7 @@
 
 LAYERS = [
     {"errors", "text", "progress"},
-    {"sharding"},
+    {"sharding", "settings"},
     {"parameters", "artifacts", "rows", "prompts", "thought", "http"},
     {"provenance"},
     {"fisher"},

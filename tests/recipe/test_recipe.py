@@ -316,15 +316,15 @@ def test_yaml_scalars_mean_what_they_look_like() -> None:
 def test_choices_are_those_of_the_parts() -> None:
     """The recipe repeats some choices, so that a typo is reported before torch is imported."""
     from rpsa.fisher.estimators import FisherConfig
-    from rpsa.freezing.masks import Mask
     from rpsa.safety_data import SafetyFormat
+    from rpsa.settings import MaskKind
 
     def choices(model: type[BaseModel], name: str) -> tuple[Any, ...]:
         return typing.get_args(model.model_fields[name].annotation)
 
     from rpsa.recipe import Safety
 
-    assert choices(Align, "mask") == typing.get_args(Mask)
+    assert choices(Align, "mask") == typing.get_args(MaskKind)
     assert choices(Safety, "format") == typing.get_args(SafetyFormat)
     hints = typing.get_type_hints(FisherConfig)
     assert choices(Fisher, "estimator") == typing.get_args(hints["estimator"])

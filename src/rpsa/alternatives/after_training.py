@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import trainable_parameters
+from rpsa.settings import INTERPOLATION, check
 from rpsa.sharding import local, on_any_rank, shard_like
 
 
@@ -34,8 +35,9 @@ def interpolate(model: nn.Module, start: Mapping[str, Tensor], weight: float) ->
         weight: 0 is the model before training, 1 the trained one.
 
     Raises:
-        RPSAError: as `check_start`.
+        RPSAError: the weight is not between 0 and 1; and as `check_start`.
     """
+    check(INTERPOLATION, weight, "weight")
     check_start(start)
     for name, parameter in trainable_parameters(model).items():
         if "lora_A" not in name and "lora_embedding_A" not in name:

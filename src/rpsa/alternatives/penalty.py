@@ -1,13 +1,12 @@
 """Eq. 5 as a penalty instead of a mask: elastic weight consolidation (Kirkpatrick et al., 2017), and L2-SP."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import trainable_parameters
+from rpsa.settings import PENALTY_STRENGTH, check
 from rpsa.sharding import is_sharded, local, shard_like, sum_over_shards
 
 
@@ -35,10 +34,9 @@ class WeightPenalty:
         model: nn.Module,
         start: dict[str, Tensor],
         fisher: FisherDiagonal | None = None,
-        strength: float = 1.0,
+        strength: float = PENALTY_STRENGTH.default,
     ) -> None:
-        if not 0 <= strength < math.inf:
-            raise RPSAError(f"strength {strength!r} is negative, or no number")
+        check(PENALTY_STRENGTH, strength, "strength")
         self.parameters = trainable_parameters(model)
         self.strength = strength
         self._start = start

@@ -1,15 +1,13 @@
 """What of the safety gradient opposes the reasoning gradient, taken out of it at every step."""
 
-from typing import Literal, get_args
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from rpsa.errors import RPSAError
 from rpsa.parameters import trainable_parameters
+from rpsa.settings import PROJECTION, ProjectionKind, check
 from rpsa.sharding import is_sharded, local, sum_over_shards
-
-ProjectionKind = Literal["agem", "signs"]
 
 
 class Projection:
@@ -29,8 +27,7 @@ class Projection:
     """
 
     def __init__(self, model: nn.Module, kind: ProjectionKind) -> None:
-        if kind not in get_args(ProjectionKind):
-            raise RPSAError(f"projection {kind!r} is not one of {', '.join(get_args(ProjectionKind))}")
+        check(replace(PROJECTION, optional=False), kind)  # a setting may be None, this class not
         self.kind = kind
         self.cosine = 0.0
         """Between g_S and g_R, when they were last compared."""

@@ -31,8 +31,9 @@ from rpsa.errors import RPSAError, check_fields
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.evaluation.statistics.rates import wilson_limits
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.freezing.masks import Mask, control_scores, keep_top
+from rpsa.freezing.masks import control_scores, keep_top
 from rpsa.parameters import trainable_parameters
+from rpsa.settings import MaskKind
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ class PerturbationConfig:
             if not getattr(self, name):
                 raise RPSAError(f"{name}: empty; give at least one")
         for selection in self.selections:
-            if selection not in get_args(Mask):
-                raise RPSAError(f"selection {selection!r} is not one of {', '.join(get_args(Mask))}")
+            if selection not in get_args(MaskKind):
+                raise RPSAError(f"selection {selection!r} is not one of {', '.join(get_args(MaskKind))}")
         if self.draws < 1:
             raise RPSAError(f"draws is {self.draws}: give at least 1")
 
@@ -119,7 +120,7 @@ def cells(config: PerturbationConfig) -> list[Cell]:
 
 
 def select(
-    selection: Mask, fisher: FisherDiagonal, parameters: Mapping[str, Tensor], fraction: float, seed: int
+    selection: MaskKind, fisher: FisherDiagonal, parameters: Mapping[str, Tensor], fraction: float, seed: int
 ) -> dict[str, Tensor]:
     """`fraction` of all elements that the Fisher scores: flat int64 indices into each parameter, on the CPU.
 

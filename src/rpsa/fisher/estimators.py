@@ -25,11 +25,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rpsa import settings
 from rpsa.errors import RPSAError, check_fields, check_type
 from rpsa.fisher.diagonal import FisherDiagonal, sampled_weights
 from rpsa.fisher.hooked import Hooks, NotHookable
@@ -42,7 +43,7 @@ from rpsa.fisher.log_probs import (
     response_logits,
 )
 from rpsa.fisher.loop import Loop, only_requiring_grad
-from rpsa.fisher.overlap import SAMPLED_ELEMENTS, split_half_overlap
+from rpsa.fisher.overlap import split_half_overlap
 from rpsa.fisher.probes import Probe, signed_probes, whole_probe
 from rpsa.fisher.samples import Responses, Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.fisher.squares import SquaredGradients
@@ -54,10 +55,6 @@ logger = logging.getLogger(__name__)
 
 _CHECKED_TOKENS = 64
 
-Estimator = Literal["token_signs", "per_token", "per_sequence"]
-OnNonfinite = Literal["skip", "stop"]
-Precision = Literal["fp32", "tf32", "bf16"]
-
 
 @dataclass(frozen=True)
 class FisherConfig:
@@ -67,23 +64,22 @@ class FisherConfig:
         RPSAError: a value is not possible.
     """
 
-    estimator: Estimator = "token_signs"
-    probes: int = 4
+    estimator: settings.Estimator = settings.ESTIMATOR.default
+    probes: int = settings.PROBES.default
     """Backward passes a batch of `token_signs`: more of them, less noise. The others have no use for it."""
-    seed: int = 42
-    scope: str | None = None
+    seed: int = settings.SEED.default
+    scope: str | None = settings.SCOPE.default
     """A regular expression searched for in canonical parameter names; None: every trainable parameter."""
-    on_nonfinite: OnNonfinite = "skip"
+    on_nonfinite: settings.OnNonfinite = settings.ON_NONFINITE.default
     """What to do about a sample whose log-probabilities or gradients are not finite; none is averaged in."""
-    precision: Precision = "fp32"
+    precision: settings.MatrixPrecision = settings.PRECISION.default
     """How products of matrices are taken: as the weights' dtype has it; with TF32, on CUDA alone; or under bf16
     autocast. The sums are float32 whatever it is."""
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "fisher.")
-        if self.probes < 1:
-            raise RPSAError(f"fisher.probes is {self.probes}: use 1 or more")
+        settings.check(settings.PROBES, self.probes, "fisher.probes")
         try:
             re.compile(self.scope or "")
         except re.error as error:
@@ -112,9 +108,9 @@ class Estimation:
         parameters: dict[str, nn.Parameter],
         data: list[Samples],
         config: FisherConfig,
-        sample_size: int = SAMPLED_ELEMENTS,
+        squares: SquaredGradients | None = None,
     ) -> None:
-        self.squares = SquaredGradients(parameters, config.seed, sample_size)
+        self.squares = squares or SquaredGradients(parameters, config.seed)
         self.hooks: Hooks | None = None
         """None: the loop."""
         self.excluded: dict[int, str] = {}
@@ -369,7 +365,7 @@ class Estimation:
 
 
 @contextmanager
-def _matmul_precision(precision: Precision) -> Iterator[None]:
+def _matmul_precision(precision: settings.MatrixPrecision) -> Iterator[None]:
     """TF32 where it is asked for, and nowhere else; afterwards as it was."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

@@ -17,6 +17,7 @@ from rpsa.fisher.hooked import Hooks, NotHookable
 from rpsa.fisher.log_probs import evaluation_mode
 from rpsa.fisher.probes import Probe
 from rpsa.fisher.samples import Responses, Samples
+from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
 
 
@@ -41,22 +42,23 @@ def dry_passes(model: nn.Module, sequences: int, tokens: int, probes: int) -> It
     parameters = trainable_parameters(model)
     elements = sum(p.numel() for p in parameters.values())
     config = FisherConfig(probes=probes, progress=False)
-    # without a sample, whose drawing looks at values
-    estimation = Estimation(model, parameters, [], config, sample_size=elements)
+    # two sums of all elements, and no sample: to draw one is to look at values
+    squares = SquaredGradients(parameters, config.seed, sample_size=elements)
+    estimation = Estimation(model, parameters, [], config, squares)
 
     def run(rows: int) -> None:
         batch = _batch(rows, tokens, probes)
-        estimation.squares.begin(sorted(row % 2 for row in range(rows)))
+        squares.begin(sorted(row % 2 for row in range(rows)))
         with evaluation_mode(model), torch.enable_grad(), estimation.installed():
             try:
                 estimation.forward_backward(batch)
             except NotHookable:
                 return  # the estimate would go on by the loop, and has held what was seen until here
 
-    held = estimation.squares.tensors()
+    held = squares.tensors()
     yield DryPass("loop", held, lambda: run(1))
     try:
-        estimation.hooks = Hooks(model, parameters, estimation.squares)
+        estimation.hooks = Hooks(model, parameters, squares)
     except NotHookable:
         return
     yield DryPass("hooked", held, lambda: run(sequences))

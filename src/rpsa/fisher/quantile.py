@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rpsa.errors import RPSAError
+from rpsa.settings import CONSTANT_RATIO
 from rpsa.sharding import gather_objects, sum_over_shards
 
 Values = np.ndarray[Any, np.dtype[np.float32]]
@@ -38,7 +38,7 @@ def threshold_rank(n: int, k: float) -> int:
 
     k is read as the decimal that was written, so that 0.7 of 10 elements is 7 and not 6.
     """
-    if not isinstance(k, Real) or not 0 <= k <= 1:
+    if not CONSTANT_RATIO.admits(k):
         raise RPSAError(f"frozen ratio {k!r} is not between 0 and 1")
     return max(1, n - int(Fraction(repr(float(k))) * n))
 

@@ -19,6 +19,7 @@ from rpsa.freezing.bits import BitMask, as_words
 from rpsa.freezing.exact import Mask
 from rpsa.freezing.freezer import Freezer
 from rpsa.parameters import module_group
+from rpsa.settings import SEED
 from rpsa.sharding import as_sharded, full, is_dtensor, local, shard_like, shard_range, sum_over_shards
 
 SAMPLED_ELEMENTS = 1 << 22
@@ -57,7 +58,7 @@ class Audit:
     `next_interval` does both in one reading of the weights, after the mask has changed or at any time.
     """
 
-    def __init__(self, freezer: Freezer, seed: int = 42) -> None:
+    def __init__(self, freezer: Freezer, seed: int = SEED.default) -> None:
         self.freezer = freezer
         self.intervals: list[MaskSpan] = []
         places = _sampled_places(freezer, seed)

@@ -8,12 +8,13 @@ the values are written back. The model may be in bf16: frozen elements keep the 
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rpsa import settings
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.bits import NUMPY_ON, as_words, know_counts
@@ -70,7 +71,7 @@ class CompactFreezer(Freezer):
         ratio: FrozenRatio | None = None,
         *,
         ranking: FisherDiagonal | None = None,
-        zero_fisher: Literal["trainable", "frozen"] = "trainable",
+        zero_fisher: settings.ZeroFisher = settings.ZERO_FISHER.default,
     ) -> None:
         super().__init__(model, fisher, ratio, ranking=ranking, zero_fisher=zero_fisher)
         self.masters: dict[str, nn.Parameter] = {}

@@ -8,12 +8,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rpsa import settings
 from rpsa.errors import RPSAError, check_type
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import Ranking, threshold_rank
@@ -137,9 +138,9 @@ class Freezer:
         ratio: FrozenRatio | None = None,
         *,
         ranking: FisherDiagonal | None = None,
-        gradient_only: bool = False,
-        frozen_moments: Literal["zero", "raw"] = "zero",
-        zero_fisher: Literal["trainable", "frozen"] = "trainable",
+        gradient_only: bool = settings.GRADIENT_ONLY.default,
+        frozen_moments: settings.FrozenMoments = settings.FROZEN_MOMENTS.default,
+        zero_fisher: settings.ZeroFisher = settings.ZERO_FISHER.default,
     ) -> None:
         check_type("model", model, nn.Module, "a torch module")
         check_type(
@@ -149,12 +150,8 @@ class Freezer:
             raise RPSAError(f"ratio is {ratio!r}: give ConstantRatio(0.6), or ConflictRatio()")
         if ranking is not None:
             check_type("ranking", ranking, FisherDiagonal, "a FisherDiagonal, as control_scores returns it")
-        for name, value, known in (
-            ("frozen_moments", frozen_moments, ("zero", "raw")),
-            ("zero_fisher", zero_fisher, ("trainable", "frozen")),
-        ):
-            if value not in known:
-                raise RPSAError(f"{name} {value!r} is not one of {', '.join(known)}")
+        settings.check(settings.FROZEN_MOMENTS, frozen_moments)
+        settings.check(settings.ZERO_FISHER, zero_fisher)
         fisher.check(model)
         _refuse_sparse_gradients(model)
         self._trainable = trainable_parameters(model)

@@ -5,21 +5,18 @@ it freezes as many elements as the Fisher does, and a smaller k freezes a subset
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import order_statistic
+from rpsa.settings import MASK, SEED, MaskKind, check
 from rpsa.sharding import full
-
-Mask = Literal["fisher", "random", "random_nonzero", "random_per_tensor", "magnitude", "inverse"]
 
 
 def control_scores(
-    mask: Mask, fisher: FisherDiagonal, parameters: Mapping[str, Tensor], seed: int = 42
+    mask: MaskKind, fisher: FisherDiagonal, parameters: Mapping[str, Tensor], seed: int = SEED.default
 ) -> FisherDiagonal:
     """Scores that rank elements by `mask` instead of by Fisher.
 
@@ -31,8 +28,7 @@ def control_scores(
 
     The result is not sharded, though its arguments may be: each rank ranks all elements, and so all alike.
     """
-    if mask not in get_args(Mask):
-        raise RPSAError(f"mask {mask!r} is not one of {', '.join(get_args(Mask))}")
+    check(MASK, mask)
     fisher = FisherDiagonal({name: full(score) for name, score in fisher.scores.items()}, fisher.manifest)
     generator = torch.Generator().manual_seed(seed)
     build: dict[str, Callable[[], dict[str, Tensor]]] = {

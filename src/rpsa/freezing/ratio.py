@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rpsa.errors import RPSAError, check_fields
+from rpsa.errors import check_fields
+from rpsa.settings import CONSTANT_RATIO, EVERY, SEED, SIGMA_SCALE, UNDECIDED_RATIO, WINDOW, check
 
 
 class FrozenRatio(Protocol):
@@ -31,13 +32,12 @@ class FrozenRatio(Protocol):
 class ConstantRatio:
     """The same k throughout (section 4.3 uses 0.6)."""
 
-    value: float = 0.6
+    value: float = CONSTANT_RATIO.default
     every: None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 <= self.value <= 1:
-            raise RPSAError(f"frozen_ratio {self.value!r} is not a number from 0 to 1")
+        check(CONSTANT_RATIO, self.value)
 
     def initial(self) -> float:
         return self.value
@@ -61,31 +61,29 @@ class ConflictRatio:
     mu +- sigma; the paper's text describes mu +- 2 sigma, which is `sigma_scale=4`.
     """
 
-    window: int = 20
-    every: int = 25
-    sigma_scale: float = 2.0
+    window: int = WINDOW.default
+    every: int = EVERY.default
+    sigma_scale: float = SIGMA_SCALE.default
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("window", "every", "sigma_scale"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise RPSAError(f"{name} must be a number greater than 0, not {value!r}")
+        for setting in (WINDOW, EVERY, SIGMA_SCALE):
+            check(setting, getattr(self, setting.name))
 
     def initial(self) -> float:
-        return 0.5
+        return UNDECIDED_RATIO
 
     def update(self, conflict: float) -> float:
         previous = self.history[-self.window :]
         self.history.append(conflict)
         if len(previous) < self.window:
-            return 0.5
+            return UNDECIDED_RATIO
         mean = math.fsum(previous) / self.window
         sigma = math.sqrt(math.fsum((c - mean) ** 2 for c in previous) / self.window)
         # The mean of equal floats may round off them: what is left is noise, not a spread.
         if sigma <= 1e-12:
-            return 0.5
+            return UNDECIDED_RATIO
         return min(1.0, max(0.0, (conflict - mean) / (self.sigma_scale * sigma) + 0.5))
 
     @property
@@ -109,7 +107,7 @@ class NoiseRatio(ConflictRatio):
     numbers, and k ignores it. The n-th draw depends on (seed, n) alone, whatever else is random.
     """
 
-    seed: int = 42
+    seed: int = SEED.default
 
     def update(self, conflict: float) -> float:
         return super().update(random.Random(f"{self.seed}:{len(self.history)}").gauss())

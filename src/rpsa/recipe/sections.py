@@ -16,11 +16,17 @@ from pydantic import (
     model_validator,
 )
 
+from rpsa import settings
 from rpsa.recipe.problems import validation_problems
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """As numpy takes them."""
+
+
+def within(setting: settings.Setting[Any]) -> Any:
+    """The bounds that a setting is declared with."""
+    return Field(**setting.bounds)
 
 
 class Section(BaseModel):
@@ -82,7 +88,9 @@ class Reference(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_new_tokens: PositiveInt = 32768
-    reference_max_length: PositiveInt = 4096
+    reference_max_length: Annotated[int, within(settings.REFERENCE_MAX_LENGTH)] = (
+        settings.REFERENCE_MAX_LENGTH.default
+    )
     only_correct: bool = False
     batch_size: PositiveInt = 16
     backend: Literal["auto", "transformers", "vllm"] = "auto"
@@ -103,21 +111,21 @@ class Fisher(Section):
     `warmup_steps`: of a LoRA adapter on D_ref before F is measured, so that A has one too.
     """
 
-    estimator: Literal["token_signs", "per_token", "per_sequence"] = "token_signs"
-    probes: PositiveInt = 4
-    seed: Seed = 42
-    scope: Annotated[str, AfterValidator(_regex)] | None = None
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    estimator: settings.Estimator = settings.ESTIMATOR.default
+    probes: Annotated[int, within(settings.PROBES)] = settings.PROBES.default
+    seed: Seed = settings.SEED.default
+    scope: Annotated[str, AfterValidator(_regex)] | None = settings.SCOPE.default
+    on_nonfinite: settings.OnNonfinite = settings.ON_NONFINITE.default
+    precision: settings.MatrixPrecision = settings.PRECISION.default
     warmup_steps: NonNegativeInt = 0
     batch_size: PositiveInt = 4
     activation_checkpointing: bool = False
 
 
 def _frozen_ratio(value: Any) -> Any:
-    if isinstance(value, str) and value not in ("dynamic", "noise"):
+    if isinstance(value, str) and not settings.FROZEN_RATIO.admits(value):
         raise ValueError(f"{value!r} is neither a number between 0 and 1 nor 'dynamic' nor 'noise'")
-    if isinstance(value, int | float) and not 0 <= value <= 1:
+    if isinstance(value, int | float) and not settings.FROZEN_RATIO.admits(value):
         raise ValueError(f"{value!r} is not between 0 and 1")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"expected a number between 0 and 1, 'dynamic' or 'noise', not {value!r}")
@@ -125,26 +133,29 @@ def _frozen_ratio(value: Any) -> Any:
 
 
 class Align(Section):
-    """Freezing (section 3.2) and the dynamic k of Eq. 6 and 7."""
+    """Freezing (section 3.2) and the dynamic k of Eq. 6 and 7. `compact` null: wherever it trains the same."""
 
     frozen_ratio: Annotated[
-        float | Literal["dynamic", "noise"],
+        float | settings.MovingRatio,
         BeforeValidator(_frozen_ratio),
         WithJsonSchema(
-            {"anyOf": [{"enum": ["dynamic", "noise"]}, {"type": "number", "minimum": 0, "maximum": 1}]}
+            {
+                "anyOf": [
+                    {"enum": [*settings.FROZEN_RATIO.choices]},
+                    {"type": "number", "minimum": 0, "maximum": 1},
+                ]
+            }
         ),
-    ] = "dynamic"
-    window: PositiveInt = 20
-    every: PositiveInt = 25
-    sigma_scale: Annotated[float, Field(gt=0)] = 2.0
-    mask: Literal["fisher", "random", "random_nonzero", "random_per_tensor", "magnitude", "inverse"] = (
-        "fisher"
-    )
-    gradient_only: bool = False
-    frozen_moments: Literal["zero", "raw"] = "zero"
-    zero_fisher: Literal["trainable", "frozen"] = "trainable"
+    ] = settings.FROZEN_RATIO.default
+    window: Annotated[int, within(settings.WINDOW)] = settings.WINDOW.default
+    every: Annotated[int, within(settings.EVERY)] = settings.EVERY.default
+    sigma_scale: Annotated[float, within(settings.SIGMA_SCALE)] = settings.SIGMA_SCALE.default
+    mask: settings.MaskKind = settings.MASK.default
+    gradient_only: bool = settings.GRADIENT_ONLY.default
+    frozen_moments: settings.FrozenMoments = settings.FROZEN_MOMENTS.default
+    zero_fisher: settings.ZeroFisher = settings.ZERO_FISHER.default
     compact: bool | None = None
-    audit: bool = True
+    audit: bool = settings.AUDIT.default
 
 
 class Alternatives(Section):
@@ -156,12 +167,12 @@ class Alternatives(Section):
     `restored_ratio` the share k of elements, by Fisher, that goes back to where it was.
     """
 
-    penalty: Literal["fisher", "uniform"] | None = None
-    penalty_strength: Annotated[float, Field(ge=0)] = 1.0
-    projection: Literal["agem", "signs"] | None = None
-    rehearsal_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    interpolation: Share = 1.0
-    restored_ratio: Share = 0.0
+    penalty: settings.PenaltyKind | None = settings.PENALTY.default
+    penalty_strength: Annotated[float, within(settings.PENALTY_STRENGTH)] = settings.PENALTY_STRENGTH.default
+    projection: settings.ProjectionKind | None = settings.PROJECTION.default
+    rehearsal_share: Annotated[float, within(settings.REHEARSAL_SHARE)] = settings.REHEARSAL_SHARE.default
+    interpolation: Annotated[float, within(settings.INTERPOLATION)] = settings.INTERPOLATION.default
+    restored_ratio: Annotated[float, within(settings.RESTORED_RATIO)] = settings.RESTORED_RATIO.default
 
     @property
     def needs_fisher(self) -> bool:
@@ -178,8 +189,8 @@ class Alternatives(Section):
     @property
     def changes_training(self) -> bool:
         """Whether anything but the data is different."""
-        settings = (self.penalty, self.projection, self.interpolation, self.restored_ratio)
-        return settings != (None, None, 1.0, 0.0)
+        changing = (settings.PENALTY, settings.PROJECTION, settings.INTERPOLATION, settings.RESTORED_RATIO)
+        return any(getattr(self, setting.name) != setting.default for setting in changing)
 
 
 class Safety(Section):

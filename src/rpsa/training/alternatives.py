@@ -4,10 +4,9 @@ Rehearsal: the model's own reasoning among the safety data, so that training goe
 """
 
 import logging
-import math
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from rpsa import settings
 from rpsa.alternatives.after_training import check_start, interpolate, restore, starting_weights
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.alternatives.projection import Projection
@@ -22,7 +22,13 @@ from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import refuse_engines
-from rpsa.training.config import check_own_fields, refuse_order, refuse_unsupported, refuse_unsupported_ranks
+from rpsa.training.config import (
+    check_own_fields,
+    declared,
+    refuse_order,
+    refuse_unsupported,
+    refuse_unsupported_ranks,
+)
 from rpsa.training.reasoning import ReasoningMixin
 from rpsa.training.records import check_args
 
@@ -42,7 +48,11 @@ class Rehearsal:
 
 
 def rehearse(
-    dataset: "Dataset", reference: ReferenceDataset, share: float, max_length: int | None, seed: int = 42
+    dataset: "Dataset",
+    reference: ReferenceDataset,
+    share: float,
+    max_length: int | None,
+    seed: int = settings.SEED.default,
 ) -> Rehearsal:
     """All rows of `dataset` and as many traces of D_ref as make up `share` of the whole, shuffled together.
 
@@ -58,8 +68,7 @@ def rehearse(
     """
     from datasets import Dataset, concatenate_datasets
 
-    if not 0 <= share < 1:
-        raise RPSAError(f"rehearsal share is {share}: give at least 0 and less than 1")
+    settings.check(settings.REHEARSAL_SHARE, share, "rehearsal share")
     traces = [t for t in reference.traces if max_length is None or len(t.prompt_ids) < max_length]
     if not traces:
         raise RPSAError(f"max_length {max_length} leaves no response token of any trace: raise it")
@@ -83,28 +92,12 @@ class AlternativesArguments:
         RPSAError: a value is impossible, or the way of training is not supported.
     """
 
-    penalty: str | None = field(
-        default=None,
-        metadata={"help": "fisher (EWC) or uniform (L2-SP): what moves away from the start costs."},
-    )
-    penalty_strength: float = field(
-        default=1.0, metadata={"help": "Strength of the penalty, whose weights have the mean 1."}
-    )
-    projection: str | None = field(
-        default=None,
-        metadata={"help": "agem or signs: what is taken out of g_S where it opposes g_R, at every step."},
-    )
-    interpolation: float = field(
-        default=1.0,
-        metadata={"help": "After training: 1 keeps the trained weights, 0 goes back to the start."},
-    )
-    restored_ratio: float = field(
-        default=0.0,
-        metadata={"help": "After training: the share k of elements, by Fisher, that goes back to the start."},
-    )
-    reference_max_length: int | None = field(
-        default=4096, metadata={"help": "Tokens of a reasoning trace that the reasoning gradient sees."}
-    )
+    penalty: str | None = declared(settings.PENALTY)
+    penalty_strength: float = declared(settings.PENALTY_STRENGTH)
+    projection: str | None = declared(settings.PROJECTION)
+    interpolation: float = declared(settings.INTERPOLATION)
+    restored_ratio: float = declared(settings.RESTORED_RATIO)
+    reference_max_length: int | None = declared(settings.REFERENCE_MAX_LENGTH)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,14 +105,9 @@ class AlternativesArguments:
 
     def __post_init__(self) -> None:
         check_own_fields(self, AlternativesArguments)
-        for name, choices in (("penalty", ("fisher", "uniform")), ("projection", ("agem", "signs"))):
-            if getattr(self, name) not in (None, *choices):
-                raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if not 0 <= self.penalty_strength < math.inf:
-            raise RPSAError(f"penalty_strength {self.penalty_strength!r} is negative, or no number")
-        for name in ("interpolation", "restored_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RPSAError(f"{name} {getattr(self, name)!r} is not between 0 and 1")
+        for setting in settings.ALTERNATIVES:
+            if setting is not settings.REHEARSAL_SHARE:  # which changes the data
+                settings.check(setting, getattr(self, setting.name))
         refuse_unsupported(self)
         refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
@@ -213,19 +201,19 @@ class _AlternativesCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer, settings = self.trainer, self.trainer.args
+        trainer, own = self.trainer, self.trainer.args
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         if state.global_step == 0:
             trainer.keep_start()
-        if settings.penalty:
+        if own.penalty:
             assert trainer.start is not None
             fisher = None
-            if settings.penalty == "fisher":
+            if own.penalty == "fisher":
                 assert trainer.fisher is not None
                 fisher = trainer.fisher.for_any_weights()  # the trainer has compared them
-            trainer.weight_penalty = WeightPenalty(model, trainer.start, fisher, settings.penalty_strength)
-        if settings.projection:
-            trainer.gradient_projection = Projection(model, settings.projection)
+            trainer.weight_penalty = WeightPenalty(model, trainer.start, fisher, own.penalty_strength)
+        if own.projection:
+            trainer.gradient_projection = Projection(model, own.projection)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.gradient_projection is not None:
@@ -233,12 +221,12 @@ class _AlternativesCallback(TrainerCallback):
             self.trainer.gradient_projection.capture_reference()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer, settings = self.trainer, self.trainer.args
+        trainer, own = self.trainer, self.trainer.args
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        if settings.restored_ratio > 0:
+        if own.restored_ratio > 0:
             assert trainer.start is not None
             assert trainer.fisher is not None
-            restore(model, trainer.start, trainer.fisher.for_any_weights(), settings.restored_ratio)
-        if settings.interpolation < 1:
+            restore(model, trainer.start, trainer.fisher.for_any_weights(), own.restored_ratio)
+        if own.interpolation < 1:
             assert trainer.start is not None
-            interpolate(model, trainer.start, settings.interpolation)
+            interpolate(model, trainer.start, own.interpolation)

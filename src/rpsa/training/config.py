@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from rpsa import settings
 from rpsa.errors import RPSAError, check_fields, refuse_text_for_numbers
-from rpsa.freezing.masks import Mask
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio, NoiseRatio
 from rpsa.sharding import refuse_engines
 
@@ -24,6 +24,11 @@ def refuse_order(cls: type, ours: type, theirs: type) -> None:
         )
 
 
+def declared(setting: settings.Setting[Any]) -> Any:
+    """A dataclass's field with the default and the help of a setting."""
+    return field(default=setting.default, metadata={"help": setting.help})
+
+
 @dataclass
 class RPSAArguments:
     """What `RPSAMixin` reads; put it before any `TrainingArguments` subclass, as `RPSAConfig` does with SFT's.
@@ -32,75 +37,34 @@ class RPSAArguments:
         RPSAError: a value is impossible, or a setting is asked for that exact freezing does not support.
     """
 
-    frozen_ratio: str = field(
-        default="dynamic",
-        metadata={
-            "help": "k: 'dynamic' (Eq. 7), a number from 0 (nothing frozen) to 1, or 'noise' (a control: "
-            "Eq. 7 without the conflict)."
-        },
-    )
-    window: int = field(
-        default=20, metadata={"help": "W of Eq. 7: measurements before k may leave 0.5, and its baseline."}
-    )
-    every: int = field(default=25, metadata={"help": "Optimizer steps between measurements of the conflict."})
-    sigma_scale: float = field(
-        default=2.0, metadata={"help": "Divisor of Eq. 7 in units of sigma; 4 is mu +- 2 sigma."}
-    )
-    mask: str = field(
-        default="fisher",
-        metadata={
-            "help": "What is frozen first: fisher, or a control (random, random_nonzero, random_per_tensor, "
-            "magnitude, inverse)."
-        },
-    )
-    gradient_only: bool = field(
-        default=False,
-        metadata={"help": "Mask gradients only, as the paper's text says; elements still move."},
-    )
-    frozen_moments: str = field(
-        default="zero", metadata={"help": "What Adam's second moment sees of frozen elements: zero or raw."}
-    )
-    zero_fisher: str = field(
-        default="trainable", metadata={"help": "Elements with F = 0: trainable or frozen."}
-    )
-    reference_max_length: int | None = field(
-        default=4096, metadata={"help": "Tokens of a reasoning trace that the reasoning gradient sees."}
-    )
-    compact: bool = field(
-        default=False,
-        metadata={
-            "help": "Give the optimizer the trainable elements alone, as fp32 masters: frozen ones cost no gradient, "
-            "no moment and no time, and the model may be in bf16. The model's parameters then have no .grad."
-        },
-    )
-    audit: bool = field(
-        default=True,
-        metadata={"help": "Checksum the frozen set, and write rpsa_audit.json beside the model."},
-    )
+    frozen_ratio: str = declared(settings.FROZEN_RATIO)
+    window: int = declared(settings.WINDOW)
+    every: int = declared(settings.EVERY)
+    sigma_scale: float = declared(settings.SIGMA_SCALE)
+    mask: str = declared(settings.MASK)
+    gradient_only: bool = declared(settings.GRADIENT_ONLY)
+    frozen_moments: str = declared(settings.FROZEN_MOMENTS)
+    zero_fisher: str = declared(settings.ZERO_FISHER)
+    reference_max_length: int | None = declared(settings.REFERENCE_MAX_LENGTH)
+    compact: bool = declared(settings.COMPACT)
+    audit: bool = declared(settings.AUDIT)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         refuse_order(cls, RPSAArguments, TrainingArguments)
 
     def __post_init__(self) -> None:
-        if self.frozen_ratio not in ("dynamic", "noise"):
+        if self.frozen_ratio not in settings.FROZEN_RATIO.choices:
             try:
                 if isinstance(self.frozen_ratio, bool):
                     raise TypeError
                 self.frozen_ratio = float(self.frozen_ratio)  # type: ignore[assignment]
             except (ValueError, TypeError):
-                raise RPSAError(
-                    f"frozen_ratio {self.frozen_ratio!r} is neither 'dynamic', 'noise' nor a number from 0 to 1"
-                ) from None
+                raise RPSAError(settings.FROZEN_RATIO.refused(self.frozen_ratio)) from None
         check_own_fields(self, RPSAArguments, but="frozen_ratio")
         self.ratio()
-        for name, choices in (
-            ("mask", get_args(Mask)),
-            ("frozen_moments", ("zero", "raw")),
-            ("zero_fisher", ("trainable", "frozen")),
-        ):
-            if getattr(self, name) not in choices:
-                raise RPSAError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for setting in (settings.MASK, settings.FROZEN_MOMENTS, settings.ZERO_FISHER):
+            settings.check(setting, getattr(self, setting.name))
         if self.compact and (reason := why_not_compact(self)):
             raise RPSAError(f"compact{reason}")
         refuse_unsupported(self)
@@ -129,8 +93,7 @@ def check_own_fields(args: Any, ours: type, but: str = "") -> None:
         raise RPSAError(f"{ours.__name__} goes before a config: class MyConfig({ours.__name__}, SFTConfig)")
     check_fields(args, of=ours, but=but)
     refuse_text_for_numbers(args)
-    if args.reference_max_length is not None and args.reference_max_length < 1:
-        raise RPSAError(f"reference_max_length is {args.reference_max_length}: give 1 or more, or None")
+    settings.check(settings.REFERENCE_MAX_LENGTH, args.reference_max_length)
 
 
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")

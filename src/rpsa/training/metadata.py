@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import package_versions, sha256_of
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
+from rpsa.settings import INTERPOLATION, PENALTY, PROJECTION, RESTORED_RATIO
 from rpsa.sharding import is_sharded, local
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
     }
 
 
-_DEFAULTS = {"penalty": None, "projection": None, "interpolation": 1.0, "restored_ratio": 0.0}
+_DEFAULTS = {s.name: s.default for s in (PENALTY, PROJECTION, INTERPOLATION, RESTORED_RATIO)}
 
 
 def alternatives_metadata(trainer: Any, names: CardNames) -> dict[str, Any] | None:
