@@ -1,9 +1,8 @@
 """The Fisher diagonal of Eq. 4 as a value: scores by parameter, section 3.2's threshold and mask, files.
 
-Which weights a Fisher was measured on, known by a few of them: F of one model says nothing of another.
-
-A hash tells the same from the different. These tell also a model after some training, or in another dtype, from one
-that has nothing to do with it.
+A Fisher of one model says nothing of another. So it keeps some values of the weights that it was measured on, and
+refuses others. A hash would tell the same from the different; values tell also a model after some training, or in
+another dtype, from one that has nothing to do with it.
 """
 
 import base64
@@ -23,6 +22,11 @@ from rpsa.errors import RPSAError, check_type
 from rpsa.fisher.quantile import Ranking, threshold_rank
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 from rpsa.sharding import barrier, full, is_sharded, local, rank
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_SHARD_BYTES = 4 << 30
 
 Origin = Literal["same", "trained", "other"]
 """The weights that were measured, in whatever dtype; a state that training may have brought them to; none of both."""
@@ -99,12 +103,6 @@ def _encoded(values: Tensor) -> str:
 
 def _decoded(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
-
-
-log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-_SHARD_BYTES = 4 << 30
 
 
 class FisherDiagonal:

@@ -13,9 +13,8 @@ Three estimators:
   large elsewhere.
 
 The first and the last take whole batches where the model's modules are known (`hooked`), and one sequence at
-a time elsewhere (`loop`); both give the same numbers.
-
-One Fisher estimate on its way: which path the gradients take, and what is left out.
+a time elsewhere (`loop`); both give the same numbers. `Estimation` is one estimate on its way: it chooses the path,
+adds the squares, and finds and leaves out samples that are not finite.
 """
 
 import logging
@@ -262,7 +261,7 @@ class Estimation:
         rows = [row for row, place in enumerate(samples.places) if place not in self.excluded]
         if not self.hooks:
             return [[row] for row in rows]
-        # each half's rows side by side
+        # each half's rows side by side, as the sums take them (`SquaredGradients.groups`)
         rows.sort(key=lambda row: samples.places[row] % 2)
         return [rows] if rows or self._is_in_step else []
 
@@ -355,6 +354,7 @@ class Estimation:
             return
         weights = [p.weights for p in passes]
         if self._is_in_step:
+            # a rank with fewer probes goes back as often as the others, with weights of 0, or they wait for it for ever
             missing = int(all_reduce(torch.tensor(len(passes)), "MAX")) - len(passes)
             log_probs += log_probs[-1:] * missing
             weights += [torch.zeros_like(weights[-1])] * missing

@@ -1,8 +1,17 @@
-"""Per-sequence squared gradients of a whole batch in one backward pass.
+"""Hooks: per-sequence squared gradients of a whole batch in one backward pass.
 
-A weight's gradient in one sequence is a small function of the module's input x and of the gradient delta at
-its output; for a linear layer delta^T x, summed over tokens. Hooks see both for every sequence, while autograd
-itself only has the sum over the batch.
+Eq. 4 squares the gradient of each sequence by itself, and autograd only gives the sum over a batch: squared, that is
+another quantity, and a backward pass for each sequence gives up what a batch gains. But a weight's gradient in one
+sequence is a small function of the module's input x and of the gradient delta at its output; of a linear layer it is
+delta^T x, summed over tokens. Both are there for every sequence when the backward pass comes by. So the parameters are
+told not to require grad (autograd then never forms the gradients that nobody wants), each module's output goes through
+an identity of ours (`_Tap`), and the identity's backward pass hands x and delta to a rule that knows the module's kind.
+
+What no rule knows is `NotHookable`, and the whole model takes the loop (`rpsa.fisher.loop`).
+
+Shapes: B rows of a batch, one a sequence; T positions of each (all dimensions between the batch's and the features'
+together); I inputs and O outputs of a module, so that its weight is OI; D columns of an embedding; N the batch's B x T
+tokens.
 """
 
 from collections import Counter
@@ -99,6 +108,7 @@ class Hooks:
                 self._problem = self._problem or self._problem_of(name, inputs, output)
             if self._problem:
                 return output
+            # what a forward hook returns takes the place of the module's output
             tapped: Tensor = _Tap.apply(output, inputs[0], self._anchor, rule)  # type: ignore[no-untyped-call]
             return tapped
 
@@ -114,6 +124,8 @@ class Hooks:
         return None
 
     def _completed(self, rule: Rule, names: Mapping[str, str]) -> Rule:
+        # A module is called once, so that after its rule nothing more of its parameters comes in this pass: the sums
+        # of a sharded one are handed on now, and no rank ever holds those of two modules whole.
         def complete(x: Tensor, delta: Tensor) -> None:
             rule(x, delta)
             for name in names.values():
@@ -145,31 +157,37 @@ class Hooks:
 
     def _linear(self, names: Mapping[str, str]) -> Rule:
         def rule(x: Tensor, delta: Tensor) -> None:
-            x = x.to(delta.dtype).reshape(len(x), -1, x.shape[-1])
-            delta = delta.reshape(len(delta), -1, delta.shape[-1]).transpose(1, 2)
+            # under autocast the module has cast its input itself, and delta says to what
+            x_BTI = x.to(delta.dtype).reshape(len(x), -1, x.shape[-1])
+            delta_BOT = delta.reshape(len(delta), -1, delta.shape[-1]).transpose(1, 2)
             if "weight" in names:
-                self._weight(names["weight"], x, delta)
+                self._weight(names["weight"], x_BTI, delta_BOT)
             if "bias" in names:
-                self._stacks(names["bias"], delta.sum(dim=2))
+                self._stacks(names["bias"], delta_BOT.sum(dim=2))
 
         return rule
 
-    def _weight(self, name: str, x: Tensor, delta: Tensor) -> None:
-        """The squares of `delta @ x`, (B, out, tokens) by (B, tokens, in), for each of B rows."""
-        (batch, outputs, _), inputs = delta.shape, x.shape[-1]
-        is_cpu = delta.device.type == "cpu"
-        if batch * outputs * inputs <= (_CPU_STACK if is_cpu else _DEVICE_BLOCK):
-            self._stacks(name, torch.bmm(delta, x))
+    def _weight(self, name: str, x_BTI: Tensor, delta_BOT: Tensor) -> None:
+        """The squares of each row's `delta_OT @ x_TI`.
+
+        Small ones are formed all at once. Of large ones B gradients would not fit, and even one of them leaves the
+        cache between being written, squared and added: so a few of its O rows at a time go through one scratch buffer,
+        for every sequence, while the sums that they are added to are still near.
+        """
+        (B, O, _), I = delta_BOT.shape, x_BTI.shape[-1]
+        is_cpu = delta_BOT.device.type == "cpu"
+        if (_CPU_STACK if is_cpu else _DEVICE_BLOCK) >= B * O * I:
+            self._stacks(name, torch.bmm(delta_BOT, x_BTI))
             return
-        height = max(1, (_CPU_BLOCK if is_cpu else _DEVICE_BLOCK) // inputs)
+        height = max(1, (_CPU_BLOCK if is_cpu else _DEVICE_BLOCK) // I)
         for group, rows in self._groups(name):
-            xs = x[rows].unbind()
-            for start in range(0, outputs, height):
-                block = slice(start, min(start + height, outputs))
-                gradient = self._buffer(delta, block.stop - start, inputs)
+            xs_TI = x_BTI[rows].unbind()
+            for start in range(0, O, height):
+                block = slice(start, min(start + height, O))
+                gradient_OI = self._buffer(delta_BOT, block.stop - start, I)
                 add = self._squares.into(name, group, block)
-                for d, row in zip(delta[rows, block].unbind(), xs, strict=True):
-                    add(torch.mm(d, row, out=gradient))
+                for delta_OT, x_TI in zip(delta_BOT[rows, block].unbind(), xs_TI, strict=True):
+                    add(torch.mm(delta_OT, x_TI, out=gradient_OI))
 
     def _stacks(self, name: str, gradients: Tensor) -> None:
         """The squares of all rows' gradients, (B, *shape of the parameter)."""
@@ -178,6 +196,7 @@ class Hooks:
 
     def _embedding(self, name: str, padding_idx: int | None) -> Rule:
         def rule(x: Tensor, delta: Tensor) -> None:
+            # x is token ids here, (B, T), and delta (B, T, D)
             if padding_idx is not None:  # autograd leaves that row without a gradient
                 delta = delta.masked_fill((x == padding_idx).unsqueeze(-1), 0)
             for group, rows in self._groups(name):
@@ -187,6 +206,7 @@ class Hooks:
 
     def _norm(self, module: nn.Module, names: Mapping[str, str]) -> Rule:
         def rule(x: Tensor, delta: Tensor) -> None:
+            # the module's own code runs once more: in the precision that it ran in, as the backward pass has another
             with torch.autocast(**self._autocast):
                 by_name = _gradients_by_row(module, list(names), x, delta)
             for local, gradients in by_name.items():
@@ -205,8 +225,9 @@ class Hooks:
 class _Tap(torch.autograd.Function):
     """The identity on a module's output, whose backward pass also hands input and gradient to a rule.
 
-    The input is saved through autograd, so that a non-reentrant checkpoint drops and recomputes it. The
-    anchor makes the output require grad although no parameter does.
+    Not a module's full backward hook, which would keep the input by itself: saved through autograd, a non-reentrant
+    checkpoint drops and recomputes it like any activation. The anchor makes the first module's output require grad,
+    although neither token ids nor any parameter do; without it there would be no backward pass at all.
     """
 
     @staticmethod
@@ -233,23 +254,31 @@ class _Forward(nn.Module):
         return self.module.forward(x)
 
 
-def _gradients_by_token(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """An embedding's gradient for each of (B, ...) tokens' rows: token ids, and fp32 gradients of their rows.
+def _gradients_by_token(ids: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """An embedding's gradient in each sequence: ids of tokens, (N,), and fp32 gradients of their rows, (N, D).
 
-    As many as there are tokens, so that nothing waits for how many differ: those left over are zeros of token 0.
+    A token that comes twice in a sequence has the sum of both deltas for its gradient, and it is the sum that is
+    squared. So deltas are grouped by pairs of token and sequence: sorted, pairs that are equal stand side by side, and
+    the running count of changes numbers them. The result has a row for each of the N tokens, so that nothing waits for
+    the device to say how many pairs differ: those left over are zeros of token 0, which add nothing.
     """
-    tokens = x.reshape(len(x), -1)
-    rows = torch.arange(len(x), device=x.device).unsqueeze(1)
-    keys, order = (tokens * len(x) + rows).flatten().sort()
-    is_next = keys.diff() != 0
-    places = torch.cat([is_next.new_zeros(1), is_next]).cumsum(0)
-    gradients = torch.zeros(len(keys), delta.shape[-1], device=delta.device)
-    gradients.index_add_(0, places, delta.flatten(0, -2)[order].float())
-    return torch.zeros_like(keys).scatter_(0, places, keys // len(x)), gradients
+    ids_BT = ids.reshape(len(ids), -1)
+    row_B1 = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+    pair_N, order_N = (ids_BT * len(ids) + row_B1).flatten().sort()
+    is_next = pair_N.diff() != 0
+    place_N = torch.cat([is_next.new_zeros(1), is_next]).cumsum(0)
+    gradient_ND = torch.zeros(len(pair_N), delta.shape[-1], device=delta.device)
+    gradient_ND.index_add_(0, place_N, delta.flatten(0, -2)[order_N].float())
+    return torch.zeros_like(pair_N).scatter_(0, place_N, pair_N // len(ids)), gradient_ND
 
 
 def _gradients_by_row(module: nn.Module, names: list[str], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """The gradients of a norm's parameters for each row of a batch, from the module's own code."""
+    """The gradients of a norm's parameters for each row of a batch, from the module's own code.
+
+    Every family writes its RMSNorm anew, some with weight + 1: there is no formula for all. torch's own two are known;
+    others are asked by autograd, with a copy of the parameters for each row, so that each copy's gradient is one
+    sequence's. Broadcasting takes copies in one call; what minds their shape is called row by row under vmap.
+    """
     if unsharded_type(module) in (nn.LayerNorm, nn.RMSNorm):
         return _gradients_by_scaling(module, names, x, delta)
     gradients = _gradients_by_broadcasting(module, names, x, delta)
@@ -257,7 +286,7 @@ def _gradients_by_row(module: nn.Module, names: list[str], x: Tensor, delta: Ten
 
 
 def _gradients_by_scaling(module: nn.Module, names: list[str], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """Of a norm that is known to give weight * normalised + bias."""
+    """Of a norm that gives weight * normalised + bias: with weight 1 and bias 0 it says what normalised is."""
     neutral = {
         name: torch.full_like(parameter, float(name == "weight"), requires_grad=False)
         for name, parameter in module.named_parameters()

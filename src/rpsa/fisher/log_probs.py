@@ -1,8 +1,10 @@
-"""log p of the response tokens: where a model's logits meet the labels, and nothing silently out of step.
+"""log p of the response tokens: where a model's logits meet the labels, and nothing is silently out of step.
 
-The softmax is taken in chunks of tokens: no full-size one in float32.
+The softmax is taken in chunks of tokens: a full-size one in float32 would be 17 GB for 32k tokens and a vocabulary of
+128k. Dropout is off, and gradient checkpointing stays on.
 
-Gradients without dropout, gradient checkpointing kept.
+Shapes: B rows of a batch, T positions of each, V words; R = B x T rows of flattened logits, of which N predict response
+tokens, C of them in one chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +17,10 @@ from torch import Tensor, nn
 from rpsa.errors import RPSAError
 from rpsa.fisher.samples import Responses, Samples
 from rpsa.sharding import reshard, without_ddp
+
+_CHUNK_ELEMENTS = 1 << 24
+_CHECKED_LENGTH = 64
+_CAUSAL_ONLY = "only a causal language model has the log-probabilities that Eq. 4 and Eq. 6 are about"
 
 
 @contextmanager
@@ -62,11 +68,6 @@ def _clearing_flag(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable
         return checkpoint(without_flag, *args, **kwargs)
 
     return run
-
-
-_CHUNK_ELEMENTS = 1 << 24
-_CHECKED_LENGTH = 64
-_CAUSAL_ONLY = "only a causal language model has the log-probabilities that Eq. 4 and Eq. 6 are about"
 
 
 def response_logits(
@@ -186,25 +187,29 @@ def _widened(logits: Tensor) -> Tensor:
 
 
 class _LabelLogProbs(torch.autograd.Function):
+    """d log p(label) / d logits = onehot(label) - softmax, so that the backward pass needs the normalisers alone."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_RV: Tensor, rows_N: Tensor, labels_N: Tensor) -> Tensor:
         log_probs = []
         normalizers = []
-        for chunk in _chunks(rows, logits.shape[1]):
-            values = _widened(logits.index_select(0, rows[chunk]))
-            normalizer = values.logsumexp(dim=1)
-            log_probs.append(values.gather(1, labels[chunk, None])[:, 0] - normalizer)
-            normalizers.append(normalizer)
-        ctx.save_for_backward(logits, rows, labels, torch.cat(normalizers))
+        for chunk in _chunks(rows_N, logits_RV.shape[1]):
+            logits_CV = _widened(logits_RV.index_select(0, rows_N[chunk]))
+            normalizer_C = logits_CV.logsumexp(dim=1)
+            log_probs.append(logits_CV.gather(1, labels_N[chunk, None])[:, 0] - normalizer_C)
+            normalizers.append(normalizer_C)
+        ctx.save_for_backward(logits_RV, rows_N, labels_N, torch.cat(normalizers))
         return torch.cat(log_probs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, rows, labels, normalizers = ctx.saved_tensors
-        result = gradient.new_zeros(logits.shape, dtype=logits.dtype)  # batched where the gradient is
-        for chunk in _chunks(rows, logits.shape[1]):
-            weights = gradient[chunk, None]
-            softmax = _widened(logits.index_select(0, rows[chunk])).sub_(normalizers[chunk, None]).exp_()
-            delta = (softmax * -weights).scatter_add_(1, labels[chunk, None], weights)
-            result.index_copy_(0, rows[chunk], delta.to(result.dtype))
-        return result, None, None
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None]:
+        logits_RV, rows_N, labels_N, normalizers_N = ctx.saved_tensors
+        # made from the gradient, not from the logits: under `is_grads_batched` it has a hidden dimension more
+        result_RV = gradient_N.new_zeros(logits_RV.shape, dtype=logits_RV.dtype)
+        for chunk in _chunks(rows_N, logits_RV.shape[1]):
+            weights_C1 = gradient_N[chunk, None]
+            logits_CV = _widened(logits_RV.index_select(0, rows_N[chunk]))
+            softmax_CV = logits_CV.sub_(normalizers_N[chunk, None]).exp_()
+            delta_CV = (softmax_CV * -weights_C1).scatter_add_(1, labels_N[chunk, None], weights_C1)
+            result_RV.index_copy_(0, rows_N[chunk], delta_CV.to(result_RV.dtype))
+        return result_RV, None, None

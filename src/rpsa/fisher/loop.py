@@ -1,4 +1,7 @@
-"""Squared gradients of one sequence at a time, for any model: autograd forms each parameter's gradient."""
+"""The loop: squared gradients of one sequence at a time, for any model, as autograd forms them.
+
+Shapes: N response tokens of one sequence; C of them differentiated at once.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,14 +59,14 @@ class Loop:
         Several at once through batched vector-Jacobian products; one backward pass a token where an operation
         of the model has no batched derivative or the model is too large to hold several gradients.
         """
-        seeds = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
-        seeds = seeds * len(log_probs) ** -0.5
+        seeds_NN = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
+        seeds_NN = seeds_NN * len(log_probs) ** -0.5  # squared, the 1/|y|
         elements = sum(p.numel() for p in self._parameters.values())
-        for chunk in seeds.split(min(_VJP_TOKENS, max(1, _VJP_ELEMENTS // elements))):
-            batched = self._batched_gradients(log_probs, chunk) if len(chunk) > 1 else None
+        for seeds_CN in seeds_NN.split(min(_VJP_TOKENS, max(1, _VJP_ELEMENTS // elements))):
+            batched = self._batched_gradients(log_probs, seeds_CN) if len(seeds_CN) > 1 else None
             if batched is None:
-                for seed in chunk:
-                    torch.autograd.backward(log_probs, seed, retain_graph=True)
+                for seed_N in seeds_CN:
+                    torch.autograd.backward(log_probs, seed_N, retain_graph=True)
                 continue
             for name, gradients in zip(self._parameters, batched, strict=True):
                 for gradient in gradients if gradients is not None else ():

@@ -1,4 +1,4 @@
-"""How well two halves of the samples agree on which parameters matter."""
+"""Split-half overlap: how well two halves of the samples agree on which parameters matter."""
 
 import math
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
-"""What each backward pass differentiates: weights of the response tokens' log-probabilities.
+"""Probes: what each backward pass differentiates, as weights of the response tokens' log-probabilities.
 
-Random signs that depend on the seed, the sample and the position, and on nothing else.
+Signs are random and depend on the seed, the sample and the position alone: whichever batch or rank a sample comes to,
+its Fisher is the same. So they are hashed, and not drawn from a generator.
 """
 
 import hashlib

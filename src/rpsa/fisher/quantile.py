@@ -1,8 +1,10 @@
-"""The threshold of section 3.2: an exact order statistic over all non-zero Fisher values, without sorting.
+"""Threshold (section 3.2): tau_k as an exact order statistic over all non-zero Fisher values, without sorting.
 
-Bit patterns of non-negative fp32 numbers are ordered like the numbers, so two histograms (of the upper, then of the
-lower 16 bits) find any order statistic exactly, in little memory, and over shards as well: histograms of shards are
-summed. The first one is the same whatever rank is asked for, and is kept.
+Sorting billions of values takes their memory again and minutes, and shards cannot be sorted apart; a value that is only
+nearly the quantile would freeze another number of elements than k says. But bit patterns of non-negative fp32 numbers,
+read as integers, are ordered like the numbers. So two histograms (of the upper, then of the lower 16 bits) find any
+order statistic exactly, in little memory, and over shards as well: histograms of shards are summed. The first one is
+the same whatever rank is asked for, and is kept, as a dynamic k asks again and again.
 
 On a CPU a histogram costs many times what a comparison does. There a sorted sample, which is kept as well, brackets
 the value; counts prove that it lies inside, and among the one percent of all values that do it is selected.
@@ -66,6 +68,7 @@ class Ranking:
         return self._by_bracket(rank) if self._device.type == "cpu" else self._by_histograms(rank)
 
     def _by_histograms(self, rank: int) -> float:
+        # the bin of upper bits in which the running count reaches the rank; in it, the same for the lower bits
         prefix = int(np.searchsorted(self._upper, rank))
         below = int(self._upper[prefix - 1]) if prefix else 0
         lower = self._histogram(lambda bits: _lower(bits, prefix))[:_BINS].cumsum(0)
@@ -101,6 +104,7 @@ class Ranking:
 
     def _by_bracket(self, rank: int) -> float:
         zeros = sum(score.numel() for score in self._scores) - self._nonzero_here
+        # A bracket that misses the value is seen by its counts, and everything is taken instead: always exact.
         for low, high in (self._bracket(rank), (_SMALLEST, math.inf)):
             below, inside = -zeros, []
             for block in self._blocks():
@@ -118,6 +122,7 @@ class Ranking:
         """What the `rank`-th value lies between but for a chance of some millionths."""
         sample, share = self._sample, rank / self.nonzero
         place = share * len(sample)
+        # five standard deviations of how many sampled values lie below a quantile (binomial)
         margin = 5 * math.sqrt(len(sample) * share * (1 - share)) + 5
         low, high = math.floor(place - margin), math.ceil(place + margin)
         return (

@@ -1,4 +1,7 @@
-"""The reference samples as the estimators see them: rows of token ids, and where their responses are."""
+"""Samples as the estimators see them: rows of token ids, and where their responses are.
+
+Shapes: B rows, T positions of each, N response tokens of all rows.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,13 +70,19 @@ class Samples:
         return Samples(ids, mask, labels, self.ids, self.places)
 
     def responses(self) -> Responses:
-        is_response = self.labels != IGNORED
-        is_response[:, 0] = False
-        rows, positions = is_response.nonzero(as_tuple=True)
-        ranks = is_response.cumsum(dim=1) - 1
-        places = (rows, positions)
-        labels = self.labels[places]
-        return Responses(rows, positions, labels, ranks[places], is_response.sum(dim=1), int(labels.max()))
+        is_response_BT = self.labels != IGNORED
+        is_response_BT[:, 0] = False
+        rows_N, positions_N = is_response_BT.nonzero(as_tuple=True)
+        ranks_BT = is_response_BT.cumsum(dim=1) - 1
+        labels_N = self.labels[rows_N, positions_N]
+        return Responses(
+            rows_N,
+            positions_N,
+            labels_N,
+            ranks_BT[rows_N, positions_N],
+            is_response_BT.sum(dim=1),
+            int(labels_N.max()),
+        )
 
 
 def read_samples(batches: Iterable[Mapping[str, Any]]) -> list[Samples]:

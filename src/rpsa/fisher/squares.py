@@ -1,4 +1,17 @@
-"""The running sums of squared gradients, and what is read from them."""
+"""Sums of squared gradients: where hooks and loop add, and what is read from them in the end.
+
+Three things make this more than one accumulator a parameter.
+
+- Halves. Every Fisher comes with the overlap of its two halves of samples. Two full sums would double the memory, so
+  that of large models a sample of the elements alone is kept for each half. It is not added to: the sample is read from
+  the one full sum before and after a group of rows, and the difference belongs to that group's half.
+- Norms. A sample that is not finite must not be averaged in, and which one it was no sum can tell. The batch is then
+  gone through once more for each row's squared norms alone.
+- Shards. Of sharded parameters, hooks have whole gradients of this rank's own samples: they are summed for the one
+  module that the backward pass is at, then reduced to each rank's shard.
+
+Shapes: S sampled elements of a parameter.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +61,7 @@ class SquaredGradients:
         self._halves: dict[str, Tensor] = {}
         """By name the sampled elements' sums over each half, (2, sampled)."""
         self._sampled: dict[str, Tensor] = {}
+        """By name places of the sampled elements in the flattened parameter, (S,) int64."""
         self._shards: dict[str, tuple[Tensor, Tensor]] = {}
         self._seen: dict[str, Tensor] = {}
         """By name the sampled elements of the sum when they were last looked at; none: zeros."""
@@ -112,7 +126,9 @@ class SquaredGradients:
         if self._norms is not None:
             self._add_norm(name, group, _narrowed(gradients))
         else:
-            self._target(name, group).add_(gradients.float().square().sum(dim=0))
+            self._target(name, group).add_(
+                gradients.float().square().sum(dim=0)
+            )  # squared before it is summed
 
     def add_rows(self, name: str, group: int, indices: Tensor, gradients: Tensor) -> None:
         """Add the squares of a group's gradients that are zero but in some rows of a 2-D parameter.

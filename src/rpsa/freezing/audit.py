@@ -1,4 +1,4 @@
-"""The audit: proof, kept beside the model, that frozen elements did not move.
+"""Audit: proof, kept beside the model, that frozen elements did not move.
 
 Whenever the mask changes, the bits of the frozen set are checksummed, and checked before it changes again. All
 elements are checksummed; a seeded sample (every element of a model of up to 4M) is also compared one by one,

@@ -4,6 +4,13 @@ A frozen element needs no gradient, no moment and no master copy, and it cannot 
 exists. The trainable elements of each tensor are gathered into a 1-D master in fp32, which takes the tensor's place in
 the optimizer; its gradient is gathered as soon as autograd has completed it, and the whole one is freed; after a step
 the values are written back. The model may be in bf16: frozen elements keep the checkpoint's own bits.
+
+    model's parameter  -- select, when attached -->  master in the optimizer
+    parameter.grad     -- select, in a hook     -->  master.grad        parameter.grad = None
+    parameter          <-- scatter, after a step --  master
+
+A new k changes which elements a master holds. Master and moments are then spread over a tensor of the whole shape (of
+the model's weights and of zeros), and gathered by the new mask: what trains on keeps its own, what thaws starts anew.
 """
 
 from collections.abc import Callable, Mapping
@@ -83,6 +90,7 @@ class CompactFreezer(Freezer):
 
     @property
     def _keeps_whole_gradients(self) -> bool:
+        # the conflict (Eq. 6) counts frozen elements too, and DDP reduces whole gradients
         return not self._gathers_early or self.reference_due or self.reference_captured
 
     def on_gradient(self, name: str) -> Callable[[Tensor], None]:
@@ -96,11 +104,11 @@ class CompactFreezer(Freezer):
     def _gather(self, name: str) -> None:
         parameter, master = self.parameters[name], self.masters[name]
         if parameter.grad is None:
-            return
+            return  # gathered already, or the loss does not depend on it
         if parameter.grad.is_sparse:
             raise RPSAError(f"the gradient of {name!r} is sparse: build its module with sparse=False")
         gradient, bits = local(parameter.grad), self._mask[name]
-        if master.grad is not None:
+        if master.grad is not None:  # of an earlier micro-batch
             master.grad.add_(bits.select(gradient, where=False))
         elif name in self._spare and gradient.dtype == master.dtype:
             master.grad = bits.select(gradient, where=False, out=self._spare.pop(name))
@@ -237,6 +245,7 @@ class _CompactSteps:
         for name, master in self._masters.items():
             if local(self.parameters[name].detach())._version != self._versions[name]:
                 weights = self._selected(name, self.parameters[name])
+                # a master is finer than bf16 weights: where it still rounds to them, nobody has written there
                 same = as_words(weights) == as_words(master.detach().to(weights.dtype))
                 master.copy_(torch.where(same, master, weights.to(master.dtype)))
 
@@ -255,6 +264,7 @@ class _CompactSteps:
             self._freezer._after_step(self.optimizer)
 
     def _seen(self, name: str) -> None:
+        # autograd's counter of writes in place, so that a step needs not compare weights to know that none were
         self._versions[name] = local(self.parameters[name].detach())._version
 
     @torch.no_grad()

@@ -1,4 +1,8 @@
-"""Eq. 6: the share of parameters whose reasoning and safety gradients point in opposite directions."""
+"""Conflict (Eq. 6): the share of parameters whose reasoning and safety gradients point in opposite directions.
+
+c needs only the signs of g_R, so two bits an element are kept from the reasoning pass to the end of the safety pass,
+and not a second gradient.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,13 +1,12 @@
-"""`frozen_moments: raw`: Adam's second moment keeps seeing the gradients of frozen elements.
-
-With a masked gradient `exp_avg_sq` decays while an element is frozen, and an element that thaws after 500
-steps jumps at up to four times the learning rate.
-
-Keeping frozen elements bit-identical across an optimizer's step, whatever it does.
+"""Exact freezing: frozen elements are bit-identical after an optimizer's step, whatever it does.
 
 A zero gradient does not do it: weight decay and stale momentum still move a parameter, clipping can turn the zero
-into NaN, and some optimizers mix elements. So the weights are copied before a step and the frozen ones are put back
-after it, also where the step raised.
+into NaN, and some optimizers mix elements. What each of them does could be undone one by one, for the optimizers that
+one knows. Instead the weights are copied before a step and the frozen ones are put back after it, also where the step
+raised: right for any optimizer, at the price of one copy of the weights while it steps.
+
+`RawSecondMoments` is the option `frozen_moments: raw`, for Adam. With a masked gradient `exp_avg_sq` decays while an
+element is frozen, and an element that thaws after 500 steps jumps at up to four times the learning rate.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ KEPT_ON = ("cpu",)
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 MARK = "_rpsa_freezer"
+"""The attribute of an optimizer that says that a Freezer is attached."""
 
 
 class AttachedSteps(Protocol):
@@ -162,6 +162,12 @@ class ExactSteps:
 
 
 class RawSecondMoments:
+    """Adds to Adam's `exp_avg_sq` what the masked gradients would have added.
+
+    Adam squares the gradient that it is given, which is 0 where it was masked. So what was masked is kept (`keep`), and
+    (1 - beta2) of its square is added after the step (`add`): exp_avg_sq is then what it would be without a mask.
+    """
+
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = parameters
         self.sharded = is_sharded(parameters)
@@ -182,6 +188,7 @@ class RawSecondMoments:
             if gradient is not None:
                 raw = local(gradient).clone()
                 mask[name].clear_(local(gradient))
+                # the gradient less what is left of it: where it was masked all of it, elsewhere exactly 0
                 self.raw[name] = raw.sub_(local(gradient)).nan_to_num_(0.0, 0.0, 0.0)
                 self.masked.append(local(gradient))
         self.norm = self._norm()

@@ -1,6 +1,8 @@
-"""Sections 3.2 and 3.3 around any PyTorch optimizer: mask gradients, freeze exactly, follow the conflict.
+"""Freezer (sections 3.2 and 3.3): mask gradients, freeze exactly, follow the conflict, around any PyTorch optimizer.
 
-The norm of every complete gradient, and the steps at which it was not finite, without waiting for the device.
+`Freezer` has the mask of the present k (what is frozen, F > tau_k) on the device; the scores stay where they are, as
+only a change of k reads them. `GradientWatch` sees every complete gradient before it is masked: its norm, and the steps
+at which it was not finite, without waiting for the device.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What could be frozen instead of the top of the Fisher ranking: the controls of section 4.4 and more.
+"""Control masks: what could be frozen instead of the top of the Fisher ranking (section 4.4, and more).
 
 Each control is again a `FisherDiagonal`, with as many non-zero scores as the Fisher has, so that at every k
 it freezes as many elements as the Fisher does, and a smaller k freezes a subset of what a larger one does.

@@ -1,4 +1,4 @@
-"""The frozen ratio k: constant, following the conflict between the gradients (Eq. 7), or noise as a control."""
+"""Frozen ratio k: constant, following the conflict between the gradients (Eq. 7), or noise as a control."""
 
 import math
 import random

@@ -1,11 +1,11 @@
-"""What every trainer that protects reasoning needs: a Fisher, D_ref, the gradient g_R, and the moment to act.
+"""Reasoning gradient: g_R of Eq. 6, computed by us and never through a trainer's `compute_loss`, which may be DPO's.
 
-g_R of Eq. 6: the gradient of the reasoning loss, computed by us and not through a trainer's `compute_loss`.
-
-A LoRA adapter moved off its start, so that all of it has a Fisher (an option; section 3.2 measures at the start).
-
-At the start B is 0, so that the gradient of A is 0 and with it F of A: only B can be frozen. A few steps on the
+`ReasoningMixin` is what every trainer that protects reasoning needs: a Fisher, D_ref, g_R, and the moment to act.
+`warm_up` moves a LoRA adapter off its start, so that all of it has a Fisher (an option; section 3.2 measures at the
+start). There B is 0, so that the gradient of A is 0 and with it F of A: only B can be frozen. A few steps on the
 model's own responses, where the expected gradient is 0, move B without teaching the model much.
+
+Shapes: B sequences, T positions of each, N response tokens of all of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,10 +40,14 @@ def reasoning_backward(
     """
     [samples] = read_samples([batch])
     tokens = samples.response_lengths.sum().to(accelerator.device)
-    # DDP and FSDP average gradients over ranks; the token mean is over all of them
+    # DDP and FSDP average gradients over ranks; the token mean is over all of them: scaled by ranks / all tokens,
+    # the average of the ranks' sums is the sum over all tokens / all tokens
     scale = accelerator.num_processes / accelerator.reduce(tokens, "sum").item()
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), evaluation_mode(model):
+    with (
+        torch.random.fork_rng(devices),
+        evaluation_mode(model),
+    ):
         for start in range(0, len(samples), micro_batch_size):
             part = samples.select(range(start, min(start + micro_batch_size, len(samples))))
             accelerator.backward(negative_log_likelihood(model, part, accelerator.device) * scale)
@@ -51,8 +55,8 @@ def reasoning_backward(
 
 def negative_log_likelihood(model: nn.Module, samples: Samples, device: torch.device) -> torch.Tensor:
     """Summed over the response tokens."""
-    log_probs = response_log_probs(model, samples, device)
-    return -log_probs.sum()
+    log_probs_N = response_log_probs(model, samples, device)
+    return -log_probs_N.sum()
 
 
 def warm_up(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
