@@ -1,8 +1,8 @@
-"""Sharding: what differs when a parameter is spread over ranks (FSDP2's DTensor), and what is supported.
+"""Sharding: parameters over several ranks, as DDP and FSDP2 spread them; other ways are refused before any work.
 
-Everything that `fisher` and `freezing` do element by element is done on the local shard; everything global (the
-threshold, the conflict, the number of frozen elements) is a count, and counts are summed over ranks. DDP and FSDP2
-are supported; other engines are refused before any work is done.
+Under FSDP2 a parameter is a DTensor, of which each rank has a shard. Everything that `fisher` and `freezing` do element
+by element is done on the local shard; everything global (the threshold, the conflict, the number of frozen elements) is
+a count, and counts are summed over ranks.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""What one could do instead of freezing: the methods that RPSA is to be measured against."""
+"""Alternatives to freezing: the methods that RPSA is to be measured against."""

@@ -1,4 +1,4 @@
-"""What can be done once a model has been fine-tuned without any care: go back part of the way."""
+"""After training: of a model that was fine-tuned without any care, go back part of the way."""
 
 from collections.abc import Mapping
 

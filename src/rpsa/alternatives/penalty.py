@@ -1,4 +1,4 @@
-"""Eq. 5 as a penalty instead of a mask: elastic weight consolidation (Kirkpatrick et al., 2017), and L2-SP."""
+"""Penalty: Eq. 5 as a loss instead of a mask, elastic weight consolidation (Kirkpatrick et al., 2017), and L2-SP."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""What of the safety gradient opposes the reasoning gradient, taken out of it at every step."""
+"""Projection: what of the safety gradient opposes the reasoning gradient is taken out of it at every step."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`rpsa plan`: what a recipe needs, from configs alone: memory by part, steps, tokens, rough hours. No weights."""
+"""Plan: what a recipe needs, from configs alone: memory by part, steps, tokens, rough hours. No weights."""
 
 from rpsa.plan.planning import make_plan
 from rpsa.plan.render import Plan

@@ -1,4 +1,4 @@
-"""Bytes on each GPU in each stage: what stays, by the formulas below, and what comes and goes, by a dry run.
+"""Memory: bytes on each GPU in each stage, what stays, by the formulas below, and what comes and goes, by a dry run.
 
 What stays in a training step with trainable parameters of b bytes each (4, as they are kept in fp32):
 

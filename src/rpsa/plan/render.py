@@ -1,7 +1,4 @@
-"""A plan for a terminal, and as JSON.
-
-What a plan says, as values: bytes, seconds, counts.
-"""
+"""Rendering: a plan as values (bytes, seconds, counts), as tables for a terminal, and as JSON."""
 
 import json
 from collections.abc import Iterable

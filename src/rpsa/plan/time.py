@@ -1,10 +1,10 @@
-"""Rough hours on GPUs of a kind, from operations and bytes: estimates, good to a factor of two.
+"""Time: rough hours on GPUs of a kind, from operations and bytes, good to a factor of two; and optimizer steps.
 
 Operations of one token with N parameters: 2 N forward, 2 N for the gradient of activations, 2 N for that of weights
 (not under LoRA), 2 N again where the forward pass is recomputed (6 N D and its variants). Generation reads all weights
 and the cache for every token of a batch. Any pass takes some milliseconds at the least.
 
-Optimizer steps and conflict measurements, which the number of GPUs decides with everything else unchanged.
+With everything else unchanged the number of GPUs decides how many steps there are, and so whether k ever moves.
 """
 
 import math

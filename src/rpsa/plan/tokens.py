@@ -1,4 +1,4 @@
-"""How much is read and written: examples to train on, D_ref, the answers of the evaluation. Lengths are estimates.
+"""Tokens read and written: examples to train on, D_ref, the answers of the evaluation. Lengths are estimates.
 
 Where a file is on this machine its own lengths count (text at 4 characters a token); elsewhere the assumptions below.
 """

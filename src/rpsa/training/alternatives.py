@@ -1,6 +1,7 @@
-"""The alternatives to freezing inside a Hugging Face trainer, to be compared with RPSA under the same settings.
+"""Alternatives in a Hugging Face trainer: to be compared with RPSA under the same settings.
 
-Rehearsal: the model's own reasoning among the safety data, so that training goes on practising it.
+`AlternativesMixin` has penalties, projections, and what is done after training. `rehearse` puts the model's own
+reasoning among the safety data, so that training goes on practising it; it changes the data, and serves any trainer.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The freezer's life in a run of a Hugging Face trainer.
+"""Callback: the freezer's life in a run of a Hugging Face trainer.
 
 Where things happen in a step, and why there: the reasoning gradient in `on_step_begin`, when gradients are None
 and no `no_sync` is active (inside `training_step` it would be rank-local under DDP); masking at the end of the

@@ -1,4 +1,7 @@
-"""The settings of a run: every field of TRL's `SFTConfig`, and those of sections 3.2 and 3.3."""
+"""Config of a run: every field of TRL's `SFTConfig`, and the settings of sections 3.2 and 3.3.
+
+What exact freezing does not support is refused here, before a model is loaded.
+"""
 
 import os
 from dataclasses import dataclass, field

@@ -1,11 +1,7 @@
-"""What there is to say about a trained model, as plain values: the content of `rpsa_metadata.json`.
+"""Metadata: what there is to say about a trained model, as plain values, the content of `rpsa_metadata.json`.
 
-Everything is read from the trainer's own objects; `CardNames` adds what those cannot know. Nothing about the machine
-is told.
-
-Under which names the card speaks of models, data and problems. Folders go by their last part alone.
-
-The part of a model's metadata that is about freezing: how, by which Fisher, and what k and the audit found.
+Everything is read from the trainer's own objects; `CardNames` adds what those cannot know. Nothing about the machine is
+told, and folders go by their last part alone.
 """
 
 import hashlib
@@ -30,6 +26,12 @@ if TYPE_CHECKING:
     from rpsa.reference import ReferenceDataset
     from rpsa.training.callback import RPSACallback
     from rpsa.training.reasoning import ReasoningMixin
+
+log = logging.getLogger(__name__)
+
+FORMAT = "rpsa.model/1"
+_HASHED_ROWS = 4096
+_LICENSE_TIMEOUT = 3.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,6 @@ def _audit(callback: "RPSACallback") -> dict[str, Any] | None:
     steps = sum(interval["end"] - interval["start"] for interval in report["intervals"])
     names = ("frozen_elements_moved", "frozen_element_steps_checked", "moved_counted_on")
     return {**{name: report[name] for name in names}, "steps": steps}
-
-
-log = logging.getLogger(__name__)
-
-FORMAT = "rpsa.model/1"
-_HASHED_ROWS = 4096
-_LICENSE_TIMEOUT = 3.0  # seconds
 
 
 def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:

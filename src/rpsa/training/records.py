@@ -1,12 +1,11 @@
-"""A run that is resumed logs and reports what an uninterrupted one does; transformers forgets a part of it.
+"""Records: of a run that is resumed they are those of an uninterrupted one; transformers forgets a part of them.
 
 Its trainer counts losses, tokens and time from the last start, and takes a step too many where a run that had all its
 steps is resumed in the midst of an epoch. Losses that are not finite it hides from the log.
 
-Whether thoughts and the ends of responses reach the model: on its way through TRL data loses both without a word.
-
-The chat templates of reasoning models delete thoughts, so that conversational data trains on bare answers; and
-`SFTConfig`'s own `max_length`, 1024, cuts the end of the thought, the answer and EOS off longer responses.
+`check_kept` says whether thoughts and the ends of responses reach the model, as on its way through TRL data loses both
+without a word: the chat templates of reasoning models delete thoughts, so that conversational data trains on bare
+answers; and `SFTConfig`'s own `max_length`, 1024, cuts the end of the thought, the answer and EOS off longer responses.
 """
 
 import inspect
@@ -41,6 +40,13 @@ log = logging.getLogger(__name__)
 
 LOOKED_AT = 10_000
 """Rows, evenly spaced, that are looked at."""
+
+_COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+"""What a trainer sums up over a run and since its last log: transformers' attributes, then TRL's."""
+
+_NEVER = 1 << 62
+
+_Trainer: Any = Trainer if TYPE_CHECKING else object
 
 
 @dataclass
@@ -151,15 +157,6 @@ def _tokenizer_of(trainer: Any) -> Any:
 
 def _bare(text: str) -> str:
     return "".join(text.split())
-
-
-_Trainer: Any = Trainer if TYPE_CHECKING else object
-
-
-_COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
-"""What a trainer sums up over a run and since its last log: transformers' attributes, then TRL's."""
-
-_NEVER = 1 << 62
 
 
 class RecordsMixin(_Trainer):

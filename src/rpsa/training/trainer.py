@@ -1,6 +1,6 @@
-"""RPSA inside a Hugging Face trainer: `RPSATrainer` in place of TRL's `SFTTrainer`, `RPSAMixin` for any other.
+"""Trainer: RPSA inside Hugging Face's, `RPSATrainer` in place of TRL's `SFTTrainer`, `RPSAMixin` for any other.
 
-Checkpoints of compact training under FSDP2: each rank writes its masters and their state, unknown to accelerate.
+Under FSDP2 checkpoints of compact training are ours: accelerate does not know masters, so each rank writes its own.
 """
 
 import json
