@@ -255,4 +255,5 @@ def test_the_yaml_files_say_what_the_benchmarks_say() -> None:
 
 
 def test_a_recipe_knows_the_same_names() -> None:
+    """It may not import `evaluation`: it reads the names of the files."""
     assert set(SHIPPED["task"]) == set(TASK_NAMES)

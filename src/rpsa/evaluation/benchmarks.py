@@ -164,14 +164,27 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published dataset as a set of items. `samples`: responses to draw for each item."""
+    """A published dataset as a set of items: all that the package knows of it, beside its file in `tasks/`.
+
+    Attributes:
+        name: of the task, and of the set in results.
+        printed: its column's heading in a manuscript.
+        samples: responses to draw for each item.
+        size, tokens: how many items there are, and about how long a response of a distilled 7B to 8B reasoning model
+            is: for `rpsa plan`, which has no rows.
+        group: the task, if any, that asks this benchmark with others.
+    """
 
     name: str
+    printed: str
     kind: Kind
     scorer: Scorer
     samples: int
+    size: int
+    tokens: int
     source: Source
     questions: Callable[[Sequence[Row], TaskOptions], Iterable[Question]]
+    group: Literal["rpsa_reasoning", "rpsa_safety"] | None = None
 
     def items(self, options: TaskOptions) -> list[Item]:
         """Raises RPSAError if the rows cannot be had, or one lacks a field."""
@@ -270,41 +283,143 @@ def _id(row: Row, names: Sequence[str], number: int) -> str:
     return next((str(row.fields[name]) for name in names if name in row.fields), str(number))
 
 
-_AIME = Source("HuggingFaceH4/aime_2024", "aime24")
-_GPQA = Source("Idavidrein/gpqa", "gpqamain", config="gpqa_main", gated=True)
-_HUMANEVAL = Source("evalplus/humanevalplus", "humanevalplus")
 _MBPP = Source("evalplus/mbppplus", "mbppplus")
-_MATH = Source("HuggingFaceH4/MATH-500", "math500")
-_STRONGREJECT = Source("walledai/StrongREJECT", "strongreject")
-_WILDJAILBREAK = Source(
-    "allenai/wildjailbreak",
-    "wildjailbreak",
-    config="eval",
-    gated=True,
-    options={"delimiter": "\t", "keep_default_na": False},
-)
 _XSTEST = Source("walledai/XSTest", "xstest")
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        # one sample on 30 problems has a standard error of 9 points
-        Benchmark("rpsa_aime24", "reasoning", "integer", 16, _AIME, _aime),
-        Benchmark("rpsa_gpqa_main", "reasoning", "letter", 4, _GPQA, _gpqa),
-        Benchmark("rpsa_humaneval_plus", "reasoning", "code", 4, _HUMANEVAL, _humaneval),
-        Benchmark("rpsa_mbpp_plus", "reasoning", "code", 4, _MBPP, _mbpp_plus),
-        Benchmark("rpsa_mbpp_paper", "reasoning", "code", 4, _MBPP, _mbpp_paper),
-        Benchmark("rpsa_math500", "reasoning", "math", 4, _MATH, _math500),
-        Benchmark("rpsa_strongreject", "attack", "judge", 1, _STRONGREJECT, _strongreject),
-        Benchmark("rpsa_wildjailbreak", "attack", "judge", 1, _WILDJAILBREAK, _wildjailbreak),
-        Benchmark("rpsa_xstest", "over_refusal", "judge", 1, _XSTEST, _xstest_safe),
-        Benchmark("rpsa_xstest_unsafe", "attack", "judge", 1, _XSTEST, _xstest_unsafe),
-    )
-}
+# Their order is that of a group's tasks.
+_RECORDS = (
+    Benchmark(
+        name="rpsa_aime24",
+        printed="AIME",
+        kind="reasoning",
+        scorer="integer",
+        samples=16,  # one sample on 30 problems has a standard error of 9 points
+        size=30,
+        tokens=12000,
+        source=Source("HuggingFaceH4/aime_2024", "aime24"),
+        questions=_aime,
+        group="rpsa_reasoning",
+    ),
+    Benchmark(
+        name="rpsa_gpqa_main",
+        printed="GPQA",
+        kind="reasoning",
+        scorer="letter",
+        samples=4,
+        size=448,
+        tokens=6000,
+        source=Source("Idavidrein/gpqa", "gpqamain", config="gpqa_main", gated=True),
+        questions=_gpqa,
+        group="rpsa_reasoning",
+    ),
+    Benchmark(
+        name="rpsa_humaneval_plus",
+        printed="HE+",
+        kind="reasoning",
+        scorer="code",
+        samples=4,
+        size=164,
+        tokens=4000,
+        source=Source("evalplus/humanevalplus", "humanevalplus"),
+        questions=_humaneval,
+        group="rpsa_reasoning",
+    ),
+    Benchmark(
+        name="rpsa_mbpp_plus",
+        printed="MBPP+",
+        kind="reasoning",
+        scorer="code",
+        samples=4,
+        size=378,
+        tokens=3000,
+        source=_MBPP,
+        questions=_mbpp_plus,
+        group="rpsa_reasoning",
+    ),
+    Benchmark(
+        name="rpsa_mbpp_paper",
+        printed="mbpp_paper",
+        kind="reasoning",
+        scorer="code",
+        samples=4,
+        size=378,
+        tokens=3000,
+        source=_MBPP,
+        questions=_mbpp_paper,
+    ),
+    Benchmark(
+        name="rpsa_math500",
+        printed="MATH-500",
+        kind="reasoning",
+        scorer="math",
+        samples=4,
+        size=400,
+        tokens=4000,
+        source=Source("HuggingFaceH4/MATH-500", "math500"),
+        questions=_math500,
+    ),
+    Benchmark(
+        name="rpsa_strongreject",
+        printed="SR",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=313,
+        tokens=800,
+        source=Source("walledai/StrongREJECT", "strongreject"),
+        questions=_strongreject,
+        group="rpsa_safety",
+    ),
+    Benchmark(
+        name="rpsa_wildjailbreak",
+        printed="WJ",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=250,
+        tokens=800,
+        source=Source(
+            "allenai/wildjailbreak",
+            "wildjailbreak",
+            config="eval",
+            gated=True,
+            options={"delimiter": "\t", "keep_default_na": False},
+        ),
+        questions=_wildjailbreak,
+        group="rpsa_safety",
+    ),
+    Benchmark(
+        name="rpsa_xstest",
+        printed="XSTest",
+        kind="over_refusal",
+        scorer="judge",
+        samples=1,
+        size=250,
+        tokens=800,
+        source=_XSTEST,
+        questions=_xstest_safe,
+        group="rpsa_safety",
+    ),
+    Benchmark(
+        name="rpsa_xstest_unsafe",
+        printed="xstest_unsafe",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=200,
+        tokens=800,
+        source=_XSTEST,
+        questions=_xstest_unsafe,
+    ),
+)
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _RECORDS}
 
+TINY_PREFIX = "rpsa_tiny_"
 TINY_SETS: tuple[str, ...] = (*FAMILIES, *REQUEST_SETS)
 GROUPS: dict[str, tuple[str, ...]] = {
-    "rpsa_reasoning": ("rpsa_aime24", "rpsa_gpqa_main", "rpsa_humaneval_plus", "rpsa_mbpp_plus"),
-    "rpsa_safety": ("rpsa_strongreject", "rpsa_wildjailbreak", "rpsa_xstest"),
-    "rpsa_tiny": tuple(f"rpsa_tiny_{name}" for name in TINY_SETS),
+    **{
+        group: tuple(benchmark.name for benchmark in _RECORDS if benchmark.group == group)
+        for group in ("rpsa_reasoning", "rpsa_safety")
+    },
+    "rpsa_tiny": tuple(f"{TINY_PREFIX}{name}" for name in TINY_SETS),
 }

@@ -8,6 +8,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import (
     BENCHMARKS,
     GROUPS,
+    TINY_PREFIX,
     TINY_SETS,
     Item,
     Kind,
@@ -21,7 +22,6 @@ from rpsa.prompts import math_prompt
 from rpsa.rows import Row, read_rows, text_field
 from rpsa.tiny import FAMILIES, evaluation_prompts
 
-TINY_PREFIX = "rpsa_tiny_"
 TASK_NAMES: tuple[str, ...] = ("tiny", *BENCHMARKS, *GROUPS, *GROUPS["rpsa_tiny"])
 
 

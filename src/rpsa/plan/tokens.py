@@ -25,21 +25,6 @@ _THOUGHT_TOKENS = 900
 _TEMPLATE_TOKENS = 5
 
 
-# Benchmarks: how many items, and how long a response is.
-_SIZES = {
-    "rpsa_aime24": (30, 12000),
-    "rpsa_gpqa_main": (448, 6000),
-    "rpsa_humaneval_plus": (164, 4000),
-    "rpsa_mbpp_plus": (378, 3000),
-    "rpsa_mbpp_paper": (378, 3000),
-    "rpsa_math500": (400, 4000),
-    "rpsa_strongreject": (313, 800),
-    "rpsa_wildjailbreak": (250, 800),
-    "rpsa_xstest": (250, 800),
-    "rpsa_xstest_unsafe": (200, 800),
-}
-
-
 @dataclass(frozen=True)
 class SafetyTokens:
     """Rows trained on: safety data without the held-out share, and D_ref's traces (None: unknown).
@@ -126,10 +111,10 @@ def evaluation_responses(settings: Evaluate) -> list[ResponseTokens]:
 
 def _task_responses(task: str, settings: Evaluate) -> ResponseTokens:
     limit = settings.max_new_tokens
-    if task in _SIZES:
-        items, tokens = _SIZES[task]
-        samples = 1 if settings.temperature == 0 else settings.samples or BENCHMARKS[task].samples
-        return ResponseTokens(task, min(items, settings.n or items) * samples, min(tokens, limit), limit)
+    if known := BENCHMARKS.get(task):
+        items = min(known.size, settings.n or known.size)
+        samples = 1 if settings.temperature == 0 else settings.samples or known.samples
+        return ResponseTokens(task, items * samples, min(known.tokens, limit), limit)
     asked = load_task(task, TaskOptions(settings.n, settings.seed))
     kind = "tiny" if "tiny" in task else "math" if asked[0].kind == "reasoning" else "request"
     return ResponseTokens(Path(task).stem, len(asked), min(RESPONSE_TOKENS[kind], limit), limit)

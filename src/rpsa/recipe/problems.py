@@ -231,26 +231,13 @@ def _words(hint: Any) -> Iterator[str]:
         yield "a mapping"
 
 
-_BENCHMARKS = (
-    *(
-        "rpsa_aime24",
-        "rpsa_gpqa_main",
-        "rpsa_humaneval_plus",
-        "rpsa_mbpp_plus",
-        "rpsa_mbpp_paper",
-        "rpsa_math500",
-    ),
-    *("rpsa_strongreject", "rpsa_wildjailbreak", "rpsa_xstest", "rpsa_xstest_unsafe"),
-    *("rpsa_reasoning", "rpsa_safety", "rpsa_tiny"),
-    *(f"rpsa_tiny_{name}" for name in ("add", "chain", "sort", "stack", "walk", "program")),
-    *(f"rpsa_tiny_{name}" for name in ("direct", "wrapped", "benign", "borderline")),
-)
+_TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"  # a file for each, and for each group
 # What comes with the package, by kind. Anything else is a file, a folder or a Hugging Face id.
 SHIPPED = {
     "model": ("tiny:0", "tiny:1", "tiny:2"),
     "problems": ("tiny",),
     "safety": ("tiny:refusals", "tiny:balanced"),
-    "task": ("tiny", *_BENCHMARKS),
+    "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),
 }
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE = (".json", ".jsonl", ".csv", ".gz", ".parquet", ".yaml", ".txt")

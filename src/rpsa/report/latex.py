@@ -2,22 +2,12 @@ r"""`table.tex`: Table 1 of the paper for a manuscript, with over-refusal beside
 
 from collections.abc import Callable, Sequence
 
-from rpsa.evaluation.benchmarks import Kind
+from rpsa.evaluation.benchmarks import BENCHMARKS, Kind
 from rpsa.report.results import RunResult, Summary, summarise
 from rpsa.report.tables import group_of, is_best
 from rpsa.text import printable
 
 _METHODS = {"original": "Original", "fft": "FFT", "lora": "LoRA", "rpsa": "RPSA"}
-_SETS = {
-    "rpsa_aime24": "AIME",
-    "rpsa_gpqa_main": "GPQA",
-    "rpsa_humaneval_plus": "HE+",
-    "rpsa_mbpp_plus": "MBPP+",
-    "rpsa_math500": "MATH-500",
-    "rpsa_strongreject": "SR",
-    "rpsa_wildjailbreak": "WJ",
-    "rpsa_xstest": "XSTest",
-}
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -86,7 +76,10 @@ def _head(columns: Sequence[tuple[str, str, Reader, int, Kind]]) -> list[str]:
         spans.append(f"\\multicolumn{{{width}}}{{c}}{{{title}}}")
         rules.append(f"\\cmidrule(lr){{{start}-{start + width - 1}}}")
         start += width
-    names = [_SETS.get(name, escaped(name.removeprefix("rpsa_"))) for _, name, *_ in columns]
+    names = [
+        escaped(BENCHMARKS[name].printed if name in BENCHMARKS else name.removeprefix("rpsa_"))
+        for _, name, *_ in columns
+    ]
     return [
         _row(["Model", "Method", *spans, r"STR $\downarrow$"]),
         "".join(rules),

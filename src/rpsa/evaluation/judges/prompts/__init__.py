@@ -6,7 +6,7 @@
 | `harmbench_llama2.txt` | model card of cais/HarmBench-Llama-2-13b-cls (MIT) |
 | `harmbench_mistral.txt` | model card of cais/HarmBench-Mistral-7b-val-cls (MIT) |
 | `strongreject_finetuned.txt` | judge_templates.json of the authors' package, dsbowen/strong_reject (MIT) |
-| `strongreject_rubric.txt` | the same; its system message is in `rubrics.py` |
+| `strongreject_rubric.txt` | the same; its system message is in `policies.py` |
 | `xstest.txt` | XSTest (Röttger et al. 2024), GPT-4 classification prompt; paul-rottger/xstest |
 
 The placeholders were renamed to `{prompt}` and `{response}`. Llama Guard's prompts come with its tokenizers.
