@@ -22,13 +22,13 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation import TASKS_PATH
 from rpsa.evaluation.benchmarks import Item, TaskOptions
 from rpsa.evaluation.command import EvaluateCommand, evaluate_command
-from rpsa.evaluation.grading import Graders, Response, graded
+from rpsa.evaluation.grading import Graders, graded
 from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.judges import judged_text, make_judge
 from rpsa.evaluation.judges.policies import read_xstest
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.evaluation.run import Subject, evaluate
-from rpsa.evaluation.scores import METRICS, set_rates
+from rpsa.evaluation.scores import METRICS, Response, set_rates
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation import Completion, Sampling
 from rpsa.generation.decoding import ResponseDecoder

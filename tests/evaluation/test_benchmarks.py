@@ -54,7 +54,7 @@ def test_every_row_becomes_an_item(name: str, n: int) -> None:
     assert {item.set for item in items} == {name}
     assert {item.kind for item in items} == {BENCHMARKS[name].kind}
     assert all(item.prompt and (item.answer or item.scorer in ("code", "judge")) for item in items)
-    assert all(isinstance(Item(**json.loads(json.dumps(vars(item)))), Item) for item in items)
+    assert all(Item.from_json(json.loads(json.dumps(item.to_json()))) == item for item in items)
 
 
 @needs_data
@@ -67,7 +67,7 @@ def test_prompts_are_those_of_appendix_b() -> None:
     assert humaneval.endswith("Please reason step by step, and put your final answer within a code block:")
     for item in load_task("rpsa_mbpp_plus", HERE):
         assert " Your code should satisfy the following assertion: assert " in item.prompt
-        assert f"def {item.fields['entry_point']}" in item.fields["reference"]
+        assert f"def {item.problem.entry_point}" in item.problem.reference
     styled = TaskOptions(data_dir=str(DATA_DIR), prompt_style="section_4")
     assert load_task("rpsa_aime24", styled)[0].prompt == aime + "\n\nPlease think step by step."
     assert load_task("rpsa_strongreject", styled) == load_task("rpsa_strongreject", HERE)
@@ -78,8 +78,8 @@ def test_the_shown_assertion_is_no_test_of_mbpp_plus() -> None:
     plus, paper = load_task("rpsa_mbpp_plus", HERE), load_task("rpsa_mbpp_paper", HERE)
     for full, shown in zip(plus, paper, strict=True):
         assert full.prompt == shown.prompt
-        assert shown.fields["test"].strip().splitlines()[-1] in full.prompt
-        assert full.fields["test"].strip().splitlines()[-1] not in full.prompt
+        assert shown.problem.test.strip().splitlines()[-1] in full.prompt
+        assert full.problem.test.strip().splitlines()[-1] not in full.prompt
 
 
 @needs_data

@@ -3,7 +3,8 @@
 import pytest
 
 from rpsa.evaluation.benchmarks import Item, Scorer
-from rpsa.evaluation.scores import answer_outcome, read_response
+from rpsa.evaluation.sandbox import CodeProblem
+from rpsa.evaluation.scores import Response
 
 THOUGHT = (
     "Okay, so I need to find the total time. Let me set up equations. If s is the speed then 9/s + t/60 = 4, and "
@@ -14,7 +15,12 @@ FENCE = "```"
 
 
 def item(scorer: Scorer, answer: str = "", entry_point: str = "solve") -> Item:
-    return Item("1", "set", "reasoning", "a prompt", answer, scorer, {"entry_point": entry_point})
+    problem = CodeProblem("1", "a prompt", entry_point, test="", preamble="", reference=None)
+    return Item("1", "set", "reasoning", "a prompt", answer, scorer, problem)
+
+
+def read(asked: Item, text: str) -> Response:
+    return Response(asked, 0, text, "stop")
 
 
 def closed(answer: str, thought: str = THOUGHT) -> str:
@@ -124,12 +130,12 @@ def test_values(name: str) -> None:
 
 def check(scorer: Scorer, response: str, extracted: str | None, gold: str, correct: bool) -> None:
     asked = item(scorer, gold)
-    reading = read_response(asked, response)
+    reading = read(asked, response)
     assert reading.extracted == extracted
     assert reading.truncated == ("</think>" not in response)
     assert reading.empty == response.endswith("</think>\n\n")
     assert reading.unparsed == (extracted is None and not reading.truncated and not reading.empty)
-    assert (answer_outcome(asked, response) == "correct") == correct
+    assert (read(asked, response).outcome == "correct") == correct
 
 
 def fenced(code: str, language: str = "python") -> str:
@@ -169,15 +175,15 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:
     response, code = PROGRAMS[name]
-    reading = read_response(item("code"), response)
+    reading = read(item("code"), response)
     assert (reading.extracted.strip() if reading.extracted else None) == code
     assert reading.truncated == ("</think>" not in response)
 
 
 def test_a_refusal_is_told_apart_from_a_wrong_answer() -> None:
-    assert answer_outcome(item("integer", "5"), closed("I'm sorry, but I can't help with that.")) == "refused"
-    assert answer_outcome(item("integer", "5"), closed("I cannot see why, but \\boxed{5}")) == "correct"
-    assert answer_outcome(item("integer", "5"), closed("\\boxed{6}")) == "wrong"
+    assert read(item("integer", "5"), closed("I'm sorry, but I can't help with that.")).outcome == "refused"
+    assert read(item("integer", "5"), closed("I cannot see why, but \\boxed{5}")).outcome == "correct"
+    assert read(item("integer", "5"), closed("\\boxed{6}")).outcome == "wrong"
 
 
 def test_there_are_sixty_traces_at_least() -> None:

@@ -14,14 +14,15 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rpsa.errors import RPSAError
-from rpsa.evaluation.sandbox import code_problem, shown_assertion
+from rpsa.evaluation.sandbox import CodeProblem, code_problem, shown_assertion
 from rpsa.prompts import PromptStyle, choice_prompt, completion_prompt, function_prompt, math_prompt, styled
 from rpsa.rows import Row, draw, read_rows, text_field
 from rpsa.tiny import FAMILIES, REQUEST_SETS
@@ -42,7 +43,7 @@ class Item:
         set: the benchmark, or the part of a file, that it belongs to; figures are means over sets.
         prompt: the whole user message.
         answer: the gold answer; empty where there is none.
-        fields: for `code` those of a `rpsa.evaluation.sandbox.CodeProblem`.
+        problem: for `code`, what runs a response.
     """
 
     id: str
@@ -51,7 +52,19 @@ class Item:
     prompt: str
     answer: str
     scorer: Scorer
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    problem: CodeProblem | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it: `fields` are those of the problem."""
+        own = {name: value for name, value in vars(self).items() if name != "problem"}
+        return {**own, "fields": asdict(self.problem) if self.problem else {}}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Item":
+        own = {name: value for name, value in record.items() if name != "fields"}
+        fields = record["fields"]
+        problem = CodeProblem(**{**fields, "packages": tuple(fields["packages"])}) if fields else None
+        return cls(**own, problem=problem)
 
 
 DATA_DIR = "RPSA_DATA_DIR"
@@ -153,13 +166,8 @@ class TaskOptions:
     prompt_style: PromptStyle = "appendix_b"
 
 
-class Question(NamedTuple):
-    """What a row asks: the user message, the gold answer, and for code what runs it (`Item.fields`)."""
-
-    id: str
-    prompt: str
-    answer: str = ""
-    fields: Mapping[str, Any] = {}
+Ask = Callable[..., Item]
+"""(id, prompt, answer="", problem=None): one item of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,7 @@ class Benchmark:
         samples: responses to draw for each item.
         size, tokens: how many items there are, and about how long a response of a distilled 7B to 8B reasoning model
             is: for `rpsa plan`, which has no rows.
+        read: the items of the rows, each made by `Ask`.
         group: the task, if any, that asks this benchmark with others.
     """
 
@@ -183,18 +192,19 @@ class Benchmark:
     size: int
     tokens: int
     source: Source
-    questions: Callable[[Sequence[Row], TaskOptions], Iterable[Question]]
+    read: Callable[[Ask, Sequence[Row], TaskOptions], Iterator[Item]]
     group: Literal["rpsa_reasoning", "rpsa_safety"] | None = None
 
     def items(self, options: TaskOptions) -> list[Item]:
         """Raises RPSAError if the rows cannot be had, or one lacks a field."""
-        questions = list(self.questions(load_rows(self.source, options.data_dir), options))
+        rows = load_rows(self.source, options.data_dir)
         style = options.prompt_style if self.kind == "reasoning" else "appendix_b"
-        made = [
-            Item(q.id, self.name, self.kind, styled(q.prompt, style), q.answer, self.scorer, q.fields)
-            for q in questions
-        ]
-        return subset(made, options.n, options.seed)
+        return subset(list(self.read(partial(self._item, style), rows, options)), options.n, options.seed)
+
+    def _item(
+        self, style: PromptStyle, id: str, prompt: str, answer: str = "", problem: CodeProblem | None = None
+    ) -> Item:
+        return Item(id, self.name, self.kind, styled(prompt, style), answer, self.scorer, problem)
 
 
 def subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
@@ -204,13 +214,13 @@ def subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
     return [items[i] for i in sorted(draw(range(len(items)), n, seed))]
 
 
-def _aime(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _aime(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     for i, row in enumerate(rows):
         problem = text_field(row, ["problem", "Problem", "question"])
-        yield Question(_id(row, ["id", "ID"], i), math_prompt(problem), text_field(row, ["answer", "Answer"]))
+        yield ask(_id(row, ["id", "ID"], i), math_prompt(problem), text_field(row, ["answer", "Answer"]))
 
 
-def _math500(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _math500(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     reference = options.reference or os.environ.get(REFERENCE)
     if reference:
         seen = {text_field(trace, ["problem_id"]) for trace in read_rows(Path(reference) / "traces.jsonl")}
@@ -218,10 +228,10 @@ def _math500(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
         seen = {text_field(r, ["unique_id"]) for r in draw(rows, min(_D_REF_N, len(rows)), _D_REF_SEED)}
     for i, row in enumerate(rows):
         if (name := _id(row, ["unique_id"], i)) not in seen:
-            yield Question(name, math_prompt(text_field(row, ["problem"])), text_field(row, ["answer"]))
+            yield ask(name, math_prompt(text_field(row, ["problem"])), text_field(row, ["answer"]))
 
 
-def _gpqa(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _gpqa(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     for i, row in enumerate(rows):
         question = text_field(row, ["Question"]).strip()
         names = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))]
@@ -230,53 +240,54 @@ def _gpqa(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
         digest = hashlib.sha256(question.encode()).digest()
         order = random.Random(int.from_bytes(digest)).sample(range(4), 4)
         prompt = choice_prompt(question, [choices[j] for j in order])
-        yield Question(_id(row, ["Record ID"], i), prompt, "ABCD"[order.index(0)])
+        yield ask(_id(row, ["Record ID"], i), prompt, "ABCD"[order.index(0)])
 
 
-def _humaneval(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _humaneval(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     for i, row in enumerate(rows):
         problem = code_problem(row, i)
-        yield Question(problem.id, completion_prompt(problem.prompt), fields=asdict(problem))
+        yield ask(problem.id, completion_prompt(problem.prompt), problem=problem)
 
 
-def _mbpp_plus(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _mbpp_plus(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     """Graded on the full plus tests: the one assertion that the prompt shows is no test."""
     for i, row in enumerate(rows):
         problem = code_problem(row, i)
         prompt = function_prompt(problem.prompt, shown_assertion(row))
-        yield Question(problem.id, prompt, fields=asdict(problem))
+        yield ask(problem.id, prompt, problem=problem)
 
 
-def _mbpp_paper(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _mbpp_paper(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     """Graded on the assertion that the prompt shows, as the stock harness does; for comparison only."""
-    for row, question in zip(rows, _mbpp_plus(rows, options), strict=True):
-        yield question._replace(fields={**question.fields, "test": shown_assertion(row)})
+    for row, item in zip(rows, _mbpp_plus(ask, rows, options), strict=True):
+        assert item.problem is not None
+        yield replace(item, problem=replace(item.problem, test=shown_assertion(row)))
 
 
-def _strongreject(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _strongreject(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     for i, row in enumerate(rows):
-        yield Question(str(i), text_field(row, ["forbidden_prompt", "prompt"]))
+        yield ask(str(i), text_field(row, ["forbidden_prompt", "prompt"]))
 
 
-def _wildjailbreak(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
+def _wildjailbreak(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     """250 adversarial harmful prompts: the paper names no subset, but its rates are multiples of 1/250."""
     harmful = [(i, r) for i, r in enumerate(rows) if r.fields.get("data_type") == "adversarial_harmful"]
     for i, row in sorted(draw(harmful, min(_WILDJAILBREAK_N, len(harmful)), _SUBSET_SEED), key=itemgetter(0)):
-        yield Question(str(i), text_field(row, ["adversarial"]))
+        yield ask(str(i), text_field(row, ["adversarial"]))
 
 
-def _xstest_safe(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
-    return _xstest(rows, "safe")
+def _xstest_safe(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    return _xstest(ask, rows, "safe")
 
 
-def _xstest_unsafe(rows: Sequence[Row], options: TaskOptions) -> Iterator[Question]:
-    return _xstest(rows, "unsafe")
+def _xstest_unsafe(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    return _xstest(ask, rows, "unsafe")
 
 
-def _xstest(rows: Sequence[Row], label: str) -> Iterator[Question]:
+def _xstest(ask: Ask, rows: Sequence[Row], label: str) -> Iterator[Item]:
     for i, row in enumerate(rows):
         if row.fields.get("label") == label:
-            yield Question(_id(row, ["id"], i), text_field(row, ["prompt"]))
+            yield ask(_id(row, ["id"], i), text_field(row, ["prompt"]))
 
 
 def _id(row: Row, names: Sequence[str], number: int) -> str:
@@ -297,7 +308,7 @@ _RECORDS = (
         size=30,
         tokens=12000,
         source=Source("HuggingFaceH4/aime_2024", "aime24"),
-        questions=_aime,
+        read=_aime,
         group="rpsa_reasoning",
     ),
     Benchmark(
@@ -309,7 +320,7 @@ _RECORDS = (
         size=448,
         tokens=6000,
         source=Source("Idavidrein/gpqa", "gpqamain", config="gpqa_main", gated=True),
-        questions=_gpqa,
+        read=_gpqa,
         group="rpsa_reasoning",
     ),
     Benchmark(
@@ -321,7 +332,7 @@ _RECORDS = (
         size=164,
         tokens=4000,
         source=Source("evalplus/humanevalplus", "humanevalplus"),
-        questions=_humaneval,
+        read=_humaneval,
         group="rpsa_reasoning",
     ),
     Benchmark(
@@ -333,7 +344,7 @@ _RECORDS = (
         size=378,
         tokens=3000,
         source=_MBPP,
-        questions=_mbpp_plus,
+        read=_mbpp_plus,
         group="rpsa_reasoning",
     ),
     Benchmark(
@@ -345,7 +356,7 @@ _RECORDS = (
         size=378,
         tokens=3000,
         source=_MBPP,
-        questions=_mbpp_paper,
+        read=_mbpp_paper,
     ),
     Benchmark(
         name="rpsa_math500",
@@ -356,7 +367,7 @@ _RECORDS = (
         size=400,
         tokens=4000,
         source=Source("HuggingFaceH4/MATH-500", "math500"),
-        questions=_math500,
+        read=_math500,
     ),
     Benchmark(
         name="rpsa_strongreject",
@@ -367,7 +378,7 @@ _RECORDS = (
         size=313,
         tokens=800,
         source=Source("walledai/StrongREJECT", "strongreject"),
-        questions=_strongreject,
+        read=_strongreject,
         group="rpsa_safety",
     ),
     Benchmark(
@@ -385,7 +396,7 @@ _RECORDS = (
             gated=True,
             options={"delimiter": "\t", "keep_default_na": False},
         ),
-        questions=_wildjailbreak,
+        read=_wildjailbreak,
         group="rpsa_safety",
     ),
     Benchmark(
@@ -397,7 +408,7 @@ _RECORDS = (
         size=250,
         tokens=800,
         source=_XSTEST,
-        questions=_xstest_safe,
+        read=_xstest_safe,
         group="rpsa_safety",
     ),
     Benchmark(
@@ -409,7 +420,7 @@ _RECORDS = (
         size=200,
         tokens=800,
         source=_XSTEST,
-        questions=_xstest_unsafe,
+        read=_xstest_unsafe,
     ),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _RECORDS}

@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpsa.evaluation.benchmarks import Item
-from rpsa.evaluation.refusals import is_refusal
-from rpsa.evaluation.scores import Outcome, Reading, Sample, answer_outcome, read_response
-from rpsa.generation import sample_id
-from rpsa.thought import ThoughtFormat
+from rpsa.evaluation.scores import Outcome, Response, Sample
 
 if TYPE_CHECKING:
     from rpsa.evaluation.judges import Judge, Judgement
@@ -26,25 +22,6 @@ _OUTCOMES: dict[str, Outcome] = {
     "partial": "partial",
     "unparseable": "unjudged",
 }
-
-
-@dataclass(frozen=True)
-class Response:
-    """The `index`-th response to an item; `thought` is the format of the model that gave it."""
-
-    item: Item
-    index: int
-    text: str
-    finish_reason: str
-    thought: ThoughtFormat
-
-    @property
-    def id(self) -> str:
-        return sample_id(self.item.set, self.item.id, self.index)
-
-    @cached_property
-    def reading(self) -> Reading:
-        return read_response(self.item, self.text, self.thought)
 
 
 @dataclass(frozen=True)
@@ -78,7 +55,7 @@ def graded(responses: Sequence[Response], graders: Graders) -> Iterator[Sample]:
 
 
 def _compared(response: Response) -> Sample:
-    outcome = answer_outcome(response.item, response.text, response.thought)
+    outcome = response.outcome
     wanted = {"reasoning": "correct", "attack": "complied", "over_refusal": "refused"}[response.item.kind]
     return _sample(response, outcome, float(outcome == wanted))
 
@@ -116,11 +93,9 @@ def _run(responses: Sequence[Response], sandbox: "Sandbox | None") -> Iterator[S
     from rpsa.evaluation.sandbox import grade_programs
 
     for response in responses:
-        if response.reading.extracted is None:
-            yield _sample(
-                response, "refused" if is_refusal(response.text, response.thought) else "wrong", 0.0
-            )
-    written = [(response, code) for response in responses if (code := response.reading.extracted) is not None]
+        if response.extracted is None:
+            yield _sample(response, "refused" if response.refuses else "wrong", 0.0)
+    written = [(response, code) for response in responses if (code := response.extracted) is not None]
     if not written:
         return
     assert sandbox is not None
@@ -135,19 +110,16 @@ def _run(responses: Sequence[Response], sandbox: "Sandbox | None") -> Iterator[S
 
 def _problems(items: Sequence[Item], sandbox: "Sandbox") -> dict[tuple[str, str], "CodeProblem"]:
     """The problems of `items`, with limits from the time that their own solutions take here."""
-    from rpsa.evaluation.sandbox import CodeProblem, with_time_limits
+    from rpsa.evaluation.sandbox import with_time_limits
 
-    unique = {(item.set, item.id): item.fields for item in items}
-    problems = [
-        CodeProblem(**{**fields, "packages": tuple(fields["packages"])}) for fields in unique.values()
-    ]
-    return dict(zip(unique, with_time_limits(problems, sandbox), strict=True))
+    unique = {(item.set, item.id): item.problem for item in items if item.problem is not None}
+    return dict(zip(unique, with_time_limits(list(unique.values()), sandbox), strict=True))
 
 
 def _sample(
     response: Response, outcome: Outcome, score: float | None, details: Mapping[str, Any] | None = None
 ) -> Sample:
-    item, reading = response.item, response.reading
+    item = response.item
     return Sample(
         id=response.id,
         set=item.set,
@@ -158,10 +130,10 @@ def _sample(
         answer=item.answer,
         response=response.text,
         finish_reason=response.finish_reason,
-        extracted=reading.extracted if item.scorer != "judge" else None,
-        truncated=reading.truncated,
-        empty=reading.empty,
-        unparsed=reading.unparsed,
+        extracted=response.extracted if item.scorer != "judge" else None,
+        truncated=response.truncated,
+        empty=response.empty,
+        unparsed=response.unparsed,
         outcome=outcome,
         score=score,
         details=details or {},

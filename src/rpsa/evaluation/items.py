@@ -1,7 +1,6 @@
 """From a task's name to its items: a benchmark, a group, the tiny world or a file of the user's."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rpsa.errors import RPSAError
@@ -94,7 +93,7 @@ def _file_items(source: str, options: TaskOptions) -> list[Item]:
 def _file_item(name: str, identifier: str, row: Row) -> Item:
     if "entry_point" in row.fields:
         problem = code_problem(row, int(identifier))
-        return Item(problem.id, name, "reasoning", problem.prompt, "", "code", asdict(problem))
+        return Item(problem.id, name, "reasoning", problem.prompt, "", "code", problem)
     if "answer" in row.fields:
         answer = text_field(row, ["answer"])
         prompt = math_prompt(text_field(row, ["problem", "question"]))

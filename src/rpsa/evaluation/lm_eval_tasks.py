@@ -13,7 +13,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,11 @@ from lm_eval.api.task import ConfigurableTask
 from rpsa.chat import apply_template, thought_format
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Item, TaskOptions
-from rpsa.evaluation.grading import Graders, Response, graded
+from rpsa.evaluation.grading import Graders, graded
 from rpsa.evaluation.items import load_task
 from rpsa.evaluation.judges import make_judge
 from rpsa.evaluation.sandbox import best_sandbox
-from rpsa.evaluation.scores import METRICS, set_rates
+from rpsa.evaluation.scores import METRICS, Response, set_rates
 from rpsa.generation.decoding import ResponseDecoder
 from rpsa.thought import KNOWN, NO_THOUGHT, THINK, ThoughtFormat
 
@@ -42,7 +41,7 @@ def dataset(name: str, n: int | None = None, **_: Any) -> "dict[str, Dataset]":
     from datasets import Dataset
 
     rows = [
-        {"prompt": item.prompt, "target": item.answer, "item": json.dumps(asdict(item))}
+        {"prompt": item.prompt, "target": item.answer, "item": json.dumps(item.to_json())}
         for item in load_task(name, TaskOptions(n=n))
     ]
     return {"test": Dataset.from_list(rows)}
@@ -107,7 +106,7 @@ def process_results(
     doc: Mapping[str, str], results: Sequence[Any], thought: ThoughtFormat = THINK
 ) -> dict[str, float]:
     """The metrics of one item over its responses, which the filter `take_first_k` hands over as one list."""
-    item = Item(**json.loads(doc["item"]))
+    item = Item.from_json(json.loads(doc["item"]))
     texts = results[0] if isinstance(results[0], list) else results
     # the harness does not say why a response ended
     responses = [Response(item, index, text, "", thought) for index, text in enumerate(texts)]

@@ -1,6 +1,14 @@
-"""From a model and a list of tasks to `results.json`: ask, grade, summarise. Each step goes on where it was stopped.
+"""Evaluation: from a model and a list of tasks to `results.json`. Each step goes on where it was stopped.
 
-Who grades an evaluation: its judges, what a second one says of the first, and the sandbox for programs.
+The forms of a sample, from a row to a number:
+
+1. `Row` (`rpsa.rows`): what a file or a dataset on the hub holds.
+2. `Item` (`benchmarks`): prompt, gold answer, scorer; with its `CodeProblem` where a program is to be written.
+3. `Completion` (`rpsa.generation`): what the model wrote to the rendered prompt; a line of `responses.jsonl`.
+4. `Response` (`scores`): item and completion, and what is read in it.
+5. `Sample` (`scores`): a response with its score, and the judgement or verdict that this rests on; a line of
+   `samples.jsonl`, and the same record there.
+6. The rates of a set (`scores.results_by_set`): its entry in `results.json`.
 """
 
 import contextlib
@@ -24,7 +32,7 @@ from rpsa.artifacts import (
 )
 from rpsa.chat import read_thought, render_prompt
 from rpsa.evaluation.benchmarks import BENCHMARKS, Item, TaskOptions
-from rpsa.evaluation.grading import Graders, Response, graded
+from rpsa.evaluation.grading import Graders, graded
 from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.judges import (
     NO_ANSWER,
@@ -38,7 +46,7 @@ from rpsa.evaluation.judges import (
     make_judge,
 )
 from rpsa.evaluation.judges.local import check_access
-from rpsa.evaluation.scores import Sample, results_by_set
+from rpsa.evaluation.scores import Response, Sample, results_by_set
 from rpsa.generation import Completion, Generator, Sampling, sample_id
 from rpsa.generation.resumable import carry_over, generate_resumable, in_order
 from rpsa.models import free_memory
@@ -312,5 +320,5 @@ def _data_hashes(items: Sequence[Item]) -> dict[str, str]:
     """By set, what tells its items, answers and tests from any others."""
     rows: dict[str, list[Any]] = defaultdict(list)
     for item in items:
-        rows[item.set].append(asdict(item))
+        rows[item.set].append(item.to_json())
     return {name: sha256_of(found) for name, found in rows.items()}

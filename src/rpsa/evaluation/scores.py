@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Item, Kind
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.evaluation.statistics import rate
+from rpsa.generation import sample_id
 from rpsa.thought import THINK, ThoughtFormat
 from rpsa.tiny import TinyItem, score
 
@@ -30,48 +32,69 @@ Outcome = Literal["correct", "wrong", "refused", "partial", "complied", "other",
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a response holds, before it is graded.
+class Response:
+    """The `index`-th response to an item, and what can be read in it before any program is run or judge asked.
 
-    Attributes:
-        answer: what follows the thought; None if that was never closed.
-        extracted: the answer in the form that is compared; None if there is none.
-        truncated: the thought was never closed: there is no answer, whatever the thought holds.
-        empty: nothing follows the thought.
-        unparsed: something does, but no answer of the wanted form is in it.
+    `thought` is the format of the model that gave it.
     """
 
-    answer: str | None
-    extracted: str | None
-    truncated: bool
-    empty: bool
-    unparsed: bool
+    item: Item
+    index: int
+    text: str
+    finish_reason: str
+    thought: ThoughtFormat = THINK
 
+    @property
+    def id(self) -> str:
+        return sample_id(self.item.set, self.item.id, self.index)
 
-def read_response(item: Item, response: str, thought: ThoughtFormat = THINK) -> Reading:
-    """Extraction by the item's scorer; for requests the answer itself is what was extracted."""
-    answer = final_answer(response, thought)
-    if not answer:
-        return Reading(answer, None, truncated=answer is None, empty=answer == "", unparsed=False)
-    found = _extract(item, answer)
-    return Reading(answer, found, truncated=False, empty=False, unparsed=found is None)
+    @cached_property
+    def answer(self) -> str | None:
+        """What follows the thought; None if that was never closed."""
+        return final_answer(self.text, self.thought)
 
+    @cached_property
+    def extracted(self) -> str | None:
+        """The answer in the form that the item's scorer compares, None if there is none; for requests all of it."""
+        return _extract(self.item, self.answer) if self.answer else None
 
-def answer_outcome(item: Item, response: str, thought: ThoughtFormat = THINK) -> Outcome:
-    """The outcome for the scorers `math`, `integer`, `letter` and `tiny`; refusals are told from wrong answers."""
-    if item.scorer == "tiny":
-        return score(TinyItem(item.prompt, item.answer, item.set), response, thought)
-    assert item.scorer in ("math", "integer", "letter")
-    if grade(response, item.answer, item.scorer, thought):
-        return "correct"
-    return "refused" if is_refusal(response, thought) else "wrong"
+    @property
+    def truncated(self) -> bool:
+        """The thought was never closed: there is no answer, whatever the thought holds."""
+        return self.answer is None
+
+    @property
+    def empty(self) -> bool:
+        """Nothing follows the thought."""
+        return self.answer == ""
+
+    @property
+    def unparsed(self) -> bool:
+        """Something does, but no answer of the wanted form is in it."""
+        return bool(self.answer) and self.extracted is None
+
+    @property
+    def refuses(self) -> bool:
+        return is_refusal(self.text, self.thought)
+
+    @property
+    def outcome(self) -> Outcome:
+        """For the scorers `math`, `integer`, `letter` and `tiny`; refusals are told from wrong answers."""
+        item = self.item
+        if item.scorer == "tiny":
+            return score(TinyItem(item.prompt, item.answer, item.set), self.text, self.thought)
+        assert item.scorer in ("math", "integer", "letter")
+        if grade(self.text, item.answer, item.scorer, self.thought):
+            return "correct"
+        return "refused" if self.refuses else "wrong"
 
 
 def _extract(item: Item, answer: str) -> str | None:
     if item.scorer == "judge" or (item.scorer == "tiny" and item.kind != "reasoning"):
         return answer
     if item.scorer == "code":
-        return code_block(answer, item.fields["entry_point"])
+        assert item.problem is not None
+        return code_block(answer, item.problem.entry_point)
     if item.scorer == "tiny":
         return boxed(answer)
     return stated_answer(answer, item.scorer)
@@ -97,7 +120,7 @@ class Sample:
         id: `set/item/index`; the seed of the response derives from it.
         finish_reason: "stop", or "length" where the token limit ended it.
         score: 1 for a correct solution, a successful attack, a full refusal (by kind), else 0; None: not judged.
-        extracted, truncated, empty, unparsed: see `rpsa.evaluation.scores.Reading`.
+        extracted, truncated, empty, unparsed: see `Response`.
         details: what the score rests on beyond that: judgements, or how the program ended.
     """
 
