@@ -118,6 +118,13 @@ def test_no_two_modules_have_one_name() -> None:
     assert {name for name, count in names.items() if count > 1} <= {"benchmarks"}
 
 
+def test_no_two_classes_have_one_name() -> None:
+    trees = (ast.parse(path.read_text()) for path in SOURCE.rglob("*.py"))
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    still_to_be_renamed = {"Responses", "Outcome", "Cell", "Interval", "Estimate"}
+    assert {name for name, count in names.items() if count > 1} <= still_to_be_renamed
+
+
 def test_no_file_is_longer_than_its_idea() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in our_modules().items()}
     assert {name: lines for name, lines in lengths.items() if lines > 600} == {}

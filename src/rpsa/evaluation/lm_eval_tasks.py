@@ -47,7 +47,7 @@ def dataset(name: str, n: int | None = None, **_: Any) -> "dict[str, Dataset]":
     return {"test": Dataset.from_list(rows)}
 
 
-class Task(ConfigurableTask):
+class ThoughtTask(ConfigurableTask):
     """A task that knows how the model which the harness asks sets its thoughts apart."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

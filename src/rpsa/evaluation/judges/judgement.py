@@ -56,7 +56,7 @@ def unparseable(raw: str) -> Judgement:
 
 
 @dataclass(frozen=True)
-class Tally:
+class JudgementCounts:
     """A set of judgements: how many, how many without a score, and the mean score of the others (None if none)."""
 
     n: int
@@ -65,13 +65,13 @@ class Tally:
     labels: Mapping[str, int]
 
 
-def tally(judgements: Iterable[Judgement]) -> Tally:
+def tally(judgements: Iterable[Judgement]) -> JudgementCounts:
     """Count judgements by label; the unparseable are left out of the mean, so report them beside it."""
     judgements = list(judgements)
     scores = [j.score for j in judgements if j.score is not None]
     labels = Counter(j.label for j in judgements)
     mean = sum(scores) / len(scores) if scores else None
-    return Tally(len(judgements), len(judgements) - len(scores), mean, dict(sorted(labels.items())))
+    return JudgementCounts(len(judgements), len(judgements) - len(scores), mean, dict(sorted(labels.items())))
 
 
 Sees = Literal["answer", "trace"]

@@ -65,8 +65,8 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How to start one program in a sandbox, so that `entry` runs in it and reads its job from stdin."""
+class Invocation:
+    """How one program is started in a sandbox, so that `entry` runs in it and reads its job from stdin."""
 
     command: Sequence[str]
     environment: dict[str, str]
@@ -82,7 +82,7 @@ class Launch:
 class Process:
     """One process group, its leader started from `launch`; a context that leaves nothing of it running."""
 
-    def __init__(self, launch: Launch, stdin: int, stdout: int, stderr: int) -> None:
+    def __init__(self, launch: Invocation, stdin: int, stdout: int, stderr: int) -> None:
         self._launch = launch
         self._popen = subprocess.Popen(
             ["/bin/sh", "-c", _FIRST_VICTIM, "sh", *launch.command],
@@ -197,7 +197,7 @@ def exchange(
                 os.close(descriptor)
 
 
-def job_text(launch: Launch, limits: Limits, run: str | None, data: Any) -> bytes:
+def job_text(launch: Invocation, limits: Limits, run: str | None, data: Any) -> bytes:
     """The job that `entry` takes: run the module `run` of `inside` with `data`, or the program `data` if None."""
     job = {
         "limits": asdict(limits),

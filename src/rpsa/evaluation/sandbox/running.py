@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from rpsa.evaluation.sandbox.process import Heard, Limits, Process, exchange, job_text
 from rpsa.evaluation.sandbox.tiers import Sandbox
 
-Outcome = Literal["passed", "failed", "timeout", "error"]
+ProgramOutcome = Literal["passed", "failed", "timeout", "error"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Verdict:
     """`failed`: a test did; `error`: the solution does not load, or its process died. `reason` is one line."""
 
     id: str
-    outcome: Outcome
+    outcome: ProgramOutcome
     reason: str
     seconds: float
     sandbox: str
@@ -141,13 +141,13 @@ def _together(program: Program, sandbox: Sandbox, limits: Limits, nonce: str, st
         return exchange([(stdin, job)], process.output.fileno(), limits, stop)
 
 
-def _verdict(heard: Heard, nonce: str, seconds: float) -> tuple[Outcome, str]:
+def _verdict(heard: Heard, nonce: str, seconds: float) -> tuple[ProgramOutcome, str]:
     lines = heard.output.decode(errors="replace").splitlines()
     for line in reversed(lines):
         if line.startswith(f"{nonce} "):
             with suppress(ValueError, TypeError):  # run together, a solution can write anything here
                 outcome, reason = json.loads(line[len(nonce) :])
-                if outcome in get_args(Outcome):
+                if outcome in get_args(ProgramOutcome):
                     return outcome, str(reason)
     if heard.ending == "timeout":
         return "timeout", f"not done after {seconds:g} s"

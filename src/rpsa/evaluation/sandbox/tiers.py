@@ -29,7 +29,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from typing import ClassVar
 
 from rpsa.errors import RPSAError
-from rpsa.evaluation.sandbox.process import Finished, Launch, Limits, Process, exchange, job_text, source
+from rpsa.evaluation.sandbox.process import Finished, Invocation, Limits, Process, exchange, job_text, source
 
 PYTHON = "/python/bin/python3"
 PYTHON_FLAGS = ("-s", "-S", "-P", "-B")
@@ -107,7 +107,7 @@ class Sandbox(ABC):
     def version(self) -> str: ...
 
     @abstractmethod
-    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Launch:
+    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Invocation:
         """How to start `entry` in a new sandbox that can import `packages` (names of distributions).
 
         Raises:
@@ -142,7 +142,7 @@ class Bubblewrap(Sandbox):
     def version(self) -> str:
         return _version("bwrap")
 
-    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Launch:
+    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Invocation:
         seen = view(packages)
         command = [
             shutil.which("bwrap") or "bwrap",
@@ -170,7 +170,7 @@ class Bubblewrap(Sandbox):
             command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
         command += ["--perms", "1777", "--size", str(limits.scratch_mb << 20), "--tmpfs", "/tmp"]
         command += ["--remount-ro", "/", "--chdir", "/tmp", "--"]
-        return Launch(
+        return Invocation(
             [*command, PYTHON, *PYTHON_FLAGS, "-c", source("entry")],
             ENVIRONMENT,
             uid=_nobody(),
@@ -187,7 +187,7 @@ class Namespaces(Sandbox):
     def version(self) -> str:
         return f"linux {os.uname().release}"
 
-    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Launch:
+    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Invocation:
         uid = _nobody()
         config = {
             **asdict(view(packages)),
@@ -197,7 +197,7 @@ class Namespaces(Sandbox):
             "environment": ENVIRONMENT,
         }
         command = [sys.executable, "-I", "-S", "-B", "-c", source("namespaces"), json.dumps(config)]
-        return Launch(command, {}, uid=uid, path=(PACKAGES_FOLDER,))
+        return Invocation(command, {}, uid=uid, path=(PACKAGES_FOLDER,))
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Container(Sandbox):
     def version(self) -> str:
         return f"{_version(self.engine)}, {self.image}"
 
-    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Launch:
+    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Invocation:
         name = f"rpsa-{secrets.token_hex(8)}"
         engine = shutil.which(self.engine) or self.engine
         memory = f"{limits.memory_mb + limits.scratch_mb}m"
@@ -243,7 +243,9 @@ class Container(Sandbox):
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run([engine, "rm", "--force", name], capture_output=True, timeout=60, check=False)
 
-        return Launch([*command, "-s", "-P", "-B", "-c", source("entry")], dict(os.environ), clean_up=remove)
+        return Invocation(
+            [*command, "-s", "-P", "-B", "-c", source("entry")], dict(os.environ), clean_up=remove
+        )
 
 
 class Unsandboxed(Sandbox):
@@ -256,11 +258,11 @@ class Unsandboxed(Sandbox):
     def version(self) -> str:
         return "(resource limits only)"
 
-    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Launch:
+    def launch(self, limits: Limits, packages: tuple[str, ...]) -> Invocation:
         folder = tempfile.mkdtemp(prefix="rpsa-")
         here = {"HOME": folder, "TMPDIR": folder}
         path = tuple(sorted({os.path.dirname(path) for path in package_paths(packages)}))
-        return Launch(
+        return Invocation(
             [sys.executable, *PYTHON_FLAGS, "-c", source("entry")],
             ENVIRONMENT | here,
             folder,
