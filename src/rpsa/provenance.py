@@ -47,7 +47,8 @@ _LOADING = ("models", "checkpoints", "thought", "rows", "tiny", "safety_data")
 _ASKING = ("generation", "chat", "prompts", *_LOADING)
 _MEASURING = ("fisher", "settings", "sharding", "parameters", "reference")
 _EVALUATING = ("answers", "evaluation", "-evaluation/command", *_ASKING)
-_CARD = ("training/card", "training/card_text")
+_CARD = ("training/card", "training/templates", "templates")
+_TEXTS = ("*.py", "*.txt", "*.jinja", "*.css", "*.js")
 
 MADE_BY: dict[Stage, MadeBy] = {
     "reference": MadeBy(
@@ -83,7 +84,7 @@ MADE_BY: dict[Stage, MadeBy] = {
         ("responses.jsonl", "samples.jsonl", "results.json"),
     ),
     "report": MadeBy(
-        ("rpsa", "numpy", "scipy", "matplotlib"),
+        ("rpsa", "numpy", "scipy", "matplotlib", "jinja2"),
         (
             *("pipeline/reporting", "report", "thought", *_CARD),
             *("evaluation/statistics", "evaluation/scores"),
@@ -111,11 +112,15 @@ def sources(made_by: MadeBy) -> dict[str, str]:
 def _digest(room: str, left_out: tuple[str, ...]) -> str:
     home = Path(rpsa.__file__).parent
     folder, module = home / room, home / f"{room}.py"
-    paths = [module] if module.is_file() else [p for kind in ("*.py", "*.txt") for p in folder.rglob(kind)]
+    paths = [module] if module.is_file() else [p for kind in _TEXTS for p in folder.rglob(kind)]
     names = {path.relative_to(home).as_posix(): path for path in paths}
-    kept = {name: path for name, path in names.items() if name.removesuffix(".py") not in left_out}
+    kept = {name: path for name, path in names.items() if not _is_in(name.removesuffix(".py"), left_out)}
     assert kept, f"there is no room {room}"
     return sha256_of({name: _code(path) for name, path in kept.items()})[:16]
+
+
+def _is_in(name: str, rooms: tuple[str, ...]) -> bool:
+    return any(name == room or name.startswith(f"{room}/") for room in rooms)
 
 
 def _code(path: Path) -> str:

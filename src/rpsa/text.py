@@ -22,6 +22,22 @@ def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*|<>\[\]~$#&]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z]))", r"\\\1", printable(text))
 
 
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{c: f"{{{c}}}" for c in "[]"},  # an optional argument, at the beginning of a row
+}
+
+
+def latex_text(text: str) -> str:
+    """`text` that TeX sets as it is, on one line."""
+    return "".join(_LATEX.get(character, character) for character in printable(text))
+
+
 def markdown_code(text: str) -> str:
     """`text` in Markdown's code font, on one line."""
     return f"`{printable(text).replace('`', chr(39))}`"

@@ -3,7 +3,7 @@
 LAYERS = [
     {"errors", "text", "progress"},
     {"sharding", "settings"},
-    {"parameters", "artifacts", "rows", "prompts", "thought", "http"},
+    {"templates", "parameters", "artifacts", "rows", "prompts", "thought", "http"},
     {"provenance"},
     {"fisher"},
     {"freezing", "alternatives"},

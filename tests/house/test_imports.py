@@ -13,7 +13,10 @@ from helpers.layers import LAYERS
 from helpers.paths import ROOT
 
 SOURCE = Path(rpsa.__file__).parent
-HEAVY = {"transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "lm_eval", "pydantic", "rich"}
+HEAVY = {
+    *("transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "lm_eval", "pydantic", "rich"),
+    "jinja2",
+}
 
 
 def modules_after(statement: str) -> set[str]:

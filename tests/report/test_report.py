@@ -18,11 +18,12 @@ from helpers.made_up_results import FAMILIES, LEVELS, demo_results, made_up, stu
 from rpsa.evaluation.statistics import safety_tax_interval
 from rpsa.report import RunResult, Shown, render_console, summarise, with_safety_tax, write_report
 from rpsa.report.benchmarks import benchmark_table, rates_table
-from rpsa.report.latex import escaped, latex_table
+from rpsa.report.latex import latex_table
 from rpsa.report.page import with_problem_intervals
 from rpsa.report.responses import LIMIT, chosen_responses, cut, script_json
 from rpsa.report.tables import main_table
 from rpsa.report.warnings import audit_line, warnings
+from rpsa.text import latex_text
 
 PROVENANCE = {
     "name": "made-up <demo>",
@@ -550,9 +551,9 @@ def _columns(row: str) -> int:
 
 @pytest.mark.parametrize("character", "&%$#_{}~^\\<>")
 def test_latex_escapes(character: str) -> None:
-    text = escaped(f"a{character}b")
+    text = latex_text(f"a{character}b")
     assert re.fullmatch(r"a\\([&%$#_{}]|text[a-z]+\{\})b", text)
-    assert escaped("plain 1.0: x+y") == "plain 1.0: x+y"
+    assert latex_text("plain 1.0: x+y") == "plain 1.0: x+y"
 
 
 def test_cells_of_a_sweep_are_in_results_json_and_its_figure_alone(tmp_path: Path) -> None:

@@ -30,8 +30,7 @@ from rpsa.parameters import fingerprint, trainable_parameters
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.reporting import estimated
 from rpsa.reference import ReferenceDataset
-from rpsa.training.card import CARD, add_results, card_with_results, write_card
-from rpsa.training.card_text import METADATA, render_card
+from rpsa.training.card import CARD, METADATA, add_results, card_with_results, render_card, write_card
 from rpsa.training.metadata import CardNames, _license, hub_id, model_metadata, public_name
 from rpsa.training.trainer import AUDIT_FILE, RPSATrainer
 

@@ -28,7 +28,7 @@ from rpsa.parameters import trainable_parameters
 from rpsa.recipe.problems import installed_names
 from rpsa.training.alternatives import AlternativesConfig, AlternativesTrainer
 from rpsa.training.callback import AUDIT_START
-from rpsa.training.card_text import METADATA
+from rpsa.training.card import METADATA
 from rpsa.training.config import refuse_unsupported_ranks
 from rpsa.training.trainer import AUDIT_FILE, ResumableSFTTrainer
 

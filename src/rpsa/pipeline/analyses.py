@@ -124,7 +124,7 @@ CELLS = "cells.jsonl"
 _MADE_BY = MadeBy(
     MADE_BY["evaluate"].packages,
     (
-        *("pipeline/perturb", "pipeline/models", "analysis/perturbation", "freezing/masks", "fisher"),
+        *("pipeline/analyses", "models", "analysis/perturbation", "freezing/masks", "fisher"),
         *("generation", "chat", "answers", "evaluation"),
     ),
 )

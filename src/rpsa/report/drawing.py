@@ -15,34 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rpsa.artifacts import atomic_write
+from rpsa.recipe.methods import OTHER_MARKER, PLAIN, VARIANTS, Marker
 from rpsa.report.results import Summary
 from rpsa.text import printable
 
 BLUE, GREEN, ORANGE, GREY = "#2563ab", "#2e8540", "#d9660a", "#5f6368"
 _COLOURS = {"original": BLUE, "fft": GREEN, "lora": ORANGE}
-_Marker = str | tuple[int, int, int]
-"""One of matplotlib's, or points, kind (0 polygon, 1 star) and angle."""
-_VARIANTS: dict[str, _Marker] = {
-    "": "^",
-    "rpsa": "*",
-    "constant": "D",
-    "random": "X",
-    "random_per_tensor": "P",
-    "noise_k": "v",
-    "gradient_only": "p",
-    "raw_moments": "h",
-    "sigma4": "d",
-    "magnitude": "<",
-    "inverse": ">",
-    "ewc": "s",
-    "l2sp": "8",
-    "rehearsal": "H",
-    "agem": (4, 1, 0),
-    "sign_projection": (4, 1, 45),
-    "interpolation": (6, 1, 0),
-    "restored": (5, 0, 36),
-}
-_OTHER = (8, 1, 0)
 _WIDTH = 4.8
 
 
@@ -51,7 +29,7 @@ class Style:
     """Colour tells the paradigm, shape the variant; LoRA is hollow, so that neither needs colour."""
 
     colour: str
-    marker: _Marker
+    marker: Marker
     hollow: bool
 
     @property
@@ -75,7 +53,13 @@ def style_of(method: str) -> Style:
     paradigm, _, variant = method.partition("+")
     if paradigm == "original":
         return Style(BLUE, "o", False)
-    return Style(_COLOURS.get(paradigm, GREY), _VARIANTS.get(variant, _OTHER), paradigm == "lora")
+    return Style(_COLOURS.get(paradigm, GREY), _marker(variant), paradigm == "lora")
+
+
+def _marker(variant: str) -> Marker:
+    if not variant:
+        return PLAIN.marker
+    return VARIANTS[variant].marker if variant in VARIANTS else OTHER_MARKER
 
 
 def new_panels(

@@ -117,6 +117,10 @@ class Summary:
     def is_original(self) -> bool:
         return self.lr is None
 
+    def rates(self, kind: Kind) -> Mapping[str, float]:
+        """By set, and "mean" where there is one."""
+        return {"reasoning": self.reasoning, "attack": self.asr, "over_refusal": self.over_refusal}[kind]
+
     @property
     def paradigm(self) -> str:
         return self.method.partition("+")[0]

@@ -1,7 +1,8 @@
 """The model card: `README.md` in every saved model, `rpsa_metadata.json` beside it with the same facts.
 
-The card is rendered from the metadata alone. Its section "Results" says that nothing was measured until
-`card_with_results` or `add_results` fills it; the rest of the card, edited by hand or not, stays as it is then.
+The card is rendered from the metadata alone (`rpsa.training.metadata`); its text is `templates/card.md.jinja`. Its
+section "Results" says that nothing was measured until `card_with_results` or `add_results` fills it; the rest of the
+card, edited by hand or not, stays as it is then.
 """
 
 import json
@@ -12,10 +13,11 @@ from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
-from rpsa.text import markdown_code, markdown_text
-from rpsa.training.card_text import METADATA, render_card
+from rpsa.templates import render
+from rpsa.text import markdown_code
 
 CARD = "README.md"
+METADATA = "rpsa_metadata.json"
 
 _RATES = {
     "reasoning": ("reasoning", "Reasoning, correct ↑"),
@@ -23,6 +25,66 @@ _RATES = {
     "over_refusal": ("over-refusal", "Benign requests, refused ↓"),
 }
 _SHARES = {"refused": "Reasoning, refused ↓", "truncated": "Responses, truncated ↓"}
+
+
+def render_card(metadata: Mapping[str, Any]) -> str:
+    """The whole card, YAML front matter included, without results."""
+    from huggingface_hub import ModelCardData
+
+    base, dataset = metadata["base_model"], metadata["safety_data"]["hub_id"]
+    derived = {
+        "model_name": metadata["model_name"],
+        "base_model": base["hub_id"],
+        "library_name": "peft" if metadata["adapter"] else "transformers",
+        "pipeline_tag": "text-generation",
+        "datasets": [dataset] if dataset else None,
+        **base["license"],
+        "tags": _tags(metadata),
+    }
+    front_matter = ModelCardData(**(derived | metadata["front_matter"])).to_yaml(line_break="\n")
+    text = render("rpsa.training", "card.md", **metadata, **_derived(metadata), metadata_file=METADATA)
+    one_line_each = re.sub(r"\n +", " ", text)  # as the template says
+    return f"---\n{front_matter}\n---\n\n{one_line_each}"
+
+
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    tags = [*metadata["tags"], "safety-alignment"]
+    if metadata["freezing"]:
+        tags.append("rpsa")
+    if adapter := metadata["adapter"]:
+        tags.append(adapter["type"].lower())
+        if base := metadata["base_model"]["hub_id"]:
+            tags.append(f"base_model:adapter:{base}")
+    return sorted(set(tags))
+
+
+def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template says and would be lost in working out."""
+    audit, freezing, fisher = metadata["audit"], metadata["freezing"], metadata["fisher"] or {}
+    reference, training, done = metadata["reference"] or {}, metadata["training"], metadata["alternatives"]
+    frozen_steps = 0.0
+    if audit and audit["steps"] and freezing and freezing["elements"]:
+        frozen_steps = audit["frozen_element_steps_checked"] / (audit["steps"] * freezing["elements"])
+    halves = (fisher.get("split_half") or {}).items()
+    prints = {
+        "scores": fisher.get("fingerprint"),
+        "samples": fisher.get("data_fingerprint"),
+        "measured on the weights": fisher.get("weights_fingerprint"),
+    }
+    sampling = {
+        "temperature {:g}": reference.get("temperature"),
+        "top-p {:g}": reference.get("top_p"),
+        "at most {:,} tokens": reference.get("max_new_tokens"),
+    }
+    losses = {"training": training["loss"], "evaluation": training["eval_loss"]}
+    return {
+        "mean_frozen": frozen_steps,
+        "overlap": ", ".join(f"{v:.3f} for the top {float(k):.0%}" for k, v in halves if v is not None),
+        "fingerprints": ", ".join(f"{of} `{found}`" for of, found in prints.items() if found),
+        "sampling": [form.format(value) for form, value in sampling.items() if value is not None],
+        "changed_afterwards": bool(done and (done["interpolation"] < 1 or done["restored_ratio"])),
+        "losses": [f"{name} {float(loss):.4f}" for name, loss in losses.items() if loss is not None],
+    }
 
 
 def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -99,7 +161,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _with_results(card: str, results: Mapping[str, Any]) -> str:
-    section = f"## Results\n\n{_results_section(results)}\n"
+    section = f"## Results\n\n{_results_section(results)}"
     # up to the next heading of the same level, or the end
     replaced, count = re.subn(
         r"^## Results\n.*?(?=^## |\Z)", lambda _: section + "\n", card, count=1, flags=re.M | re.S
@@ -109,13 +171,6 @@ def _with_results(card: str, results: Mapping[str, Any]) -> str:
 
 def _results_section(results: Mapping[str, Any]) -> str:
     model, original = results["model"], results["original"]
-    header = ["In percent", "This model", *(["Untouched"] if original else [])]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    before = _rates(original or {})
-    for label, rate in _rates(model).items():
-        values = [rate, *([before.get(label)] if original else [])]
-        shown = ["–" if value is None else f"{100 * value:.1f}" for value in values]
-        lines.append(f"| {markdown_text(label)} | " + " | ".join(shown) + " |")
     missing = [name for key, (name, _) in _RATES.items() if not model.get(key)]
     tax = model.get("str")
     notes = [
@@ -127,13 +182,21 @@ def _results_section(results: Mapping[str, Any]) -> str:
         f"{model['samples']:,} responses." if model.get("samples") else None,
         f"Not measured: {', '.join(missing)}." if missing else None,
     ]
-    return "\n".join([*lines, "", " ".join(note for note in notes if note)])
+    return render(
+        "rpsa.training",
+        "results.md",
+        original=original,
+        rates=_rates(model),
+        before=_rates(original or {}),
+        notes=[note for note in notes if note],
+    )
 
 
-def _rates(results: Mapping[str, Any]) -> dict[str, float]:
+def _rates(results: Mapping[str, Any]) -> dict[str, str]:
     rates = {
         f"{label}: {name}": rate
         for key, (_, label) in _RATES.items()
         for name, rate in sorted((results.get(key) or {}).items(), key=lambda item: item[0] == "mean")
     }
-    return rates | {label: results[key] for key, label in _SHARES.items() if key in results}
+    rates |= {label: results[key] for key, label in _SHARES.items() if key in results}
+    return {label: f"{100 * rate:.1f}" for label, rate in rates.items()}
