@@ -78,7 +78,8 @@ class FisherConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "fisher.")
-        settings.check(settings.PROBES, self.probes, "fisher.probes")
+        for setting in settings.FISHER:
+            settings.check(setting, getattr(self, setting.name), f"fisher.{setting.name}")
         try:
             re.compile(self.scope or "")
         except re.error as error:

@@ -66,7 +66,7 @@ class RPSAArguments:
                 raise RPSAError(settings.FROZEN_RATIO.refused(self.frozen_ratio)) from None
         check_own_fields(self, RPSAArguments, but="frozen_ratio")
         self.ratio()
-        for setting in (settings.MASK, settings.FROZEN_MOMENTS, settings.ZERO_FISHER):
+        for setting in settings.FREEZING:
             settings.check(setting, getattr(self, setting.name))
         if self.compact and (reason := why_not_compact(self)):
             raise RPSAError(f"compact{reason}")
