@@ -45,7 +45,7 @@ _TRAINING = ("trl", "peft", "accelerate")
 
 _LOADING = ("models", "checkpoints", "thought", "rows", "tiny", "safety_data")
 _ASKING = ("generation", "chat", "prompts", *_LOADING)
-_MEASURING = ("fisher", "settings", "sharding", "parameters", "reference")
+_MEASURING = ("fisher", "sharding", "parameters", "reference")
 _EVALUATING = ("answers", "evaluation", "-evaluation/command", *_ASKING)
 _CARD = ("training/card", "training/templates", "templates")
 _TEXTS = ("*.py", "*.txt", "*.jinja", "*.css", "*.js")

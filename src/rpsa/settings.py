@@ -139,8 +139,6 @@ CONSTANT_RATIO = Setting(
     at_most=1,
     refusal="{name} {value!r} is not a number from 0 to 1",
 )
-UNDECIDED_RATIO = 0.5
-"""k until there is a baseline to compare a conflict with (section 3.3)."""
 WINDOW = Setting(
     "window",
     20,

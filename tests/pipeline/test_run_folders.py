@@ -513,6 +513,7 @@ def test_a_mended_grader_asks_no_model_and_trains_none(
 
 _FREE = {
     *("__init__", "errors", "text", "artifacts", "recipe", "cli", "http", "progress", "provenance"),
+    "settings",
     "report/tables",
     *(f"pipeline/{name}" for name in ("__init__", "launch", "manifests", "preflight", "runner", "tasks")),
 }

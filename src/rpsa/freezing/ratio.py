@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rpsa.errors import check_fields
-from rpsa.settings import CONSTANT_RATIO, EVERY, SEED, SIGMA_SCALE, UNDECIDED_RATIO, WINDOW, check
+from rpsa.settings import CONSTANT_RATIO, EVERY, SEED, SIGMA_SCALE, WINDOW, check
+
+_UNDECIDED = 0.5
+"""k until there is a baseline to compare a conflict with (section 3.3)."""
 
 
 class FrozenRatio(Protocol):
@@ -72,18 +75,18 @@ class ConflictRatio:
             check(setting, getattr(self, setting.name))
 
     def initial(self) -> float:
-        return UNDECIDED_RATIO
+        return _UNDECIDED
 
     def update(self, conflict: float) -> float:
         previous = self.history[-self.window :]
         self.history.append(conflict)
         if len(previous) < self.window:
-            return UNDECIDED_RATIO
+            return _UNDECIDED
         mean = math.fsum(previous) / self.window
         sigma = math.sqrt(math.fsum((c - mean) ** 2 for c in previous) / self.window)
         # The mean of equal floats may round off them: what is left is noise, not a spread.
         if sigma <= 1e-12:
-            return UNDECIDED_RATIO
+            return _UNDECIDED
         return min(1.0, max(0.0, (conflict - mean) / (self.sigma_scale * sigma) + 0.5))
 
     @property
