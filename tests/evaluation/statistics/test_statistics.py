@@ -22,7 +22,6 @@ from rpsa.evaluation.statistics import (
     ratio_interval,
     safety_tax,
     safety_tax_rate,
-    wilson_interval,
 )
 
 # Table 1 of the paper: AIME, GPQA, HE+, MBPP+ | StrongReject, WildJailbreak | STR
@@ -198,16 +197,19 @@ def test_rate_has_bounds_and_no_order(problems: list[list[float]], draw: random.
     assert mirrored.interval == pytest.approx((1 - high, 1 - low))
 
 
+def wilson(right: int, n: int) -> tuple[float, float]:
+    found = binomtest(right, n).proportion_ci(method="wilson")
+    return found.low, found.high
+
+
 @given(st.integers(1, 400), st.data())
 def test_one_sample_a_problem_is_wilsons(n: int, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, n))
-    found = wilson_interval(right, n)
+    found = rate([[1.0]] * right + [[0.0]] * (n - right)).interval
     # The ends are where (p_hat - p)^2 = z^2 p (1 - p) / n.
     for p in found:
         assert (right / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, rel=1e-4, abs=1e-12)
-    expected = binomtest(right, n).proportion_ci(method="wilson")
-    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert rate([[1.0]] * right + [[0.0]] * (n - right)).interval == pytest.approx(found)
+    assert found == pytest.approx(wilson(right, n), abs=1e-12)
 
 
 def test_several_samples_narrow_the_interval_as_far_as_they_differ() -> None:
@@ -218,7 +220,7 @@ def test_several_samples_narrow_the_interval_as_far_as_they_differ() -> None:
     )  # 160 independent samples, as far as seen
 
     def width(p: float, n: float) -> float:
-        low, high = wilson_interval(round(p * n), round(n))
+        low, high = wilson(round(p * n), round(n))
         return high - low
 
     assert copies.interval.high - copies.interval.low == pytest.approx(
@@ -228,8 +230,8 @@ def test_several_samples_narrow_the_interval_as_far_as_they_differ() -> None:
 
 
 def test_all_wrong_tells_of_problems_not_of_samples() -> None:
-    assert rate([[0.0] * 16] * 30).interval == wilson_interval(0, 30)
-    assert rate([[1.0] * 16] * 30).interval == wilson_interval(30, 30)
+    assert rate([[0.0] * 16] * 30).interval == pytest.approx(wilson(0, 30), abs=1e-12)
+    assert rate([[1.0] * 16] * 30).interval == pytest.approx(wilson(30, 30), abs=1e-12)
     # one problem, one effective sample: 1/2 -+ (1.96 sqrt(1 + 1.96^2) / 2) / (1 + 1.96^2)
     assert rate([[1.0, 0.0]]).interval == pytest.approx((0.0546, 0.9454), abs=1e-4)
 
@@ -299,8 +301,6 @@ def test_minimum_detectable_effect_by_hand() -> None:
         (lambda: rate([[1], []]), "problem 1 has no samples"),
         (lambda: rate([[50.0]]), "not percent"),
         (lambda: rate([[math.nan]]), "between 0 and 1"),
-        (lambda: wilson_interval(3, 2), "3 of 2"),
-        (lambda: wilson_interval(0, 0), "0 of 0"),
         (lambda: pass_at_k([[1, 0], [1]], 2), "k <= 1"),
         (lambda: pass_at_k([[1, 0]], 0), "k = 0"),
         (lambda: pass_at_k([[0.5]], 1), "neither 0 nor 1"),

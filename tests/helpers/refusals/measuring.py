@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy.stats import binomtest
+
 from helpers.paths import ROOT
 from rpsa.evaluation.refusals import refusal_class
-from rpsa.evaluation.statistics import wilson_interval
 
 
 class Phrase(NamedTuple):
@@ -49,7 +50,7 @@ def table() -> str:
 
 def _share(flags: Iterable[bool]) -> str:
     counted = list(flags)
-    low, high = wilson_interval(sum(counted), len(counted))
+    low, high = binomtest(sum(counted), len(counted)).proportion_ci(method="wilson")
     return f"{sum(counted)} of {len(counted)} ({100 * low:.0f} to {100 * high:.0f}%)"
 
 

@@ -21,7 +21,6 @@ from rpsa.evaluation.statistics.rates import (
     pass_at_k,
     rate,
     ratio_interval,
-    wilson_interval,
 )
 from rpsa.evaluation.statistics.tax import (
     SafetyTax,
@@ -54,5 +53,4 @@ __all__ = [
     "safety_tax_difference",
     "safety_tax_interval",
     "safety_tax_rate",
-    "wilson_interval",
 ]

@@ -188,9 +188,12 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
         raise RPSAError("mcnemar: a score is neither 0 nor 1; for means of samples take paired_difference")
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(a < b for a, b in zip(first, second, strict=True))
-    discordant = only_first + only_second
-    tail = sum(math.comb(discordant, i) for i in range(min(only_first, only_second) + 1))
-    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**discordant))
+    if only_first == only_second:  # as likely a way as there is, also for none
+        return McNemar(only_first, only_second, 1.0)
+    from scipy.stats import binomtest  # type: ignore[import-untyped]
+
+    p_value = float(binomtest(only_first, only_first + only_second).pvalue)
+    return McNemar(only_first, only_second, p_value)
 
 
 def minimum_detectable_effect(

@@ -106,13 +106,6 @@ def rate(problems: Problems) -> Estimate:
     return Estimate(value, error, wilson_limits(value, max(effective, n), student_quantile(n - 1)))
 
 
-def wilson_interval(successes: int, n: int) -> Interval:
-    """Wilson's score interval of a binomial proportion (Wilson 1927)."""
-    if not 0 <= successes <= n or n == 0:
-        raise RPSAError(f"wilson_interval: {successes} of {n} is no proportion")
-    return wilson_limits(successes / n, n, NORMAL.inv_cdf(UPPER))
-
-
 def pass_at_k(problems: Problems, k: int) -> Estimate:
     """The chance that one of k samples is right: mean of 1 - C(n - c, k) / C(n, k), c of a problem's n samples right.
 
@@ -130,7 +123,10 @@ def pass_at_k(problems: Problems, k: int) -> Estimate:
 
 
 def wilson_limits(p: float, n: float, z: float) -> Interval:
-    """The limits of `wilson_interval` for any share p and number n, at the normal quantile z."""
+    """Wilson's score interval (Wilson 1927) of any share p of any number n, at the normal quantile z.
+
+    `scipy.stats` has it for whole numbers alone; effective sample sizes and mean scores are none.
+    """
     shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
