@@ -30,8 +30,7 @@ from rpsa.evaluation.refusals import is_refusal
 from rpsa.evaluation.run import Subject, evaluate
 from rpsa.evaluation.scores import METRICS, Response, set_rates
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.generation import Completion, Sampling
-from rpsa.generation.decoding import ResponseDecoder
+from rpsa.generation import Completion, ResponseDecoder, Sampling
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.models import said_model
 from rpsa.pipeline.preflight import preflight

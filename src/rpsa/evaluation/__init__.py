@@ -1,4 +1,4 @@
-"""Measuring what alignment bought and what it cost: benchmarks, extraction, judges, sandbox, statistics."""
+"""Evaluation: what alignment bought and what it cost, by benchmarks, judges, a sandbox and statistics."""
 
 from pathlib import Path
 

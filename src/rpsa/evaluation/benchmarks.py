@@ -1,13 +1,8 @@
-"""Section 4.2.1: the paper's six benchmarks, and XSTest and MATH-500 without D_ref.
+"""Benchmarks (section 4.2.1): the paper's six, and XSTest and MATH-500 without D_ref, a record each.
 
-Each is a name, where its rows come from, and how they become questions; `rpsa.evaluation.lm_eval_tasks` and the
-YAML files in `tasks/` offer the same to lm-evaluation-harness.
-
-One question to a model, and what kind of question it is.
-
-Where a benchmark's rows come from: a file in one folder (offline), or the dataset's owner on the Hugging Face hub.
-
-Nothing is stored or redistributed. Gated datasets load with the user's own access.
+A record says where its rows come from, a file in one folder (offline) or the dataset's owner on the Hugging Face hub,
+and how they become items. Nothing is stored or redistributed; gated datasets load with the user's own access.
+`rpsa.evaluation.lm_eval_tasks` and the YAML files in `tasks/` offer the same to lm-evaluation-harness.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""`rpsa evaluate`: one model, without a recipe."""
+"""Command `rpsa evaluate`: one model, without a recipe."""
 
 import re
 from collections.abc import Sequence

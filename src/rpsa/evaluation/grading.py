@@ -1,4 +1,4 @@
-"""Scored samples from responses: answers are compared, programs run in the sandbox, requests judged."""
+"""Grading: scored samples from responses. Answers are compared, programs run in the sandbox, requests judged."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""From a task's name to its items: a benchmark, a group, the tiny world or a file of the user's."""
+"""Tasks by name: the items of a benchmark, a group, the tiny world or a file of the user's."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The functions behind `tasks/*.yaml`, for `lm_eval --include_path "$(rpsa tasks-path)" --tasks rpsa_aime24,...`.
+"""Functions behind `tasks/*.yaml`, for `lm_eval --include_path "$(rpsa tasks-path)" --tasks rpsa_aime24,...`.
 
 Items, prompts and scores are those of `rpsa evaluate`; lm-evaluation-harness generates and averages. Give it
 `--apply_chat_template`; RPSA_DATA_DIR, RPSA_REFERENCE and RPSA_JUDGE in the environment do what the options of
@@ -26,7 +26,7 @@ from rpsa.evaluation.items import load_task
 from rpsa.evaluation.judges import make_judge
 from rpsa.evaluation.sandbox import best_sandbox
 from rpsa.evaluation.scores import METRICS, Response, set_rates
-from rpsa.generation.decoding import ResponseDecoder
+from rpsa.generation import ResponseDecoder
 from rpsa.thought import KNOWN, NO_THOUGHT, THINK, ThoughtFormat
 
 if TYPE_CHECKING:

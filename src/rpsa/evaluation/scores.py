@@ -1,13 +1,8 @@
-"""What an evaluation found: for each set its main figure with its interval, and every rate that qualifies it.
-
-What one response to one item is worth, where no program has to be run and no judge to be asked.
-
-The same functions score stored samples for `rpsa evaluate` and for lm-evaluation-harness, so that both agree.
-
-Stored samples, and the rates of a set of them.
+"""Scores: what one response is worth where nothing has to be run or asked, stored samples, and the rates of a set.
 
 A sample is one response to one item with everything that its score rests on. A rate is the mean over items of the
-mean over an item's samples, so that items count alike whatever the number of their samples.
+mean over an item's samples, so that items count alike whatever the number of their samples. The same functions serve
+`rpsa evaluate` and lm-evaluation-harness, so that both agree.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Models to evaluate: a folder, a hub id, an adapter, a shipped base, or a server."""
+"""Subjects of an evaluation: a folder, a hub id, an adapter, a shipped base, or a server."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

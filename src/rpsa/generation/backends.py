@@ -1,4 +1,4 @@
-"""Which backend generates, and how to make it."""
+"""Backends: which one generates here, and how to make it."""
 
 import importlib.util
 import logging

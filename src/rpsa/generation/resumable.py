@@ -1,6 +1,6 @@
-"""Generation that goes on where it was stopped: every completion is on disk before it is yielded.
+"""Resumable generation: every completion is on disk before it is yielded, and a stopped run goes on from there.
 
-How far generation is, how fast, and how long it may still take, for any backend.
+How far generation is, how fast, and how long it may still take (`track`), for any backend.
 """
 
 import json

@@ -1,10 +1,8 @@
-"""Generation by a server with OpenAI's completions endpoint (vLLM, SGLang, and others).
+"""Server backend: generation by OpenAI's completions endpoint (vLLM, SGLang, and others).
 
 Prompts are rendered here and sent as token ids, where the server takes them, so that no other chat template and
 no second BOS come between. A sample's seed is a hash of the base seed and its id, so that a request that is
 repeated draws the same sample; how reproducible that is across batches is the server's affair.
-
-One request to `/v1/completions` and what may come back: an answer, a reason to try again, or an error.
 
 What makes a response exact are extensions that vLLM and SGLang share: token ids as the prompt, `return_token_ids`,
 `skip_special_tokens`, and values for the sampling settings that these servers else take from the model's
@@ -22,8 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpsa.errors import RPSAError
-from rpsa.generation import Completion, Sampling, check_lengths, sample_seed
-from rpsa.generation.decoding import ResponseDecoder
+from rpsa.generation import Completion, ResponseDecoder, Sampling, check_lengths, sample_seed
 from rpsa.http import Client, Connection, GaveUp, Refused, Retry, TryAgain, checked_url, short
 from rpsa.thought import ThoughtFormat
 

@@ -1,4 +1,4 @@
-"""Generation with `model.generate`, sampled reproducibly per response.
+"""Transformers backend: `model.generate`, sampled reproducibly per response.
 
 `generate` draws a whole batch from the global random state, so that a response depends on its neighbours.
 Here each (seed, sample id, position) has its own uniform number, which picks the token by inverting the
@@ -17,8 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from rpsa.errors import RPSAError
-from rpsa.generation import Completion, Sampling, check_lengths
-from rpsa.generation.decoding import ResponseDecoder
+from rpsa.generation import Completion, ResponseDecoder, Sampling, check_lengths
 from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:

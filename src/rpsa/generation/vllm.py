@@ -1,9 +1,8 @@
-"""Data parallelism with vLLM: several engines behind one server of its own, which lives as long as its generator.
+"""vLLM backend: in this process, or several engines behind a server of its own.
 
-Generation with vLLM in this process: token ids in and out, a seed for each sample.
-
-`LLM.generate` answers when all of its prompts are done, so prompts go in waves: what one wave gave is yielded
-before the next. Data parallelism, which vLLM's `LLM` does not have, is `vllm_server`'s.
+In the process (`VLLMGenerator`) token ids go in and out, with a seed for each sample. `LLM.generate` answers when all
+of its prompts are done, so prompts go in waves: what one wave gave is yielded before the next. Data parallelism, which
+vLLM's `LLM` does not have, is its server's (`VLLMServerGenerator`), which lives as long as its generator.
 """
 
 import ctypes
@@ -26,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from rpsa.errors import RPSAError
-from rpsa.generation import Completion, Sampling, check_lengths, sample_seed
-from rpsa.generation.decoding import ResponseDecoder
+from rpsa.generation import Completion, ResponseDecoder, Sampling, check_lengths, sample_seed
 from rpsa.generation.server import ServerConfig, ServerGenerator
 from rpsa.thought import ThoughtFormat
 

@@ -365,7 +365,7 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
 
 
 def stored_items(folder: Path) -> set[str]:
-    from rpsa.evaluation.judges.cache import _key
+    from rpsa.evaluation.judges.judgement import _key
 
     names = {_key((f"item-{i}", f"text {i}")): f"item-{i}" for i in range(1000)}
     lines = [line for path in folder.rglob("*.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rpsa.errors import RPSAError
-from rpsa.evaluation.judges.cache import CachedJudge
 from rpsa.evaluation.judges.judgement import (
     NO_ANSWER,
     UNPARSEABLE,
     Agreement,
+    CachedJudge,
     Judge,
     Judgement,
     JudgementCounts,

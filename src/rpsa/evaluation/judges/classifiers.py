@@ -1,9 +1,8 @@
 """Classifiers that say their verdict in words: Llama Guard 3 and 4, WildGuard, HarmBench.
 
 What tells one from another is data and one function that reads its output. The score is the verdict of greedy
-decoding, 1 or 0, as the authors of each classifier report it: the same from any backend.
-
-A prompt and the text judged, as a classifier's input: cut to what it can read, unable to end its own turn.
+decoding, 1 or 0, as the authors of each classifier report it: the same from any backend. Prompt and text come into its
+input cut to what it can read (`Window`), and unable to end their own turn (`_defused`).
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A judge's model from the hub or a folder, and what tells it from others."""
+"""Models of judges, from the hub or a folder, and what tells one from others."""
 
 import re
 from collections.abc import Iterator

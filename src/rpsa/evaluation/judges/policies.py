@@ -1,6 +1,6 @@
-"""Judging by a chat model behind an OpenAI-compatible endpoint.
+"""Policies for a chat model behind an OpenAI-compatible endpoint that judges: StrongREJECT's rubric, XSTest's classes.
 
-What a chat model is asked to judge by, and how its answer is read: StrongREJECT's rubric, XSTest's three classes.
+What it is asked to judge by, how its answer is read, and the judge that asks it (`ChatJudge`).
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Running model-written code, and grading it by tests that it cannot see. The whole story is in docs/sandbox.md."""
+"""Sandbox: running model-written code, and grading it by tests that it cannot see; see docs/sandbox.md."""
 
 from rpsa.evaluation.sandbox.evalplus import (
     CodeProblem,

@@ -1,13 +1,11 @@
-"""How long a problem's own solution takes on this machine: the measure of a fair time limit.
-
-HumanEval+ and MBPP+ hold problems whose reference takes half a minute. The limit is four times the reference's
-time and never less than ten seconds; the times are measured once, and kept in the user's cache.
-
-HumanEval+, MBPP+ and other Python test suites as problems that a solution is graded on.
+"""Problems of HumanEval+, MBPP+ and other Python test suites, and fair time limits for their solutions.
 
 Rows of HumanEval+: `task_id, prompt, canonical_solution, entry_point, test`; of MBPP+: `task_id, code, prompt,
 test_imports, test_list, test`; of any other suite: `prompt, entry_point, test`, with `task_id` and
 `canonical_solution` if there are any.
+
+There are problems whose reference takes half a minute. The limit is four times the reference's time on this machine,
+never less than ten seconds; the times are measured once, and kept in the user's cache.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """Processes in a sandbox: how they start, what is said to them and heard of them, how they end for certain.
 
-How much a program may use, and what became of it.
+How much a program may use (`Limits`), and what became of it (`Finished`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Whether solutions pass their tests, with the solution in one sandbox and the tests in another.
+"""Programs against their tests, the solution in one sandbox and the tests in another.
 
 The tests call the solution's function across a pipe: arguments go over as text, results come back as plain data
 (`inside/wire.py`). A solution never sees a test, an expected value, or the nonce that a pass is told by.

@@ -1,14 +1,11 @@
-"""Which sandboxes work on this machine: each is tried by running a program in it that tries the walls.
-
-What a sandbox shows of the host: this Python, its standard library, shared libraries, chosen packages.
-
-Python is shown under /python wherever it is installed, so that no home folder's path is to be seen.
-
-The sandboxes, strongest first, and which of them work here.
+"""Sandbox tiers, strongest first, and which of them work here: each is tried by a program that tries the walls.
 
 Order: bubblewrap, namespaces, container, none. Bubblewrap and our namespaces show a program the Python runtime
 and nothing else, and need no privileged service; bubblewrap comes first because many have read it. A container
 shows a whole image, and its engine often runs as root. None is resource limits alone, and must be asked for.
+
+Of the host a program sees this Python, its standard library, shared libraries and chosen packages (`View`). Python is
+shown under /python wherever it is installed, so that no home folder's path is to be seen.
 """
 
 import json

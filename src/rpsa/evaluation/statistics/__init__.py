@@ -1,4 +1,4 @@
-"""How large a difference is, and how sure one may be of it: rates, pairs of models, training runs, the safety tax.
+"""Statistics: how large a difference is and how sure one may be of it, for rates, pairs of models, runs, the tax.
 
 docs/statistics.md says which number answers which question. All intervals are 95% intervals.
 """

@@ -1,6 +1,4 @@
-"""Two models on the same problems: how far apart, whether that is chance, and how small a difference one could see.
-
-The bootstrap over problems: several models scored again and again on the same drawn problems.
+"""Bootstrap over problems, and two models on the same problems: how far apart, and whether that is chance.
 
 Problems are drawn within each benchmark (stratified), the same for all models (paired). Two corrections make the
 percentile interval hold what it says for few problems (benchmarks/coverage.py; Hesterberg 2015, "What Teachers Should

@@ -1,10 +1,7 @@
-"""Several training runs: what another seed would have given.
+"""Rates: pass@1 and attack success of a model, means over problems and not over samples; means over training runs.
 
-What statistics are made from: the scores of each sample of each problem of each benchmark, or bare counts.
-
-An estimate, its standard error and its 95% interval.
-
-pass@1 and the attack success rate of one model on one benchmark: means over problems, not over samples.
+All statistics are made from the scores of each sample of each problem of each benchmark (`Problems`), or from bare
+counts (`Counts`).
 """
 
 import math

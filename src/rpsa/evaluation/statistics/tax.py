@@ -1,7 +1,4 @@
-"""How sure one may be of a Safety Tax Rate (section 4.2.2), and of a difference between two.
-
-The Safety Tax Rate of section 4.2.2.
-"""
+"""Safety Tax Rate (section 4.2.2): its value, how sure one may be of it, and of a difference between two."""
 
 import math
 from collections.abc import Sequence
