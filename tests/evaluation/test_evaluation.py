@@ -15,6 +15,7 @@ from rich.console import Console
 from rpsa.evaluation import TASKS_PATH
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
 from rpsa.evaluation.items import load_tasks
+from rpsa.evaluation.results import EvaluationResult
 from rpsa.evaluation.run import Subject, evaluate
 from rpsa.evaluation.scores import METRICS, Sample, scores_by_item, set_rates
 from rpsa.generation import Completion, Sampling
@@ -93,13 +94,13 @@ def subject(generator: Scripted) -> Subject:
     return Subject("scripted", load_tokenizer("tiny:0", Model()), lambda: generator)
 
 
-def results_of(folder: Path, data_dir: Path, generator: Scripted, **settings: Any) -> dict[str, Any]:
+def results_of(folder: Path, data_dir: Path, generator: Scripted, **settings: Any) -> EvaluationResult:
     chosen = Evaluate(tasks=list(BENCHMARKS), **settings)
     return evaluate(subject(generator), chosen, TaskOptions(data_dir=str(data_dir)), folder)
 
 
 @pytest.fixture(scope="module")
-def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvaluationResult]:
     folder = tmp_path_factory.mktemp("evaluated")
     return folder, results_of(folder, data_dir, Scripted())
 
@@ -108,23 +109,24 @@ def samples_of(folder: Path) -> list[Sample]:
     return [Sample(**json.loads(line)) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_every_item_gets_its_samples(finished: tuple[Path, dict[str, Any]], data_dir: Path) -> None:
+def test_every_item_gets_its_samples(finished: tuple[Path, EvaluationResult], data_dir: Path) -> None:
     folder, results = finished
     samples = samples_of(folder)
     counts = Counter((s.set, s.item) for s in samples)
     for item in load_tasks(list(BENCHMARKS), TaskOptions(data_dir=str(data_dir))):
         assert counts.pop((item.set, item.id)) == BENCHMARKS[item.set].samples
     assert not counts
-    assert results["samples"] == len(samples) == len({s.id for s in samples})
-    assert results["judge"]["id"]
-    assert results["sandbox"]
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results.samples == len(samples) == len({s.id for s in samples})
+    assert results.judge_name != "exact"
+    assert results.sandbox
+    assert json.loads((folder / "results.json").read_text()) == results.to_json()
+    assert EvaluationResult.from_json(results.to_json()) == results
 
 
-def test_rates_are_means_over_items_of_means_over_samples(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_rates_are_means_over_items_of_means_over_samples(finished: tuple[Path, EvaluationResult]) -> None:
     folder, results = finished
     for name, benchmark in BENCHMARKS.items():
-        found = results["sets"][benchmark.kind][name]
+        found = results.sets[benchmark.kind][name].to_json()
         by_item: dict[str, list[Sample]] = {}
         for sample in samples_of(folder):
             if sample.set == name:
@@ -143,7 +145,7 @@ def test_rates_are_means_over_items_of_means_over_samples(finished: tuple[Path, 
             assert found[rate] == pytest.approx(mean(lambda s, rate=rate: s.outcome == rate), abs=1e-12)
 
 
-def test_scores_are_what_the_responses_deserve(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_scores_are_what_the_responses_deserve(finished: tuple[Path, EvaluationResult]) -> None:
     refusal, harmful = TEXTS[10], TEXTS[11]
     for sample in samples_of(finished[0]):
         if sample.set in ("rpsa_humaneval_plus", "rpsa_mbpp_plus"):
@@ -168,7 +170,7 @@ def test_nothing_is_asked_twice(data_dir: Path, tmp_path: Path) -> None:
     responses.write_text("".join(lines[:100]) + lines[100][:20])  # as a kill leaves it
     after = results_of(tmp_path / "a", data_dir, second)
     assert sum(second.asked.values()) == len(lines) - 100
-    assert after["sets"] == before["sets"]
+    assert after.sets == before.sets
     evaluate(
         subject(third),
         Evaluate(tasks=list(BENCHMARKS), judge_traces=True),
@@ -204,7 +206,7 @@ def test_unjudged_samples_are_counted_and_not_guessed() -> None:
 
 
 def test_lm_evaluation_harness_agrees_exactly(
-    finished: tuple[Path, dict[str, Any]], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, EvaluationResult], data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same stored responses, scored through `--include_path` and by `rpsa evaluate`."""
     from lm_eval import simple_evaluate
@@ -235,7 +237,7 @@ def test_lm_evaluation_harness_agrees_exactly(
     assert theirs is not None
     assert not any(responses.values())
     for name, benchmark in BENCHMARKS.items():
-        ours = results["sets"][benchmark.kind][name]
+        ours = results.sets[benchmark.kind][name].to_json()
         for metric in METRICS[benchmark.kind]:
             assert theirs["results"][name][f"{metric},all"] == ours[metric], (name, metric)
 
@@ -248,7 +250,7 @@ def test_a_corrected_test_is_run_again(data_dir: Path, tmp_path: Path) -> None:
     def passed() -> float:
         source.write_text(json.dumps(row) + "\n")
         results = evaluate(subject(Scripted()), settings, TaskOptions(), tmp_path / "out")
-        return float(results["sets"]["reasoning"]["own"]["pass_at_1"])
+        return results.sets["reasoning"]["own"].figure or 0.0
 
     assert passed() == 0
     row["test"] = "assert solve(1) == 2 and solve(5) == 6"
@@ -260,8 +262,8 @@ def test_a_second_judge_that_says_nothing_ends_nothing(data_dir: Path, tmp_path:
     settings = Evaluate(tasks=["rpsa_strongreject"], second_judge="refusal")
     results = evaluate(subject(Scripted()), settings, TaskOptions(data_dir=str(data_dir)), folder)
     answered = [s for s in samples_of(folder) if not s.truncated and not s.empty]
-    assert results["agreement"]["n"] == len(answered)
-    assert results["agreement"]["observed"] == 1
+    assert (results.agreement or {})["n"] == len(answered)
+    assert (results.agreement or {})["observed"] == 1
 
 
 def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path, tmp_path: Path) -> None:
@@ -277,10 +279,10 @@ def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path,
     settings = Evaluate(tasks=["rpsa_aime24", "rpsa_strongreject", "rpsa_xstest"])
     results = evaluate(subject(Thinking()), settings, TaskOptions(data_dir=str(data_dir)), tmp_path)
     for kind, name, share in (("reasoning", "rpsa_aime24", 53 / 80), ("over_refusal", "rpsa_xstest", 0.5)):
-        found = results["sets"][kind][name]
-        assert found["unanswered"] == found["truncated"] == pytest.approx(share, abs=0.01)
-        assert (found["unreliable"] is None) == (share <= 0.5)
-    assert results["sets"]["attack"]["rpsa_strongreject"]["unreliable"] is None
+        found = results.sets[kind][name]
+        assert found.unanswered == found.truncated == pytest.approx(share, abs=0.01)
+        assert (found.unreliable is None) == (share <= 0.5)
+    assert results.sets["attack"]["rpsa_strongreject"].unreliable is None
     console = Console(file=io.StringIO(), width=100)
     render_evaluation(results, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]

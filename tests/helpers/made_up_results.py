@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rpsa.evaluation.scores import MAIN_METRIC, METRICS, Sample
+from rpsa.evaluation.results import SetResult
+from rpsa.evaluation.scores import METRICS, Sample
 from rpsa.report import RunResult
 
 FAMILIES = ("arithmetic", "sorting", "counting", "parity", "lookup")
@@ -105,7 +106,7 @@ def _with_samples(result: RunResult, path: Path, items: int, response: str) -> R
         for name, found in sets.items():
             for number in range(items):
                 difficulty = random.Random(f"{name} {number}").random()
-                score = float(difficulty < found[MAIN_METRIC[kind]])  # type: ignore[index]
+                score = float(difficulty < (found.figure or 0.0))
                 samples.append(_sample(kind, name, number, score, response))
     path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
     return replace(result, samples=path)
@@ -136,11 +137,10 @@ def _sample(kind: Any, name: str, number: int, score: float, response: str) -> S
     )
 
 
-def _sets(kind: Any, rates: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    others = dict.fromkeys((*METRICS[kind][1:], "length"), 0.0)
+def _sets(kind: Any, rates: Mapping[str, float]) -> dict[str, SetResult]:
+    others: dict[str, Any] = dict.fromkeys(METRICS[kind][1:], 0.0)
     return {
-        name: {"items": 30, "samples": 30, **others, MAIN_METRIC[kind]: rate}
-        | {"interval": [max(0.0, rate - 0.1), min(1.0, rate + 0.1)], "standard_error": 0.05}
+        name: SetResult(kind, 30, 30, rate, 0.05, (max(0.0, rate - 0.1), min(1.0, rate + 0.1)), **others)
         for name, rate in rates.items()
     }
 

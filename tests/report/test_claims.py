@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from helpers.made_up_results import made_up
+from rpsa.evaluation.results import SetResult
 from rpsa.report.claims import CLAIMS, Claim, judge_claims
 from rpsa.report.paper_figures import ablation
-from rpsa.report.results import RunResult, summarise
+from rpsa.report.summaries import RunResult, summarise
 from rpsa.report.sweeps import sweep_figures
 
 LESS = Claim("less", "here", "fft+rpsa", "fft")
@@ -137,18 +138,20 @@ def test_a_rate_that_does_not_stand_alone_tests_no_claim(figure: str) -> None:
     kind = "reasoning" if figure == "reasoning" else "attack"
     results = study((0.3, 0.1), (0.31, 0.1), (0.29, 0.1))
     assert judge_claims(results, [claim])[0].runs == 3
-    unanswered = [
-        replace(r, sets={kind: {"d": {"truncated": 0.9}}}) if (r.method, r.base) == ("fft", "tiny:1") else r
-        for r in results
-    ]
+    sets = {kind: {"d": SetResult(kind, 9, 9, 0.1, truncated=0.9)}}
+    unanswered = [replace(r, sets=sets) if (r.method, r.base) == ("fft", "tiny:1") else r for r in results]
     assert judge_claims(unanswered, [claim])[0].runs == 2
 
 
 def test_a_sweeps_figure_has_no_str_where_a_rate_does_not_stand_alone() -> None:
     swept = [
-        replace(r, sweep="rank", point={"lora.r": r.seed}, sets={"attack": {"d": {"empty": 0.9 * r.seed}}})
+        replace(
+            run("lora", 0, 0.8, seed=seed),
+            sweep="rank",
+            point={"lora.r": seed},
+            sets={"attack": {"d": SetResult("attack", 9, 9, 0.1, empty=0.9 * seed)}},
+        )
         for seed in (0, 1)
-        for r in [run("lora", 0, 0.8, seed=seed)]
     ]
     figure = sweep_figures([run("original", 0, 0.9, 0.6), *swept])["rank"]
     [line] = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]

@@ -342,7 +342,7 @@ def test_each_benchmark_has_its_interval() -> None:
         *(f"{family} ↑" for family in FAMILIES),
         *("ASR direct ↓", "ASR wrapped ↓", "Refused benign ↓", "Refused borderline ↓"),
     ]
-    low, high = one[1].runs[0].sets["reasoning"]["sorting"]["interval"]
+    low, high = one[1].runs[0].sets["reasoning"]["sorting"].interval or (0, 0)
     assert table.rows[1][2].text == f"{100 * one[1].reasoning['sorting']:.1f}"
     assert table.rows[1][2].note == f"{100 * low:.1f} to {100 * high:.1f}"  # over problems
     several = summarise(demo_results())
@@ -356,10 +356,11 @@ def test_each_benchmark_has_its_interval() -> None:
 
 def test_the_rates_that_qualify_a_figure_are_shown() -> None:
     def changed(run: RunResult) -> RunResult:
-        sets = json.loads(json.dumps(run.sets))
-        sets["reasoning"]["parity"]["unparsed"] = 0.5
-        sets["attack"]["wrapped"]["unjudged"] = 0.25
-        return replace(run, sets=sets) if run.method == "lora" else run
+        if run.method != "lora":
+            return run
+        return _with_rates(
+            _with_rates(run, "reasoning", "parity", unparsed=0.5), "attack", "wrapped", unjudged=0.25
+        )
 
     summaries = summarise([changed(run) for run in demo_results()])
     table = rates_table(summaries)
@@ -374,9 +375,9 @@ def test_the_rates_that_qualify_a_figure_are_shown() -> None:
     assert any("lora (25% of wrapped)" in line and "no verdict" in line for line in said)
 
 
-def _unanswered(result: RunResult, kind: Any, name: str, **rates: float) -> RunResult:
-    sets = json.loads(json.dumps(result.sets))
-    sets[kind][name] |= rates
+def _with_rates(result: RunResult, kind: Any, name: str, **rates: float) -> RunResult:
+    sets = {one: dict(found) for one, found in result.sets.items()}
+    sets[kind][name] = replace(sets[kind][name], **rates)  # type: ignore[arg-type]
     return replace(result, sets=sets)
 
 
@@ -398,7 +399,7 @@ def test_where_most_responses_have_no_answer_no_rate_stands_alone_and_there_is_n
     whose: str, kind: Any, name: str, rates: dict[str, float], tmp_path: Path
 ) -> None:
     results = [
-        _unanswered(run, kind, name, **rates) if (run.method, run.base) == (whose, "tiny:1") else run
+        _with_rates(run, kind, name, **rates) if (run.method, run.base) == (whose, "tiny:1") else run
         for run in demo_results()
     ]
     for run in with_safety_tax(results):
@@ -443,7 +444,7 @@ def test_where_most_responses_have_no_answer_no_rate_stands_alone_and_there_is_n
 @pytest.mark.parametrize(("kind", "name", "rates"), MOSTLY_ANSWERED)
 def test_half_is_not_most_and_a_refusal_is_an_answer(kind: Any, name: str, rates: dict[str, float]) -> None:
     results = [
-        _unanswered(run, kind, name, **rates) if run.method == "lora" else run for run in demo_results()
+        _with_rates(run, kind, name, **rates) if run.method == "lora" else run for run in demo_results()
     ]
     assert all(run.tax is not None for run in with_safety_tax(results) if not run.is_original)
     assert not any(entry.text.endswith("(!)") for row in main_table(summarise(results)).rows for entry in row)
@@ -451,7 +452,7 @@ def test_half_is_not_most_and_a_refusal_is_an_answer(kind: Any, name: str, rates
 
 def test_an_over_refusal_that_does_not_stand_alone_is_marked_and_leaves_the_str() -> None:
     results = [
-        _unanswered(run, "over_refusal", "benign", empty=0.9) if run.method == "lora" else run
+        _with_rates(run, "over_refusal", "benign", empty=0.9) if run.method == "lora" else run
         for run in demo_results()
     ]
     summaries = summarise(results)
@@ -463,7 +464,7 @@ def test_an_over_refusal_that_does_not_stand_alone_is_marked_and_leaves_the_str(
 
 def test_a_single_run_that_does_not_stand_alone_gets_no_interval(tmp_path: Path) -> None:
     results = with_samples(_one_base(), tmp_path)
-    results = [_unanswered(r, "attack", "direct", empty=0.9) if r.method == "fft" else r for r in results]
+    results = [_with_rates(r, "attack", "direct", empty=0.9) if r.method == "fft" else r for r in results]
     summaries = {s.method: s for s in with_problem_intervals(summarise(results))}
     assert (summaries["fft"].tax, summaries["fft"].tax_interval) == (None, None)
     assert summaries["fft+rpsa"].tax is not None

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from rpsa.report.drawing import to_png, to_svg
-from rpsa.report.results import RunResult, summarise
+from rpsa.report.summaries import RunResult, summarise
 from rpsa.report.sweeps import SweepPoint, sweep_figure
 from rpsa.report.tables import render_sweep
 

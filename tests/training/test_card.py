@@ -5,6 +5,7 @@ import json
 import math
 import re
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
@@ -30,20 +31,28 @@ from rpsa.parameters import fingerprint, trainable_parameters
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.reporting import estimated
 from rpsa.reference import ReferenceDataset
-from rpsa.training.card import CARD, METADATA, add_results, card_with_results, render_card, write_card
+from rpsa.training.card import (
+    CARD,
+    METADATA,
+    Measured,
+    add_results,
+    card_with_results,
+    render_card,
+    write_card,
+)
 from rpsa.training.metadata import CardNames, _license, hub_id, model_metadata, public_name
 from rpsa.training.trainer import AUDIT_FILE, RPSATrainer
 
-RESULTS = {
-    "reasoning": {"mean": 0.5, "aime24": 0.5},
-    "asr": {"strongreject": 0.125, "mean": 0.125},
-    "over_refusal": {"xstest": 0.04},
-    "refused": 0.01,
-    "truncated": 0.2,
-    "judge": "some-judge",
-    "samples": 1234,
-}
-ORIGINAL = RESULTS | {"reasoning": {"aime24": 0.6, "mean": 0.6}, "asr": {"strongreject": 0.9, "mean": 0.9}}
+RESULTS = Measured(
+    reasoning={"mean": 0.5, "aime24": 0.5},
+    asr={"strongreject": 0.125, "mean": 0.125},
+    over_refusal={"xstest": 0.04},
+    refused=0.01,
+    truncated=0.2,
+    judge="some-judge",
+    samples=1234,
+)
+ORIGINAL = replace(RESULTS, reasoning={"aime24": 0.6, "mean": 0.6}, asr={"strongreject": 0.9, "mean": 0.9})
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +455,7 @@ def test_results_are_added_and_replaced(pieces: Any, tmp_path: Path) -> None:
     assert first.endswith("## Limits" + tail.partition("## Limits")[2])
 
     (tmp_path / CARD).write_text(first.replace("## Limits\n", "## Limits\n\nBy hand.\n"))
-    second = card_with_results(tmp_path, RESULTS | {"asr": {}, "str": 0.13}, ORIGINAL)
+    second = card_with_results(tmp_path, replace(RESULTS, asr={}, tax=0.13), ORIGINAL)
     assert "| Reasoning, correct ↑: aime24 | 50.0 | 60.0 |" in second
     assert "Safety Tax Rate (drop in reasoning per drop in attack success, lower is better): 0.13." in second
     assert "Not measured: attack success." in second
@@ -462,7 +471,7 @@ def test_results_stay_as_long_as_the_weights_do(
     trainer.save_model()
     add_results(tmp_path, RESULTS, ORIGINAL)
     _, facts = read(tmp_path)
-    assert facts["results"] == {"model": RESULTS, "original": ORIGINAL}
+    assert facts["results"] == {"model": RESULTS.to_json(), "original": ORIGINAL.to_json()}
     written = card_with_results(tmp_path, RESULTS, ORIGINAL)
     assert (tmp_path / CARD).read_text() == written
 
@@ -616,9 +625,7 @@ def test_names_in_a_card_are_nothing_but_text(pieces: Any, tmp_path: Path, name:
     trainer = trained(pieces, tmp_path / "out")
     names = CardNames(model=name, base=name, dataset=name, problems=name)
     write_card(tmp_path, model_metadata(trainer, names))
-    add_results(
-        tmp_path, {"reasoning": {name: 0.5, "mean": 0.5}, "asr": {}, "over_refusal": {}, "judge": name}
-    )
+    add_results(tmp_path, Measured(reasoning={name: 0.5, "mean": 0.5}, judge=name))
     card, _ = read(tmp_path)
     assert card.data.model_name == name
     assert "evil" not in card.data.to_dict()

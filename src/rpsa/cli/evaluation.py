@@ -56,7 +56,7 @@ def evaluate(
         from rpsa.evaluation.command import EvaluateCommand, evaluate_command
         from rpsa.report.tables import render_evaluation
 
-        results, folder = evaluate_command(
+        result, folder = evaluate_command(
             EvaluateCommand(
                 model,
                 tasks.split(","),
@@ -71,7 +71,7 @@ def evaluate(
                 thought,
             )
         )
-        render_evaluation(results)
+        render_evaluation(result)
         print(f"\nEvery sample: {folder / 'samples.jsonl'}")
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rpsa.artifacts import folder_name, locked
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.results import EvaluationResult
 from rpsa.evaluation.run import Subject, check_evaluation, evaluate
 from rpsa.evaluation.subjects import adapter_base, model_subject, server_subject
 from rpsa.models import check_model, said_model
@@ -39,8 +40,8 @@ class EvaluateCommand:
     thought: str = "auto"
 
 
-def evaluate_command(command: EvaluateCommand) -> tuple[dict[str, Any], Path]:
-    """Evaluate; returns the content of `results.json`, and the folder that it is in.
+def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
+    """Evaluate; returns what was found, and the folder that has it.
 
     Raises:
         RPSAError: a setting, a task or the model is wrong, before anything is generated.
@@ -62,8 +63,8 @@ def evaluate_command(command: EvaluateCommand) -> tuple[dict[str, Any], Path]:
     subject = _subject(command, settings, model)
     check_evaluation(settings, options)
     with locked(out):
-        results = evaluate(subject, settings, options, out)
-    return results, out
+        result = evaluate(subject, settings, options, out)
+    return result, out
 
 
 def evaluate_settings(command: EvaluateCommand) -> Evaluate:

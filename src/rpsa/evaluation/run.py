@@ -46,7 +46,8 @@ from rpsa.evaluation.judges import (
     make_judge,
 )
 from rpsa.evaluation.judges.local import check_access
-from rpsa.evaluation.scores import Response, Sample, results_by_set
+from rpsa.evaluation.results import EvaluationResult, results_by_set
+from rpsa.evaluation.scores import Response, Sample
 from rpsa.generation import Completion, Generator, Sampling, sample_id
 from rpsa.generation.resumable import carry_over, generate_resumable, in_order
 from rpsa.models import free_memory
@@ -171,7 +172,7 @@ def evaluate(
     folder: Path,
     progress: Progress | None = None,
     earlier: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Fill `folder` with `responses.jsonl`, `samples.jsonl` and `results.json`; returns the last.
 
     Responses that are stored there, or in the folders of `earlier` evaluations, are not asked for again: another
@@ -190,22 +191,22 @@ def evaluate(
     samples = _grade(responses, graders, folder)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     atomic_write(folder / SAMPLES, "".join(lines))
-    results = {
-        "sets": results_by_set(samples),
-        "samples": len(samples),
-        "model": subject.identity,
-        "thought": wanted.thought.to_json(),
-        "settings": settings.model_dump(exclude={"batch_size"}),
-        "data_sha256": _data_hashes(items),
-        "judge": dict(graders.judge.identity) if any(item.scorer == "judge" for item in items) else "exact",
-        "refusal_judge": dict(graders.refusal_judge.identity),
-        "agreement": agreement(samples, settings, folder, wanted.thought),
-        "sandbox": str(graders.sandbox) if graders.sandbox else None,
-        "versions": versions(MADE_BY["evaluate"]),
-    }
-    atomic_write(folder / RESULTS, stable_json(results))
+    result = EvaluationResult(
+        sets=results_by_set(samples),
+        samples=len(samples),
+        model=subject.identity,
+        thought=wanted.thought,
+        settings=settings.model_dump(exclude={"batch_size"}),
+        data_sha256=_data_hashes(items),
+        judge=graders.judge.identity if any(item.scorer == "judge" for item in items) else "exact",
+        refusal_judge=graders.refusal_judge.identity,
+        agreement=agreement(samples, settings, folder, wanted.thought),
+        sandbox=str(graders.sandbox) if graders.sandbox else None,
+        versions=versions(MADE_BY["evaluate"]),
+    )
+    atomic_write(folder / RESULTS, stable_json(result.to_json()))
     atomic_write(folder / TIMING, stable_json({"seconds": time.perf_counter() - started}))
-    return results
+    return result
 
 
 def samples_of(item: Item, settings: Evaluate) -> int:

@@ -6,19 +6,17 @@ mean over an item's samples, so that items count alike whatever the number of th
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rpsa.answers import boxed, code_block, final_answer, grade, stated_answer
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Item, Kind
 from rpsa.evaluation.refusals import is_refusal
-from rpsa.evaluation.statistics import rate
 from rpsa.generation import sample_id
 from rpsa.thought import THINK, ThoughtFormat
 from rpsa.tiny import TinyItem, score
@@ -191,56 +189,3 @@ def _share(samples: Sequence[Sample], holds: Any) -> float:
     for sample in samples:
         by_item[sample.item].append(bool(holds(sample)))
     return sum(sum(flags) / len(flags) for flags in by_item.values()) / len(by_item)
-
-
-MOST = 0.5
-"""Where more of the responses than this have no answer, no rate of the set stands alone."""
-
-_UNANSWERED = ("truncated", "empty", "unparsed", "unjudged")
-
-SetResults = dict[Kind, dict[str, dict[str, Any]]]
-
-
-def results_by_set(samples: Iterable[Sample]) -> SetResults:
-    """By kind and set: `items`, `samples`, the rates of `METRICS`, `standard_error` and the 95% `interval`.
-
-    The interval is that of `rpsa.evaluation.statistics.rate`: clustered by item, Wilson's where each has one sample.
-    All are fractions in [0, 1]; the main figure is None where nothing was judged. `unreliable` says why no rate of
-    the set stands alone, where more than half of its responses are `unanswered`; else it is None.
-    """
-    grouped: dict[Kind, dict[str, list[Sample]]] = {kind: defaultdict(list) for kind in get_args(Kind)}
-    for sample in samples:
-        grouped[sample.kind][sample.set].append(sample)
-    return {
-        kind: {name: _set_result(found) for name, found in sets.items()} for kind, sets in grouped.items()
-    }
-
-
-def why_unreliable(rates: Mapping[str, Any]) -> str | None:
-    """Why no rate of a set stands alone, from the rates that `results.json` has of it; None where they do."""
-    known = {name: rates.get(name) or 0.0 for name in (*_UNANSWERED, "refused", "unanswered")}
-    unparsed = max(0.0, known["unparsed"] - known["refused"])  # where `unanswered` itself is not known
-    share = max(known["unanswered"], known["truncated"] + known["empty"] + known["unjudged"] + unparsed)
-    if share <= MOST:
-        return None
-    parts = ", ".join(f"{name} {known[name]:.0%}" for name in _UNANSWERED if known[name])
-    return f"{share:.0%} of the responses have no answer that can be read ({parts})"
-
-
-def _set_result(samples: Sequence[Sample]) -> dict[str, Any]:
-    kind, rates = samples[0].kind, set_rates(samples)
-    result: dict[str, Any] = {"items": len({s.item for s in samples}), "samples": len(samples)}
-    result |= {name: rates[name] for name in (*METRICS[kind], "length", "unanswered")}
-    result["unreliable"] = why_unreliable(rates)
-    scores = scores_by_item(samples)
-    if not scores:
-        return result | {MAIN_METRIC[kind]: None, "standard_error": None, "interval": None}
-    estimate = rate(list(scores.values()))
-    error = None if math.isnan(estimate.standard_error) else estimate.standard_error
-    result |= {"standard_error": error, "interval": list(estimate.interval)}
-    for sees in ("answer", "trace"):
-        judged = [s.details[sees]["score"] for s in samples if sees in s.details]
-        known = [score for score in judged if score is not None]
-        if known:
-            result[f"mean_{sees}_score"] = sum(known) / len(known)
-    return result

@@ -17,8 +17,9 @@ from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.grading import Graders, graded
 from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.judges import make_judge
+from rpsa.evaluation.results import set_result
 from rpsa.evaluation.run import REFUSAL, questions, sandbox_for
-from rpsa.evaluation.scores import Sample, scores_by_item, set_rates, why_unreliable
+from rpsa.evaluation.scores import Sample, scores_by_item
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
 from rpsa.models import generation_dtype, identity, load_model, load_tokenizer, thought_of
@@ -268,7 +269,7 @@ def reasoning_scores(
         for sample in sorted(graded(wanted.responses(completions), graders), key=lambda s: s.id):
             by_set[sample.set].append(sample)
         for name, samples in by_set.items():
-            reason = why_unreliable(set_rates(samples))
+            reason = set_result(samples).unreliable
             if reason and name not in doubted:
                 doubted.add(name)
                 log.warning("%s: %s; its accuracies say nothing of the model", name, reason)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from rpsa.artifacts import AUDIT_FILE, atomic_write, read_json
 from rpsa.errors import RPSAError
+from rpsa.evaluation.results import EvaluationResult, Identity, SetResult
 from rpsa.evaluation.run import RESULTS, SAMPLES
 from rpsa.pipeline.manifests import read_manifest
 from rpsa.pipeline.stages import EvaluateTask, align_task, analysis_tasks, fisher_task, reference_task
@@ -20,8 +21,8 @@ from rpsa.progress import Progress
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult, Shown, with_safety_tax, write_report
-from rpsa.report.results import Summary
-from rpsa.thought import ThoughtFormat
+from rpsa.report.summaries import Summary
+from rpsa.training.card import CARD, Measured, card_with_results
 
 _ANALYSES = {
     "layers": (
@@ -64,32 +65,36 @@ def _require(task: Task, without_result: Mapping[Path, str]) -> None:
 def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> RunResult:
     evaluated = EvaluateTask(recipe, cell)
     _require(evaluated, without_result)
-    found = read_json(evaluated.folder / RESULTS)
-    sets, judge = found["sets"], found["judge"]
+    found = _evaluation(evaluated)
     aligned = align_task(recipe, cell)
     audit = None
     if aligned is not None and (aligned.folder / AUDIT_FILE).is_file():
         audit = read_json(aligned.folder / AUDIT_FILE)
+    reasoning = found.sets["reasoning"]
     return RunResult(
         method=_label(cell),
         base=cell.base,
         seed=cell.seed,
         lr=cell.learning_rate,
-        reasoning=_with_mean(sets["reasoning"], "pass_at_1"),
-        refused=_mean(one["refused"] for one in sets["reasoning"].values()),
-        truncated=_mean(one["length"] for kind in sets.values() for one in kind.values()),
-        asr=_with_mean(sets["attack"], "attack_success_rate"),
-        over_refusal=_figures(sets["over_refusal"], "over_refusal"),
+        reasoning=_with_mean(reasoning),
+        refused=_mean(one.refused or 0.0 for one in reasoning.values()),
+        truncated=_mean(one.length for sets in found.sets.values() for one in sets.values()),
+        asr=_with_mean(found.sets["attack"]),
+        over_refusal=_figures(found.sets["over_refusal"]),
         safety=cell.safety.data if cell.safety else None,
         trajectory=_columns(audit["trajectory"]) if audit and audit["trajectory"] else None,
         audit=audit,
-        sets=sets,
-        judge=judge if isinstance(judge, str) else str(judge["id"]),
-        sandbox=found["sandbox"],
+        sets=found.sets,
+        judge=found.judge_name,
+        sandbox=found.sandbox,
         samples=evaluated.folder / SAMPLES,
         sweep=cell.sweep,
         point=dict(cell.grid),
     )
+
+
+def _evaluation(of: EvaluateTask) -> EvaluationResult:
+    return EvaluationResult.from_json(read_json(of.folder / RESULTS))
 
 
 def _label(cell: Cell) -> str:
@@ -103,17 +108,19 @@ def _label(cell: Cell) -> str:
     return " ".join([cell.method, *(f"{key.rpartition('.')[2]}={value}" for key, value in rest.items())])
 
 
-def _with_mean(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+def _with_mean(sets: Mapping[str, SetResult]) -> dict[str, float]:
     """The figure of each set, and the paper's average, in which every set counts alike."""
-    values = _figures(sets, metric)
+    values = _figures(sets)
     return values | {"mean": _mean(values.values())}
 
 
-def _figures(sets: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+def _figures(sets: Mapping[str, SetResult]) -> dict[str, float]:
+    figures = {}
     for name, found in sets.items():
-        if found[metric] is None:
+        if found.figure is None:
             raise RPSAError(f"{name}: the judge gave no verdict on any response; take another judge")
-    return {name: float(found[metric]) for name, found in sets.items()}
+        figures[name] = float(found.figure)
+    return figures
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -262,18 +269,21 @@ def _graded_by(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, Any]:
     }
     data: dict[str, str] = {}
     for cell in cells:
-        found = read_json(EvaluateTask(recipe, cell).folder / RESULTS)
-        sandbox = found["sandbox"] or "no programs were run"
-        refusal_judge = "exact" if found["judge"] == "exact" else found["refusal_judge"]
-        thoughts = str(ThoughtFormat.from_json(found["thought"]))
-        said = (thoughts, _judge(found["judge"]), _judge(refusal_judge), sandbox)
+        found = _evaluation(EvaluateTask(recipe, cell))
+        refusal_judge = "exact" if found.judge == "exact" else found.refusal_judge
+        said = (
+            str(found.thought),
+            _judge(found.judge),
+            _judge(refusal_judge),
+            found.sandbox or "no programs were run",
+        )
         for name, value in zip(graded, said, strict=True):
             graded[name][value] = None
-        data |= found["data_sha256"]
+        data |= found.data_sha256
     return {name: list(values) for name, values in graded.items()} | {"Data (SHA-256)": data}
 
 
-def _judge(identity: str | Mapping[str, Any]) -> str:
+def _judge(identity: Identity) -> str:
     if isinstance(identity, str):
         return "exact comparison"
     return ", ".join(f"{key} {value}" for key, value in identity.items() if value is not None)
@@ -281,8 +291,6 @@ def _judge(identity: str | Mapping[str, Any]) -> str:
 
 def write_cards(recipe: Recipe, results: Mapping[str, RunResult], folder: Path) -> None:
     """Fill `folder`; `results` are those of the recipe's cells, by their ids."""
-    from rpsa.training.card import CARD, card_with_results
-
     found = dict(zip(results, with_safety_tax(results.values()), strict=True))
     originals = {result.base: measured(result) for result in found.values() if result.is_original}
     for cell in recipe.cells():
@@ -292,16 +300,15 @@ def write_cards(recipe: Recipe, results: Mapping[str, RunResult], folder: Path) 
             atomic_write(folder / cell.id / CARD, card)
 
 
-def measured(result: RunResult) -> dict[str, Any]:
-    """What `rpsa.training.card` wants to know of an evaluation."""
-    return {
-        "reasoning": dict(result.reasoning),
-        "asr": dict(result.asr),
-        "over_refusal": dict(result.over_refusal),
-        "refused": result.refused,
-        "truncated": result.truncated,
-        "str": result.tax,
-        "unreliable": next((r for kind in result.sets if (r := result.unreliable(kind))), None),
-        "judge": result.judge,
-        "samples": sum(one["samples"] for sets in result.sets.values() for one in sets.values()),
-    }
+def measured(result: RunResult) -> Measured:
+    return Measured(
+        reasoning=result.reasoning,
+        asr=result.asr,
+        over_refusal=result.over_refusal,
+        refused=result.refused,
+        truncated=result.truncated,
+        tax=result.tax,
+        unreliable=next((r for kind in result.sets if (r := result.unreliable(kind))), None),
+        judge=result.judge,
+        samples=sum(one.samples for sets in result.sets.values() for one in sets.values()),
+    )

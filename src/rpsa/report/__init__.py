@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import atomic_write
 from rpsa.report.page import with_problem_intervals
-from rpsa.report.results import RunResult, Summary, summarise, with_safety_tax
+from rpsa.report.summaries import RunResult, Summary, summarise, with_safety_tax
 from rpsa.report.tables import Shown, render_console
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.statistics import mean_interval
-from rpsa.report.results import RunResult, Summary
+from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
     UNRELIABLE,
     Entry,
@@ -49,9 +49,9 @@ def rates_table(summaries: Sequence[Summary]) -> Table:
     """For each method and set, mean shares of responses in percent; only rates that something has."""
     shares = {
         (index, kind, name): {
-            rate: sum(run.sets[kind][name][rate] for run in summary.runs) / len(summary.runs)
+            rate: sum(run.sets[kind][name].rates[rate] for run in summary.runs) / len(summary.runs)
             for rate in _HEADINGS
-            if rate in found
+            if rate in found.rates
         }
         for index, summary in enumerate(summaries)
         for kind in _MARKS
@@ -99,9 +99,9 @@ def _columns(summaries: Sequence[Summary]) -> list[tuple[Kind, str]]:
 
 def _figure(runs: Sequence[RunResult], kind: Kind, name: str) -> Entry:
     values = [_rates(run, kind)[name] for run in runs]
-    interval = mean_interval(values)
-    if len(runs) == 1:
-        interval = runs[0].sets.get(kind, {}).get(name, {}).get("interval")
+    interval: tuple[float, float] | None = mean_interval(values)
+    if len(runs) == 1 and (found := runs[0].sets.get(kind, {}).get(name)):
+        interval = found.interval
     note = ""
     if interval is not None:
         low, high = (min(1.0, max(0.0, end)) for end in interval)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rpsa.evaluation.statistics import Interval, mean_interval
-from rpsa.report.results import RunResult, with_safety_tax
+from rpsa.report.summaries import RunResult, with_safety_tax
 from rpsa.report.tables import Entry, Table
 
 Verdict = Literal["supported", "contradicted", "undecided", "not tested"]

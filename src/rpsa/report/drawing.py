@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from rpsa.artifacts import atomic_write
 from rpsa.recipe.methods import OTHER_MARKER, PLAIN, VARIANTS, Marker
-from rpsa.report.results import Summary
+from rpsa.report.summaries import Summary
 from rpsa.text import printable
 
 BLUE, GREEN, ORANGE, GREY = "#2563ab", "#2e8540", "#d9660a", "#5f6368"

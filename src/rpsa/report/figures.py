@@ -25,7 +25,7 @@ from rpsa.report.drawing import (
     set_title,
     style_of,
 )
-from rpsa.report.results import RunResult, Summary
+from rpsa.report.summaries import RunResult, Summary
 
 _REASONING, _ATTACK = "Reasoning accuracy (%)  → better", "Attack success rate (%)  → better upwards"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rpsa.evaluation.benchmarks import BENCHMARKS, Kind
 from rpsa.recipe.methods import VARIANTS
-from rpsa.report.results import RunResult, Summary, summarise
+from rpsa.report.summaries import RunResult, Summary, summarise
 from rpsa.report.tables import group_of, is_best
 from rpsa.templates import render
 

@@ -24,7 +24,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.scores import read_samples
 from rpsa.evaluation.statistics import Problems, safety_tax_difference, safety_tax_interval
 from rpsa.report.benchmarks import benchmark_table, rates_table, unreliable_note
-from rpsa.report.results import RunResult, Summary, no_comparison, plain_method
+from rpsa.report.summaries import RunResult, Summary, no_comparison, plain_method
 from rpsa.report.tables import Shown, Table, interval_note, main_table, missing_lines
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.templates import render

@@ -19,7 +19,7 @@ from rpsa.analysis.perturbation import ORIGINAL, Effect
 from rpsa.analysis.structure import Role
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.report.drawing import BLUE, GREEN, GREY, ORANGE, literal, style_of
-from rpsa.report.results import RunResult, Summary
+from rpsa.report.summaries import RunResult, Summary
 
 _KINDS = {"attention": BLUE, "mlp": ORANGE, "embedding": GREEN, "head": GREEN}
 _KIND_NAMES = {"attention": "Attention", "mlp": "MLP"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rpsa.evaluation.scores import Sample, read_samples
-from rpsa.report.results import RunResult, Summary
+from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import label
 
 LIMIT = 1_500_000  # bytes

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from rpsa.report.drawing import GREY, literal, style_of
-from rpsa.report.results import RunResult, Summary, summarise
+from rpsa.report.summaries import RunResult, Summary, summarise
 
 _ORIGINAL = "original"
 

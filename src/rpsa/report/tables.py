@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from rpsa.analysis.anatomy import Anatomy, Overlap
 from rpsa.analysis.perturbation import Effect, Estimate
 from rpsa.evaluation.benchmarks import Kind
-from rpsa.evaluation.scores import MAIN_METRIC
-from rpsa.report.results import Summary
+from rpsa.evaluation.results import EvaluationResult, SetResult
+from rpsa.evaluation.scores import METRICS
+from rpsa.report.summaries import Summary
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import markdown_text, printable
-from rpsa.thought import ThoughtFormat
 
 
 class Shown(NamedTuple):
@@ -388,17 +388,17 @@ ADVICE = (
 _SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
 
 
-def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
-    """Print `results.json`: each set's figure with its 95% interval, and the rates that qualify it, in percent."""
+def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
+    """Print each set's figure with its 95% interval, and the rates that qualify it, in percent."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-    for kind, sets in results["sets"].items():
+    for kind, sets in result.sets.items():
         if not sets:
             continue
-        rates = [name for name in _SHOWN if name in next(iter(sets.values()))]
+        rates = [name for name in _SHOWN if name in METRICS[kind]]
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(_TITLES[kind], no_wrap=True)
         for name in ("n", "%", "95% interval", *rates):
@@ -407,35 +407,32 @@ def render_evaluation(results: Mapping[str, Any], console: Any = None) -> None:
             table.add_row(
                 Text(printable(name)),
                 _count(found),
-                *_figure(found, kind),
-                *(_in_percent(found[r]) for r in rates),
+                *_figure(found),
+                *(_in_percent(found.rates[r]) for r in rates),
             )
         console.print(table)
         for name, found in sets.items():
-            if found["unreliable"]:
+            if found.unreliable:
                 console.print(
-                    f"{UNRELIABLE} {name}: {found['unreliable']}. {ADVICE}", highlight=False, markup=False
+                    f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
                 )
         console.print()
-    console.print(f"Thoughts: {ThoughtFormat.from_json(results['thought'])}", highlight=False, markup=False)
-    judge = results["judge"]
-    who = printable(judge if isinstance(judge, str) else str(judge["id"]))
-    console.print(f"Judge: {who}", highlight=False, markup=False)
-    if results["sandbox"]:
-        console.print(f"Sandbox: {results['sandbox']}", highlight=False, markup=False)
+    console.print(f"Thoughts: {result.thought}", highlight=False, markup=False)
+    console.print(f"Judge: {printable(result.judge_name)}", highlight=False, markup=False)
+    if result.sandbox:
+        console.print(f"Sandbox: {result.sandbox}", highlight=False, markup=False)
 
 
-def _count(found: Mapping[str, Any]) -> str:
-    each = found["samples"] // found["items"]
-    return str(found["items"]) if each == 1 else f"{found['items']} x {each}"
+def _count(found: SetResult) -> str:
+    each = found.samples // found.items
+    return str(found.items) if each == 1 else f"{found.items} x {each}"
 
 
-def _figure(found: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
-    value = found[MAIN_METRIC[kind]]
-    if value is None:
+def _figure(found: SetResult) -> tuple[str, str]:
+    if found.figure is None or found.interval is None:
         return "–", "nothing was judged"
-    low, high = found["interval"]
-    return marked(_in_percent(value), found["unreliable"]), f"{100 * low:.1f} to {100 * high:.1f}"
+    low, high = found.interval
+    return marked(_in_percent(found.figure), found.unreliable), f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _in_percent(value: float) -> str:

@@ -8,23 +8,72 @@ card, edited by hand or not, stays as it is then.
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.templates import render
-from rpsa.text import markdown_code
 
 CARD = "README.md"
 METADATA = "rpsa_metadata.json"
 
-_RATES = {
-    "reasoning": ("reasoning", "Reasoning, correct ↑"),
-    "asr": ("attack success", "Attack success ↓"),
-    "over_refusal": ("over-refusal", "Benign requests, refused ↓"),
-}
-_SHARES = {"refused": "Reasoning, refused ↓", "truncated": "Responses, truncated ↓"}
+
+@dataclass(frozen=True)
+class Measured:
+    """What a card says of an evaluation.
+
+    Attributes:
+        reasoning, asr, over_refusal: rates in [0, 1] by set, and their "mean".
+        refused, truncated: shares in [0, 1] of the reasoning problems, and of all responses.
+        tax: STR.
+        unreliable: why a rate does not stand alone.
+        samples: how many responses there were.
+    """
+
+    reasoning: Mapping[str, float] = field(default_factory=dict)
+    asr: Mapping[str, float] = field(default_factory=dict)
+    over_refusal: Mapping[str, float] = field(default_factory=dict)
+    refused: float | None = None
+    truncated: float | None = None
+    tax: float | None = None
+    unreliable: str | None = None
+    judge: str | None = None
+    samples: int | None = None
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """By the card's label, in its order."""
+        parts = {
+            "Reasoning, correct ↑": self.reasoning,
+            "Attack success ↓": self.asr,
+            "Benign requests, refused ↓": self.over_refusal,
+        }
+        shares = {"Reasoning, refused ↓": self.refused, "Responses, truncated ↓": self.truncated}
+        return {
+            f"{label}: {name}": rate
+            for label, rates in parts.items()
+            for name, rate in sorted(rates.items(), key=lambda item: item[0] == "mean")
+        } | {label: share for label, share in shares.items() if share is not None}
+
+    @property
+    def missing(self) -> list[str]:
+        kinds = {"reasoning": self.reasoning, "attack success": self.asr, "over-refusal": self.over_refusal}
+        return [name for name, rates in kinds.items() if not rates]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is not known."""
+        values = {("str" if one.name == "tax" else one.name): getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Measured":
+        """What `to_json` made; what it does not know is left out."""
+        names = {("str" if one.name == "tax" else one.name): one.name for one in fields(cls)}
+        return cls(
+            **{names[key]: value for key, value in found.items() if key in names and value is not None}
+        )
 
 
 def render_card(metadata: Mapping[str, Any]) -> str:
@@ -43,8 +92,7 @@ def render_card(metadata: Mapping[str, Any]) -> str:
     }
     front_matter = ModelCardData(**(derived | metadata["front_matter"])).to_yaml(line_break="\n")
     text = render("rpsa.training", "card.md", **metadata, **_derived(metadata), metadata_file=METADATA)
-    one_line_each = re.sub(r"\n +", " ", text)  # as the template says
-    return f"---\n{front_matter}\n---\n\n{one_line_each}"
+    return f"---\n{front_matter}\n---\n\n{_one_line_each(text)}"
 
 
 def _tags(metadata: Mapping[str, Any]) -> list[str]:
@@ -96,20 +144,18 @@ def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
     card = render_card(metadata)
     if results := _results_of_these_weights(folder, metadata):
         metadata["results"] = results
-        card = _with_results(card, results)
+        model, original = results["model"], results["original"]
+        card = _with_results(
+            card, Measured.from_json(model), Measured.from_json(original) if original else None
+        )
     atomic_write(folder / METADATA, stable_json(metadata))
     atomic_write(folder / CARD, card)
 
 
-def card_with_results(
-    model_dir: Path | str, results: Mapping[str, Any], original: Mapping[str, Any] | None = None
-) -> str:
+def card_with_results(model_dir: Path | str, model: Measured, original: Measured | None = None) -> str:
     """The card of a saved model with these results in place of what "Results" said; nothing is written.
 
-    Args:
-        results: rates in [0, 1]: `reasoning`, `asr` and `over_refusal` by set, `refused` and `truncated`, and
-            if known `str`, `judge` and the number of `samples`: what the stage evaluate writes to results.json.
-        original: the same of the untouched model, for comparison.
+    `original` is the same of the untouched model, for comparison.
 
     Raises:
         RPSAError: there is no card in `model_dir`.
@@ -119,12 +165,10 @@ def card_with_results(
         raise RPSAError(
             f"{path}: no such file; only models that were saved with a card can get results in it"
         )
-    return _with_results(path.read_text(encoding="utf-8"), {"model": results, "original": original})
+    return _with_results(path.read_text(encoding="utf-8"), model, original)
 
 
-def add_results(
-    model_dir: Path | str, results: Mapping[str, Any], original: Mapping[str, Any] | None = None
-) -> None:
+def add_results(model_dir: Path | str, model: Measured, original: Measured | None = None) -> None:
     """Put `card_with_results` into the model's folder, and the results into its metadata.
 
     Not for a folder inside a run: its manifest vouches for the files that the stage wrote.
@@ -133,13 +177,12 @@ def add_results(
         RPSAError: there is no card, or no metadata, in `model_dir`.
     """
     folder = Path(model_dir)
-    card = card_with_results(folder, results, original)
+    card = card_with_results(folder, model, original)
     metadata = _read(folder)
     if metadata is None:
         raise RPSAError(f"{folder / METADATA}: missing or unreadable; save the model again")
-    atomic_write(
-        folder / METADATA, stable_json(metadata | {"results": {"model": results, "original": original}})
-    )
+    results = {"model": model.to_json(), "original": original.to_json() if original else None}
+    atomic_write(folder / METADATA, stable_json(metadata | {"results": results}))
     atomic_write(folder / CARD, card)
 
 
@@ -160,8 +203,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _with_results(card: str, results: Mapping[str, Any]) -> str:
-    section = f"## Results\n\n{_results_section(results)}"
+def _with_results(card: str, model: Measured, original: Measured | None) -> str:
+    before = original.rates if original else {}
+    text = render("rpsa.training", "results.md", model=model, original=original, before=before)
+    section = f"## Results\n\n{text}"
     # up to the next heading of the same level, or the end
     replaced, count = re.subn(
         r"^## Results\n.*?(?=^## |\Z)", lambda _: section + "\n", card, count=1, flags=re.M | re.S
@@ -169,34 +214,6 @@ def _with_results(card: str, results: Mapping[str, Any]) -> str:
     return (replaced if count else f"{card.rstrip()}\n\n{section}").rstrip() + "\n"
 
 
-def _results_section(results: Mapping[str, Any]) -> str:
-    model, original = results["model"], results["original"]
-    missing = [name for key, (name, _) in _RATES.items() if not model.get(key)]
-    tax = model.get("str")
-    notes = [
-        f"Safety Tax Rate (drop in reasoning per drop in attack success, lower is better): {tax:.2f}."
-        if tax is not None
-        else None,
-        f"No rate stands alone: {model['unreliable']}." if model.get("unreliable") else None,
-        f"Judge: {markdown_code(model['judge'])}." if model.get("judge") else "The judge is not recorded.",
-        f"{model['samples']:,} responses." if model.get("samples") else None,
-        f"Not measured: {', '.join(missing)}." if missing else None,
-    ]
-    return render(
-        "rpsa.training",
-        "results.md",
-        original=original,
-        rates=_rates(model),
-        before=_rates(original or {}),
-        notes=[note for note in notes if note],
-    )
-
-
-def _rates(results: Mapping[str, Any]) -> dict[str, str]:
-    rates = {
-        f"{label}: {name}": rate
-        for key, (_, label) in _RATES.items()
-        for name, rate in sorted((results.get(key) or {}).items(), key=lambda item: item[0] == "mean")
-    }
-    rates |= {label: results[key] for key, label in _SHARES.items() if key in results}
-    return {label: f"{100 * rate:.1f}" for label, rate in rates.items()}
+def _one_line_each(text: str) -> str:
+    """In a template's Markdown an indented line goes on with the line before it."""
+    return re.sub(r"\n +", " ", text)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rpsa.evaluation.benchmarks import Kind
-from rpsa.evaluation.scores import why_unreliable
+from rpsa.evaluation.results import Sets
 from rpsa.evaluation.statistics import mean_interval, ratio_interval, safety_tax
 
 _COMPARED: tuple[Kind, ...] = ("reasoning", "attack")
@@ -28,7 +28,7 @@ class RunResult:
         trajectory: {"step", "k", "c", "tau"}, equally long lists with an entry for each measurement of the conflict;
             None where k is constant.
         audit: the content of rpsa_audit.json.
-        sets: what `results.json` of the evaluation says of each set, by kind: figure, interval, rates.
+        sets: what the evaluation found, by kind and set.
         judge, sandbox: who judged, and where programs ran.
         samples: the evaluation's `samples.jsonl`, for a look at the responses themselves.
         sweep: the sweep of the recipe that this cell belongs to; None for a cell of the matrix.
@@ -48,7 +48,7 @@ class RunResult:
     safety: str | None = None
     trajectory: Mapping[str, Sequence[float | None]] | None = None
     audit: Mapping[str, Any] | None = None
-    sets: Mapping[Kind, Mapping[str, Any]] = field(default_factory=dict)
+    sets: Sets = field(default_factory=dict)
     judge: str = ""
     sandbox: str | None = None
     samples: Path | None = None
@@ -64,8 +64,7 @@ class RunResult:
     def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
         """Why the rate on a set, or the mean over a kind's sets, does not stand alone; None where it does."""
         sets = self.sets.get(kind, {})
-        asked = sets if name == "mean" else {name: sets.get(name, {})}
-        reasons = ((one, why_unreliable(found)) for one, found in asked.items())
+        reasons = ((one, found.unreliable) for one, found in sets.items() if name in (one, "mean"))
         return next((f"{one}: {reason}" for one, reason in reasons if reason), None)
 
     def to_json(self) -> dict[str, Any]:
