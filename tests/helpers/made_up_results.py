@@ -87,6 +87,7 @@ def made_up(method: str, base: str, seed: int, lr: float | None, safety: str, sa
             "over_refusal": _sets("over_refusal", {"benign": benign, "borderline": borderline}),
         },
         judge="exact",
+        is_original=method == "original",
     )
 
 

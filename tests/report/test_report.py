@@ -624,6 +624,13 @@ def test_a_report_of_200_runs_stays_small(tmp_path: Path) -> None:
     assert len((chosen_responses(summarise(results)) or "").encode()) <= LIMIT
 
 
+def test_a_run_without_a_learning_rate_is_not_the_untouched_model() -> None:
+    """`train.learning_rate: null` is the trainer's own."""
+    results = _changed("lora", lr=None)
+    assert [run.method for run in with_safety_tax(results) if run.tax is None] == ["original"] * 3
+    assert [summary.method for summary in summarise(results) if summary.is_original] == ["original"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs {CHROMIUM}")
 def test_in_a_browser(tmp_path: Path) -> None:

@@ -65,7 +65,16 @@ def test_a_sweep_without_any_tax_is_drawn() -> None:
 def test_the_table_names_each_point_once(width: int) -> None:
     def run(method: str, lr: float | None, asr: float) -> RunResult:
         rates = {"reasoning": {"add": 0.9, "mean": 0.9}, "asr": {"direct": asr, "mean": asr}}
-        return RunResult(method, "tiny:0", 0, lr, refused=0.0, over_refusal={"benign": 0.125}, **rates)
+        return RunResult(
+            method,
+            "tiny:0",
+            0,
+            lr,
+            refused=0.0,
+            over_refusal={"benign": 0.125},
+            is_original=method == "original",
+            **rates,
+        )
 
     found = summarise([run("original", None, 0.75), run("lora+constant", 1e-3, 0.25)])
     console = Console(width=width, file=io.StringIO(), highlight=False)

@@ -90,6 +90,7 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
         samples=evaluated.folder / SAMPLES,
         sweep=cell.sweep,
         point=dict(cell.grid),
+        is_original=cell.paradigm == "none",
     )
 
 

@@ -209,7 +209,7 @@ def _draw_curve(
     for summary in sorted(summaries, key=lambda s: s.lr or 0):
         mean = read(summary)
         values = [value for run in summary.runs if (value := read(run)) is not None]
-        if mean is not None:
+        if mean is not None and summary.lr is not None:
             points.append((summary.lr, mean, min(values, default=mean), max(values, default=mean)))
     if points:
         rates, means, low, high = zip(*points, strict=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rpsa.evaluation.benchmarks import BENCHMARKS, Kind
 from rpsa.recipe.methods import VARIANTS
 from rpsa.report.summaries import RunResult, Summary, summarise
-from rpsa.report.tables import group_of, is_best
+from rpsa.report.tables import group_of, is_best, setting_of
 from rpsa.templates import render
 
 _METHODS = {"original": "Original", "fft": "FFT", "lora": "LoRA"}
@@ -82,7 +82,7 @@ def _row(summary: Summary, summaries: Sequence[Summary], columns: Sequence[_Colu
     several = sum(s.method == summary.method for s in summaries) > 1
     return _Row(
         method=[_name(part) for part in summary.method.split("+")],
-        setting=f", {summary.lr:g}, {summary.safety}" if several else "",
+        setting="".join(f", {part}" for part in setting_of(summary)) if several else "",
         rates=[
             figure(of.read, 1 if of.kind == "reasoning" else -1, ".1f", summary.unreliable(of.kind, of.name))
             for of in columns

@@ -18,7 +18,8 @@ class RunResult:
     """One evaluated cell. All rates are fractions in [0, 1].
 
     Attributes:
-        lr: learning rate; None for the untouched model, which makes it the one that others are compared with.
+        lr: learning rate; None where nothing was trained.
+        is_original: the untouched model, with which the others of its base are compared.
         reasoning: accuracy of each family, and their "mean".
         refused: share of the reasoning problems that were refused rather than got wrong.
         truncated: share of all responses that ran out of tokens.
@@ -54,12 +55,9 @@ class RunResult:
     samples: Path | None = None
     sweep: str | None = None
     point: Mapping[str, Any] = field(default_factory=dict)
+    is_original: bool = False
     tax: float | None = None
     tax_reason: str | None = None
-
-    @property
-    def is_original(self) -> bool:
-        return self.lr is None
 
     def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
         """Why the rate on a set, or the mean over a kind's sets, does not stand alone; None where it does."""
@@ -108,13 +106,10 @@ class Summary:
     tax_interval: tuple[float, float] | None
     tax_reason: str | None
     runs: Sequence[RunResult] = field(repr=False)
+    is_original: bool = False
     interval_over: Literal["runs", "problems"] = "runs"
     difference: tuple[float, float] | None = None
     no_interval: str | None = None
-
-    @property
-    def is_original(self) -> bool:
-        return self.lr is None
 
     def rates(self, kind: Kind) -> Mapping[str, float]:
         """By set, and "mean" where there is one."""
@@ -249,6 +244,7 @@ def _summary(runs: list[RunResult], originals: Mapping[str, RunResult]) -> Summa
         if has_tax or first.is_original
         else unreliable or first.tax_reason or "attack success did not fall on average",
         runs=runs,
+        is_original=first.is_original,
     )
 
 

@@ -220,7 +220,13 @@ def label(summary: Summary, summaries: Sequence[Summary]) -> str:
     """The method, with learning rate and safety set where it alone does not tell one summary from another."""
     if sum(s.method == summary.method for s in summaries) == 1:
         return summary.method
-    return f"{summary.method} {summary.lr:g} {summary.safety or ''}".rstrip()
+    return " ".join((summary.method, *setting_of(summary)))
+
+
+def setting_of(summary: Summary) -> list[str]:
+    """Learning rate and safety set, as far as there are any."""
+    rate = None if summary.lr is None else f"{summary.lr:g}"
+    return [part for part in (rate, summary.safety) if part]
 
 
 def is_best(value: float | None, of: Sequence[float | None], sign: int) -> bool:
