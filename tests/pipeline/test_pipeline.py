@@ -148,7 +148,9 @@ def test_plain_lora_and_rpsa_start_from_the_same_adapter(recipe_file: Path) -> N
     recipe = small(recipe_file, "matrix.methods=[lora, lora+rpsa]")
     run(recipe, only="reference")
     run(recipe, only="fisher")
-    plain, rpsa = (starting_model(recipe, cell, AlignTask(recipe, cell).measured) for cell in recipe.cells())
+    plain, rpsa = (
+        starting_model(recipe, cell, AlignTask(recipe, cell).groundwork) for cell in recipe.cells()
+    )
     for (name, a), (other, b) in zip(plain.named_parameters(), rpsa.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(a, b)
@@ -169,7 +171,7 @@ def test_a_warmed_up_adapter_has_a_fisher_in_a_and_is_where_alignment_starts(rec
         [fisher] = (folder / "fisher" / "tiny-0").iterdir()
         [cell] = recipe.cells()
         fishers[steps] = FisherDiagonal.load(fisher)
-        starts[steps] = starting_model(recipe, cell, AlignTask(recipe, cell).measured)
+        starts[steps] = starting_model(recipe, cell, AlignTask(recipe, cell).groundwork)
     for name, scores in fishers[3].scores.items():
         assert (scores > 0).any()
         assert "lora_B" in name or not fishers[0].scores[name].any()

@@ -65,14 +65,14 @@ _TIMES = ("runtime", "per_second")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Groundwork:
     """Folders of what was measured on a cell's base; None where the cell does not need it."""
 
     fisher: Path | None = None
     reference: Path | None = None
 
 
-def make_trainer(recipe: Recipe, cell: Cell, measured: Measured, **common: Any) -> Any:
+def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: Any) -> Any:
     """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's own; on the same start.
 
     Args:
@@ -86,9 +86,9 @@ def make_trainer(recipe: Recipe, cell: Cell, measured: Measured, **common: Any) 
     trainer_class: Any = ResumableSFTTrainer
     if not _is_plain(cell):
         trainer_class = RPSATrainer if cell.align else AlternativesTrainer
-        common |= {"fisher": measured.fisher, "reference_dataset": measured.reference}
+        common |= {"fisher": groundwork.fisher, "reference_dataset": groundwork.reference}
     with refusals_of_trl(cell):
-        trainer = trainer_class(model=starting_model(recipe, cell, measured), **common)
+        trainer = trainer_class(model=starting_model(recipe, cell, groundwork), **common)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -150,18 +150,18 @@ def refusals_of_trl(cell: Cell) -> Iterator[None]:
         raise RPSAError(f"{cell.id}: train: {str(error).strip().partition(chr(10))[0]}") from error
 
 
-def starting_model(recipe: Recipe, cell: Cell, measured: Measured) -> Any:
+def starting_model(recipe: Recipe, cell: Cell, groundwork: Groundwork) -> Any:
     """The base, under LoRA with the adapter on which the Fisher was measured."""
     model: Any = load_model(cell.base, recipe.model, alignment_dtype(cell, recipe.model))
     if cell.paradigm != "lora":
         return model
-    if measured.fisher is None:
+    if groundwork.fisher is None:
         return add_adapter(model, cell)
-    folder = measured.fisher / ADAPTER
+    folder = groundwork.fisher / ADAPTER
     return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
 
 
-def align(recipe: Recipe, cell: Cell, measured: Measured, folder: Path, *, quiet: bool) -> None:
+def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, quiet: bool) -> None:
     """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
     import transformers
 
@@ -173,14 +173,14 @@ def align(recipe: Recipe, cell: Cell, measured: Measured, folder: Path, *, quiet
     dataset = data.dataset
     rehearsal = None
     if cell.alternatives and cell.alternatives.rehearsal_share:
-        assert measured.reference is not None
-        traces, share = ReferenceDataset.load(measured.reference), cell.alternatives.rehearsal_share
+        assert groundwork.reference is not None
+        traces, share = ReferenceDataset.load(groundwork.reference), cell.alternatives.rehearsal_share
         rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
         dataset = rehearsal.dataset
     trainer = make_trainer(
         recipe,
         cell,
-        measured,
+        groundwork,
         args=training_arguments(recipe, cell, folder, quiet=quiet),
         train_dataset=dataset,
         eval_dataset=data.validation,

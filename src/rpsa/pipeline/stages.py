@@ -34,7 +34,7 @@ from rpsa.recipe.sections import Fisher
 from rpsa.sharding import rank, world_size
 
 if TYPE_CHECKING:
-    from rpsa.pipeline.alignment import Measured
+    from rpsa.pipeline.alignment import Groundwork
 
 log = logging.getLogger(__name__)
 
@@ -357,15 +357,15 @@ class AlignTask(Task):
     def run(self, folder: Path, progress: Progress) -> None:
         from rpsa.pipeline.alignment import align
 
-        align(self.recipe, self.cell, self.measured, folder, quiet=progress is no_progress)
+        align(self.recipe, self.cell, self.groundwork, folder, quiet=progress is no_progress)
 
     @property
-    def measured(self) -> "Measured":
+    def groundwork(self) -> "Groundwork":
         """Where the results are that alignment takes."""
-        from rpsa.pipeline.alignment import Measured
+        from rpsa.pipeline.alignment import Groundwork
 
         fisher, reference = fisher_task(self.recipe, self.cell), reference_task(self.recipe, self.cell)
-        return Measured(fisher.folder if fisher else None, reference.folder if reference else None)
+        return Groundwork(fisher.folder if fisher else None, reference.folder if reference else None)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class _Column:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class _Number:
     text: str
     best: bool
     unreliable: bool = False
@@ -41,8 +41,8 @@ class _Figure:
 class _Row:
     method: Sequence[str]
     setting: str
-    rates: Sequence[_Figure]
-    tax: _Figure
+    rates: Sequence[_Number]
+    tax: _Number
 
 
 def latex_table(results: Sequence[RunResult]) -> str:
@@ -72,12 +72,12 @@ def _row(summary: Summary, summaries: Sequence[Summary], columns: Sequence[_Colu
 
     def figure(
         read: Callable[[Summary], float | None], sign: int, form: str, unreliable: object = None
-    ) -> _Figure:
+    ) -> _Number:
         value = read(summary)
         if value is None:
-            return _Figure("--", best=False)
+            return _Number("--", best=False)
         text = format(value, form).replace("-", "$-$")
-        return _Figure(text, is_best(value, [read(s) for s in group], sign), bool(unreliable))
+        return _Number(text, is_best(value, [read(s) for s in group], sign), bool(unreliable))
 
     several = sum(s.method == summary.method for s in summaries) > 1
     return _Row(
@@ -87,7 +87,7 @@ def _row(summary: Summary, summaries: Sequence[Summary], columns: Sequence[_Colu
             figure(of.read, 1 if of.kind == "reasoning" else -1, ".1f", summary.unreliable(of.kind, of.name))
             for of in columns
         ],
-        tax=_Figure("N/A", best=False) if summary.is_original else figure(lambda s: s.tax, -1, ".2f"),
+        tax=_Number("N/A", best=False) if summary.is_original else figure(lambda s: s.tax, -1, ".2f"),
     )
 
 
