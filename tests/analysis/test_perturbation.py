@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from rpsa.analysis.perturbation import (
-    Cell,
-    Outcome,
+    PerturbationCell,
     PerturbationConfig,
+    PerturbationOutcome,
     accuracy,
     cells,
     difference,
@@ -199,7 +199,7 @@ CONFIG = PerturbationConfig(fractions=(0.1, 0.3), factors=(0.5, -2.0), draws=2)
 
 def test_cells_are_every_combination_and_the_original_is_first() -> None:
     found = cells(CONFIG)
-    assert found[0] == Cell("original")
+    assert found[0] == PerturbationCell("original")
     assert len(found) == len(set(found)) == 1 + 2 * 2 * (1 + 2 + 2 + 1)
 
 
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     assert bits(dict(model.named_parameters())) == before
     with (tmp_path / "cells.jsonl").open("a") as file:
         file.write('{"cell": {"sel')  # a crash in the middle of a line
-    seen: list[Cell] = []
+    seen: list[PerturbationCell] = []
     rest = Evaluation()
     resumed = perturb(
         model, None, fisher, rest, CONFIG, tmp_path / "cells.jsonl", {"model": "m"}, seen.append
@@ -317,15 +317,18 @@ def test_the_mean_counts_every_benchmark_alike() -> None:
     assert difference(other, samples)["mean"].value == pytest.approx(0.3)
 
 
-def made_up_outcomes() -> list[Outcome]:
+def made_up_outcomes() -> list[PerturbationOutcome]:
     def scores(right: int) -> dict[str, list[float]]:
         return {"add": [1.0] * right + [0.0] * (20 - right), "sort": [1.0] * 20}
 
-    outcomes = [Outcome(Cell("original"), {}, 0.0, scores(20))]
+    outcomes = [PerturbationOutcome(PerturbationCell("original"), {}, 0.0, scores(20))]
     for factor, lost in ((0.9, 0), (0.5, 12)):
-        outcomes.append(Outcome(Cell("fisher", 0.01, factor), {"mlp": 7}, 0.05, scores(20 - lost)))
+        outcomes.append(
+            PerturbationOutcome(PerturbationCell("fisher", 0.01, factor), {"mlp": 7}, 0.05, scores(20 - lost))
+        )
         outcomes += [
-            Outcome(Cell("random", 0.01, factor, d), {"mlp": 7}, 0.04, scores(20 - d)) for d in range(3)
+            PerturbationOutcome(PerturbationCell("random", 0.01, factor, d), {"mlp": 7}, 0.04, scores(20 - d))
+            for d in range(3)
         ]
     return outcomes
 

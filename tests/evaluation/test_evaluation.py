@@ -21,7 +21,7 @@ from rpsa.evaluation.scores import METRICS, Sample, scores_by_item, set_rates
 from rpsa.generation import Completion, Sampling
 from rpsa.models import load_tokenizer
 from rpsa.recipe.sections import Evaluate, Model
-from rpsa.report.tables import render_evaluation
+from rpsa.report.console import render_evaluation
 
 SOLVE = "```python\ndef solve(x):\n    return x + 1\n```"
 STUB = 'def solve(x):\n    """Add one."""\n'

@@ -514,7 +514,7 @@ def test_a_mended_grader_asks_no_model_and_trains_none(
 _FREE = {
     *("__init__", "errors", "text", "artifacts", "recipe", "cli", "http", "progress", "provenance"),
     "settings",
-    "report/tables",
+    "report/console",
     *(f"pipeline/{name}" for name in ("__init__", "launch", "manifests", "preflight", "runner", "tasks")),
 }
 """What has no say in a result: what it decides is among a stage's inputs, or only when it is made."""

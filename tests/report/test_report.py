@@ -17,11 +17,9 @@ from helpers.chromium import CHROMIUM, chromium
 from helpers.made_up_results import FAMILIES, LEVELS, demo_results, made_up, study_results, with_samples
 from rpsa.evaluation.statistics import safety_tax_interval
 from rpsa.report import RunResult, Shown, render_console, summarise, with_safety_tax, write_report
-from rpsa.report.benchmarks import benchmark_table, rates_table
-from rpsa.report.latex import latex_table
-from rpsa.report.page import with_problem_intervals
-from rpsa.report.responses import LIMIT, chosen_responses, cut, script_json
-from rpsa.report.tables import main_table
+from rpsa.report.page import LIMIT, chosen_responses, cut, script_json
+from rpsa.report.summaries import with_problem_intervals
+from rpsa.report.tables import benchmark_table, latex_table, main_table, rates_table
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import latex_text
 

@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from rpsa.report.console import render_sweep
 from rpsa.report.drawing import to_png, to_svg
 from rpsa.report.summaries import RunResult, summarise
 from rpsa.report.sweeps import SweepPoint, sweep_figure
-from rpsa.report.tables import render_sweep
 
 
 def points(column: str = "", over_refusal: float | None = 0.1) -> list[SweepPoint]:

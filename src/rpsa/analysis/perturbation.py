@@ -78,7 +78,7 @@ class PerturbationConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PerturbationCell:
     """One way to disturb the model: `fraction` of all elements, times `factor`. `draw` numbers the seeds."""
 
     selection: str
@@ -88,7 +88,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PerturbationOutcome:
     """A finished cell.
 
     Attributes:
@@ -98,7 +98,7 @@ class Outcome:
         scores: each problem's score by benchmark.
     """
 
-    cell: Cell
+    cell: PerturbationCell
     where: Mapping[str, int]
     change: float
     scores: Mapping[str, Sequence[float]]
@@ -108,10 +108,10 @@ class Outcome:
         return sum(self.where.values())
 
 
-def cells(config: PerturbationConfig) -> list[Cell]:
+def cells(config: PerturbationConfig) -> list[PerturbationCell]:
     """The untouched model first; cells that share a selection of elements follow one another."""
-    return [Cell(ORIGINAL)] + [
-        Cell(selection, fraction, factor, draw)
+    return [PerturbationCell(ORIGINAL)] + [
+        PerturbationCell(selection, fraction, factor, draw)
         for selection in config.selections
         for fraction in config.fractions
         for draw in range(config.draws if selection in DRAWN else 1)
@@ -173,8 +173,8 @@ def perturb(
     config: PerturbationConfig,
     store: Path,
     inputs: Mapping[str, Any],
-    on_cell: Callable[[Cell], None] = lambda cell: None,
-) -> list[Outcome]:
+    on_cell: Callable[[PerturbationCell], None] = lambda cell: None,
+) -> list[PerturbationOutcome]:
     """Evaluate the model in every cell that `store` does not hold yet; returns all cells' outcomes, in order.
 
     Args:
@@ -203,7 +203,7 @@ def perturb(
             with scaled(parameters, chosen, cell.factor):
                 scores = {name: list(values) for name, values in evaluate(model, tokenizer).items()}
             change = abs(1 - cell.factor) * _length(parameters, chosen) / _length(parameters)
-            done[cell] = Outcome(cell, _by_kind(chosen, role_of), change, scores)
+            done[cell] = PerturbationOutcome(cell, _by_kind(chosen, role_of), change, scores)
             append(asdict(done[cell]))
             on_cell(cell)
     return [done[cell] for cell in wanted]
@@ -228,7 +228,7 @@ def _length(parameters: Mapping[str, Tensor], selection: Mapping[str, Tensor] | 
     return math.sqrt(sum(part.float().square().sum(dtype=torch.float64).item() for part in parts))
 
 
-def _stored(store: Path, inputs: Mapping[str, Any]) -> dict[Cell, Outcome]:
+def _stored(store: Path, inputs: Mapping[str, Any]) -> dict[PerturbationCell, PerturbationOutcome]:
     store.parent.mkdir(parents=True, exist_ok=True)
     records = recover_lines(store)
     if not records:
@@ -241,14 +241,16 @@ def _stored(store: Path, inputs: Mapping[str, Any]) -> dict[Cell, Outcome]:
 
 def _outcomes(
     store: Path, records: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]
-) -> dict[Cell, Outcome]:
+) -> dict[PerturbationCell, PerturbationOutcome]:
     first, *rest = records
     old = first["inputs"]
     if different := [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]:
         raise RPSAError(
             f"{store} holds cells of another {', '.join(different)}: give another folder, or delete that file"
         )
-    outcomes = [Outcome(**{**record, "cell": Cell(**record["cell"])}) for record in rest]
+    outcomes = [
+        PerturbationOutcome(**{**record, "cell": PerturbationCell(**record["cell"])}) for record in rest
+    ]
     return {outcome.cell: outcome for outcome in outcomes}
 
 
@@ -259,7 +261,7 @@ _Z = 1.96
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BoundedMean:
     value: float
     low: float
     high: float
@@ -274,7 +276,7 @@ class Effect:
 
     Attributes:
         draws: the mean over the benchmarks for each draw.
-        where, change: of the first draw; see `Outcome`.
+        where, change: of the first draw; see `PerturbationOutcome`.
         drop: from the untouched model, paired by problem; None for that model itself.
         above_fisher: how much better than the Fisher cell of this fraction and factor, paired by problem; None
             without one.
@@ -286,12 +288,12 @@ class Effect:
     draws: Sequence[float]
     where: Mapping[str, int]
     change: float
-    accuracy: Mapping[str, Estimate]
-    drop: Mapping[str, Estimate] | None
-    above_fisher: Mapping[str, Estimate] | None
+    accuracy: Mapping[str, BoundedMean]
+    drop: Mapping[str, BoundedMean] | None
+    above_fisher: Mapping[str, BoundedMean] | None
 
     def to_json(self) -> dict[str, Any]:
-        def estimates(of: Mapping[str, Estimate] | None) -> Any:
+        def estimates(of: Mapping[str, BoundedMean] | None) -> Any:
             return {name: estimate.to_json() for name, estimate in of.items()} if of else None
 
         return {
@@ -307,9 +309,9 @@ class Effect:
         }
 
 
-def effects(outcomes: Sequence[Outcome]) -> list[Effect]:
+def effects(outcomes: Sequence[PerturbationOutcome]) -> list[Effect]:
     """One effect for each selection, fraction and factor, in order of appearance."""
-    groups: dict[tuple[str, float, float], list[Outcome]] = defaultdict(list)
+    groups: dict[tuple[str, float, float], list[PerturbationOutcome]] = defaultdict(list)
     for outcome in outcomes:
         groups[outcome.cell.selection, outcome.cell.fraction, outcome.cell.factor].append(outcome)
     samples = {key: _samples(group) for key, group in groups.items()}
@@ -334,7 +336,7 @@ def effects(outcomes: Sequence[Outcome]) -> list[Effect]:
     return results
 
 
-def accuracy(samples: Samples) -> dict[str, Estimate]:
+def accuracy(samples: Samples) -> dict[str, BoundedMean]:
     """The mean score over problems and draws of each benchmark, and the "mean" of these means.
 
     Fewer than three draws say nothing about how much draws differ: the interval is then over problems alone.
@@ -343,12 +345,12 @@ def accuracy(samples: Samples) -> dict[str, Estimate]:
     for name, draws in samples.items():
         problems = _problem_means(draws)
         value = statistics.fmean(problems)
-        over_problems[name] = Estimate(value, *wilson(value, len(problems)))
+        over_problems[name] = BoundedMean(value, *wilson(value, len(problems)))
     draw_means = {name: [statistics.fmean(draw) for draw in draws] for name, draws in samples.items()}
     return _with_mean(over_problems, draw_means, (0.0, 1.0))
 
 
-def difference(first: Samples, second: Samples) -> dict[str, Estimate]:
+def difference(first: Samples, second: Samples) -> dict[str, BoundedMean]:
     """first - second, paired by problem; as `accuracy`. One of them may have a single draw, the other several."""
     over_problems = {
         name: newcombe(_problem_means(first[name]), _problem_means(second[name])) for name in first
@@ -367,7 +369,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return wilson_limits(share, count, _Z)
 
 
-def newcombe(first: Sequence[float], second: Sequence[float]) -> Estimate:
+def newcombe(first: Sequence[float], second: Sequence[float]) -> BoundedMean:
     """The mean of first - second over the same problems, its interval from both Wilson intervals."""
     a, b = statistics.fmean(first), statistics.fmean(second)
     (low_a, high_a), (low_b, high_b) = wilson(a, len(first)), wilson(b, len(second))
@@ -376,7 +378,7 @@ def newcombe(first: Sequence[float], second: Sequence[float]) -> Estimate:
     def apart(x: float, y: float) -> float:
         return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
 
-    return Estimate(a - b, a - b - apart(a - low_a, high_b - b), a - b + apart(high_a - a, b - low_b))
+    return BoundedMean(a - b, a - b - apart(a - low_a, high_b - b), a - b + apart(high_a - a, b - low_b))
 
 
 def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -390,12 +392,14 @@ def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _with_mean(
-    over_problems: Mapping[str, Estimate], draws: Mapping[str, Sequence[float]], bounds: tuple[float, float]
-) -> dict[str, Estimate]:
+    over_problems: Mapping[str, BoundedMean],
+    draws: Mapping[str, Sequence[float]],
+    bounds: tuple[float, float],
+) -> dict[str, BoundedMean]:
     """Each benchmark with the spread of its draws, and the mean over benchmarks with that of its own."""
     count = len(over_problems)
     value = statistics.fmean(e.value for e in over_problems.values())
-    mean = Estimate(
+    mean = BoundedMean(
         value,
         value - math.hypot(*(e.value - e.low for e in over_problems.values())) / count,
         value + math.hypot(*(e.high - e.value for e in over_problems.values())) / count,
@@ -406,10 +410,10 @@ def _with_mean(
     }
 
 
-def _widened(of: Estimate, draws: Sequence[float], bounds: tuple[float, float]) -> Estimate:
+def _widened(of: BoundedMean, draws: Sequence[float], bounds: tuple[float, float]) -> BoundedMean:
     interval = mean_interval(draws)
     half = (interval[1] - interval[0]) / 2 if interval else 0.0
-    return Estimate(
+    return BoundedMean(
         of.value,
         max(bounds[0], of.value - math.hypot(of.value - of.low, half)),
         min(bounds[1], of.value + math.hypot(of.high - of.value, half)),
@@ -420,7 +424,7 @@ def _problem_means(draws: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(scores) for scores in zip(*draws, strict=True)]
 
 
-def _samples(group: Sequence[Outcome]) -> Samples:
+def _samples(group: Sequence[PerturbationOutcome]) -> Samples:
     return {name: [outcome.scores[name] for outcome in group] for name in group[0].scores}
 
 

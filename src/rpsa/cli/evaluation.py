@@ -54,7 +54,7 @@ def evaluate(
     """Measure one model: reasoning, attack success, over-refusal. What is stored in --out is not asked for again."""
     with readable_errors():
         from rpsa.evaluation.command import EvaluateCommand, evaluate_command
-        from rpsa.report.tables import render_evaluation
+        from rpsa.report.console import render_evaluation
 
         result, folder = evaluate_command(
             EvaluateCommand(

@@ -36,7 +36,7 @@ def audit(
     """Show what a training run recorded about its frozen elements: how many were checked, and how many moved."""
     with readable_errors():
         _require_folder(model_dir)
-        from rpsa.report.tables import render_audit
+        from rpsa.report.console import render_audit
 
         audit = _read_json(model_dir / AUDIT_FILE)
         with reading_records(model_dir / AUDIT_FILE):

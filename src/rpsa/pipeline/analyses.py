@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rpsa.analysis.anatomy import MEANING, Overlap, anatomy, overlap, to_json
-from rpsa.analysis.perturbation import Cell, Evaluate, PerturbationConfig, cells, effects, perturb
+from rpsa.analysis.perturbation import Evaluate, PerturbationCell, PerturbationConfig, cells, effects, perturb
 from rpsa.artifacts import atomic_write, files_below, recover_lines, sha256_of, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
@@ -47,9 +47,9 @@ def fisher_map(folders: Sequence[Path], ks: Sequence[float], out: Path, model: s
     Raises:
         RPSAError: a folder holds no Fisher, a k is not in [0, 1], or `model` has not the Fishers' parameters.
     """
+    from rpsa.report.console import render_anatomy, render_overlaps
     from rpsa.report.drawing import write_figure
     from rpsa.report.paper_figures import layer_map, module_bars
-    from rpsa.report.tables import render_anatomy, render_overlaps
 
     labels = distinct_labels(folders)
     fishers = {label: FisherDiagonal.load(folder) for label, folder in zip(labels, folders, strict=True)}
@@ -154,9 +154,9 @@ def run_perturbation(
         RPSAError: see `perturb`; or no task has reasoning problems.
     """
     from rpsa.models import quiet
+    from rpsa.report.console import render_effects
     from rpsa.report.drawing import write_figure
     from rpsa.report.paper_figures import perturbation_bars
-    from rpsa.report.tables import render_effects
 
     quiet()
     described = described or Model()
@@ -188,7 +188,7 @@ def run_perturbation(
     with progress_bars() as bar:
         shown = bar.add_task("cells", total=len(cells(config)), now="")
 
-        def on_cell(cell: Cell) -> None:
+        def on_cell(cell: PerturbationCell) -> None:
             bar.advance(shown)
 
         outcomes = perturb(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import atomic_write
-from rpsa.report.page import with_problem_intervals
-from rpsa.report.summaries import RunResult, Summary, summarise, with_safety_tax
-from rpsa.report.tables import Shown, render_console
+from rpsa.report.console import render_console
+from rpsa.report.page import Shown
+from rpsa.report.summaries import RunResult, Summary, summarise, with_problem_intervals, with_safety_tax
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,15 +36,12 @@ def write_report(
         The summaries that the tables show.
     """
     from rpsa.report import drawing, figures
-    from rpsa.report.benchmarks import table_markdown
     from rpsa.report.claims import claims_table, judge_claims
     from rpsa.report.figures import scatter, scatter_benchmarks
-    from rpsa.report.latex import latex_table
-    from rpsa.report.page import render_page
+    from rpsa.report.page import CAPTIONS, chosen_responses, render_page
     from rpsa.report.paper_figures import ablation
-    from rpsa.report.responses import chosen_responses
     from rpsa.report.sweeps import sweep_figures
-    from rpsa.report.tables import CAPTIONS
+    from rpsa.report.tables import latex_table, table_markdown
 
     out = Path(out_dir)
     results = with_safety_tax(results)

@@ -1,126 +1,67 @@
-"""`index.html`: the whole report in one file that needs no network.
+"""The page: `index.html`, the whole report in one file that needs no network, as `templates/page.html.jinja` has it.
 
-The STR of a single run: how sure one may be of it, over the problems that were asked.
-
-An 8B model is aligned once for each method, so that there are no runs to take an interval over. The stored samples
-still say what other problems of the same kinds would have given; another training seed they know nothing of.
-
-The part of the page where responses can be read side by side: three selects and a few lines of script.
-
-Responses come from models and may hold anything. They reach the page as JSON in a script element that they cannot
-end, and are only ever set as text.
+Beside tables and figures it has a browser of responses: for a few items of each set, the untouched model's beside that
+of each method. Responses come from models and may hold anything; see `script_json`.
 """
 
 import base64
 import json
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rpsa.errors import RPSAError
-from rpsa.evaluation.scores import read_samples
-from rpsa.evaluation.statistics import Problems, safety_tax_difference, safety_tax_interval
-from rpsa.report.benchmarks import benchmark_table, rates_table, unreliable_note
-from rpsa.report.summaries import RunResult, Summary, no_comparison, plain_method
-from rpsa.report.tables import Shown, Table, interval_note, main_table, missing_lines
+from rpsa.evaluation.scores import Sample, read_samples
+from rpsa.report.summaries import RunResult, Summary
+from rpsa.report.tables import (
+    Table,
+    benchmark_table,
+    interval_note,
+    label,
+    main_table,
+    missing_lines,
+    rates_table,
+    unreliable_note,
+)
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.templates import render
 
-REPLICATES = 2_000
 
-Scores = dict[tuple[str, str], dict[str, list[float]]]
-"""By kind and set: the scores of each item's samples."""
+class Shown(NamedTuple):
+    """An SVG file with what stands under it."""
 
-
-def with_problem_intervals(summaries: Sequence[Summary]) -> list[Summary]:
-    """The summaries; those of one run get their intervals from the samples of that run and of the untouched model.
-
-    No interval, but a reason, where the safety gain may be chance, where no score of a problem changed (of which a
-    bootstrap would make an interval of no width), and where a set has one problem.
-    """
-    single = [s for s in summaries if not s.is_original and len(s.runs) == 1]
-    bases = {s.runs[0].base for s in single}
-    originals = {run.base: run for s in summaries if s.is_original for run in s.runs if run.base in bases}
-    runs = [*originals.values(), *(s.runs[0] for s in single)]
-    scores: dict[Path | None, Scores] = {run.samples: _scores(run.samples) for run in runs if run.samples}
-
-    def with_intervals(summary: Summary) -> Summary:
-        if summary.is_original or len(summary.runs) > 1 or summary.runs[0].base not in originals:
-            return summary
-        run, plain = summary.runs[0], plain_method(summary, summaries)
-        original = originals[run.base]
-        if no_comparison(original, run):
-            return summary
-        before, after = scores.get(original.samples), scores.get(run.samples)
-        if before is None or after is None:
-            return summary
-        is_beside = plain and plain.runs[0].base == run.base and not no_comparison(original, plain.runs[0])
-        beside = scores.get(plain.runs[0].samples) if plain and is_beside else None
-        try:
-            interval, reason = _interval(before, after)
-            difference = _difference(before, beside, after) if beside else None
-        except RPSAError as error:
-            return replace(summary, no_interval=str(error))
-        return replace(
-            summary,
-            tax_interval=interval,
-            no_interval=reason,
-            difference=difference,
-            interval_over="problems",
-        )
-
-    return [with_intervals(summary) for summary in summaries]
+    name: str
+    svg: bytes
+    title: str
+    caption: str
 
 
-def _scores(path: Path) -> Scores:
-    found: Scores = defaultdict(lambda: defaultdict(list))
-    for sample in read_samples(path):
-        if sample.score is not None:
-            found[sample.kind, sample.set][sample.item].append(sample.score)
-    return found
-
-
-def _interval(before: Scores, after: Scores) -> tuple[tuple[float, float] | None, str | None]:
-    reasoning, attack = _matched("reasoning", before, after), _matched("attack", before, after)
-    if reasoning[0] == reasoning[1]:
-        return None, "not one reasoning problem got another score"
-    found = safety_tax_interval(
-        reasoning_before=reasoning[0],
-        reasoning_after=reasoning[1],
-        attack_before=attack[0],
-        attack_after=attack[1],
-        replicates=REPLICATES,
-    )
-    return found.interval, found.reason
-
-
-def _difference(before: Scores, plain: Scores, other: Scores) -> tuple[float, float] | None:
-    reasoning, attack = _matched("reasoning", before, plain, other), _matched("attack", before, plain, other)
-    return safety_tax_difference(
-        reasoning_before=reasoning[0],
-        reasoning_plain=reasoning[1],
-        reasoning_other=reasoning[2],
-        attack_before=attack[0],
-        attack_plain=attack[1],
-        attack_other=attack[2],
-        replicates=REPLICATES,
-    ).interval
-
-
-def _matched(kind: str, *models: Scores) -> list[dict[str, Problems]]:
-    """For each model its benchmarks, with the items that all models have a score for, in one order."""
-    common = {
-        key: [item for item in items if all(item in model.get(key, {}) for model in models)]
-        for key, items in models[0].items()
-        if key[0] == kind
-    }
-    return [
-        {key[1]: [model[key][item] for item in items] for key, items in common.items()} for model in models
-    ]
-
+CAPTIONS: dict[str, tuple[str, str]] = {
+    "scatter": (
+        "Safety against reasoning",
+        "The upper right corner is best. Large marks are means, small ones single runs.",
+    ),
+    "scatter_benchmarks": (
+        "Safety against reasoning on each benchmark",
+        "As above, with the accuracy on one benchmark in each panel; the attack success rate is the mean.",
+    ),
+    "ablation": (
+        "Masks and controls",
+        "Large marks are means with their 95% interval over runs, small ones single runs; the dashed line is the "
+        "untouched model. STR of single runs can lie far off where attack success hardly fell.",
+    ),
+    "trajectories": (
+        "Course of k and c",
+        "The frozen ratio k follows the conflict c between the reasoning and the safety gradient. Until the window "
+        "is full, k is 0.5.",
+    ),
+    "learning_rate": (
+        "Against the learning rate",
+        "The learning rate is itself a strong lever. Lines are means, bands the range over bases and seeds; the "
+        "dashed line is the untouched model.",
+    ),
+}
 
 _LONG = 20  # rows
 _MANY = 8  # lines of provenance
@@ -189,3 +130,120 @@ def _fact(value: Any) -> _Fact:
     if isinstance(value, list | tuple):
         return _Fact([", ".join(str(item) for item in value)])
     return _Fact([value if isinstance(value, str) else json.dumps(value)])
+
+
+LIMIT = 1_500_000  # bytes
+_CHARACTERS = 1_500  # of a text
+_SIZES = ((6, 40), (4, 40), (2, 40), (1, 40), (1, 20), (1, 10), (1, 5), (1, 1))
+"""Items of a set and methods beside the untouched model: the first that keeps all within LIMIT."""
+
+Samples = dict[tuple[str, str], Sample]
+"""By set and item, in the order of the evaluation."""
+
+
+def chosen_responses(summaries: Sequence[Summary]) -> str | None:
+    """What the page's browser shows, as JSON that can stand in a script element; None without stored samples.
+
+    One base is shown, the first whose untouched model has samples, and each method's first seed on it; of each item
+    its first response. Of a set come first the items on which the models' outcomes differ most.
+
+    Returns:
+        {"base", "methods", "sets": [{"name", "kind", "items": [{"id", "prompt", "answer", "responses"}]}]}. The
+        responses of an item are in the order of `methods`, the untouched model's first; null where there is none.
+    """
+    original = next((run for s in summaries if s.is_original for run in s.runs if run.samples), None)
+    if original is None:
+        return None
+    paths = {"original": original.samples}
+    paths |= {label(s, summaries): _samples_on(original.base, s.runs) for s in summaries if not s.is_original}
+    found = {name: _first_samples(path) for name, path in paths.items() if path}
+    if len(found) == 1:
+        return None
+    chosen = ""
+    for items, most in _SIZES:
+        methods = list(found)[: 1 + most]
+        sets = _sets([found[method] for method in methods], items)
+        chosen = script_json({"base": original.base, "methods": methods, "sets": sets})
+        if len(chosen.encode()) <= LIMIT:
+            break
+    return chosen
+
+
+def script_json(value: Any) -> str:
+    """JSON in which nothing can end a script element or open a comment, whatever the strings hold."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def cut(text: str, characters: int = _CHARACTERS) -> str:
+    """The text's beginning and end, since answers come last, with a mark for what is missing."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    missing = len(text) - 2 * half
+    return f"{text[:half]}\n[… {missing:,} characters left out …]\n{text[-half:]}"
+
+
+def _samples_on(base: str, runs: Sequence[RunResult]) -> Path | None:
+    return next((run.samples for run in runs if run.base == base), None)
+
+
+def _first_samples(path: Path) -> Samples:
+    """Cut at once: a file may hold gigabytes of reasoning."""
+    return {
+        (sample.set, sample.item): replace(
+            sample,
+            prompt=cut(sample.prompt),
+            answer=cut(sample.answer),
+            response=cut(sample.response),
+            extracted=None if sample.extracted is None else cut(sample.extracted),
+            details={},
+        )
+        for sample in read_samples(path)
+        if sample.index == 0
+    }
+
+
+def _sets(models: Sequence[Samples], items: int) -> list[dict[str, Any]]:
+    original = models[0]
+    sets: dict[str, list[Sample]] = {}
+    for sample in original.values():
+        sets.setdefault(sample.set, []).append(sample)
+
+    def outcomes(sample: Sample) -> int:
+        return len({model[sample.set, sample.item].outcome for model in models if _has(model, sample)})
+
+    return [
+        {
+            "name": name,
+            "kind": samples[0].kind,
+            "items": [
+                {
+                    "id": sample.item,
+                    "prompt": sample.prompt,
+                    "answer": sample.answer,
+                    "responses": [
+                        _response(model[sample.set, sample.item]) if _has(model, sample) else None
+                        for model in models
+                    ],
+                }
+                for sample in sorted(samples, key=outcomes, reverse=True)[:items]
+            ],
+        }
+        for name, samples in sets.items()
+    ]
+
+
+def _has(model: Samples, sample: Sample) -> bool:
+    return (sample.set, sample.item) in model
+
+
+def _response(sample: Sample) -> Mapping[str, Any]:
+    return {
+        "text": sample.response,
+        "outcome": sample.outcome,
+        "extracted": sample.extracted,
+        "out_of_tokens": sample.finish_reason == "length",
+    }

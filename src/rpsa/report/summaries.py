@@ -1,4 +1,9 @@
-"""What came out of a run of the matrix, and its summary: the content of `results.json`."""
+"""Summaries: what came out of each run of the matrix, its STR, and means over runs: the content of `results.json`.
+
+The interval of an STR is over runs. Of a single run it is over the problems that were asked (`with_problem_intervals`):
+an 8B model is aligned once for each method, so that there are no runs to take an interval over, but the stored samples
+still say what other problems of the same kinds would have given. Of another training seed they know nothing.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,9 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.results import Sets
-from rpsa.evaluation.statistics import mean_interval, ratio_interval, safety_tax
+from rpsa.evaluation.scores import read_samples
+from rpsa.evaluation.statistics import (
+    Problems,
+    mean_interval,
+    ratio_interval,
+    safety_tax,
+    safety_tax_difference,
+    safety_tax_interval,
+)
 
 _COMPARED: tuple[Kind, ...] = ("reasoning", "attack")
 
@@ -58,6 +72,10 @@ class RunResult:
     is_original: bool = False
     tax: float | None = None
     tax_reason: str | None = None
+
+    def rates(self, kind: Kind) -> Mapping[str, float]:
+        """By set, and "mean" where there is one."""
+        return {"reasoning": self.reasoning, "attack": self.asr, "over_refusal": self.over_refusal}[kind]
 
     def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
         """Why the rate on a set, or the mean over a kind's sets, does not stand alone; None where it does."""
@@ -154,7 +172,7 @@ def with_safety_tax(results: Iterable[RunResult]) -> list[RunResult]:
 def summarise(results: Iterable[RunResult]) -> list[Summary]:
     """One summary for each method, learning rate and safety set of the matrix, in order of appearance.
 
-    Cells of a sweep are left out. Intervals are over runs; `rpsa.report.page` has those of single runs.
+    Cells of a sweep are left out. Intervals are over runs; `with_problem_intervals` has those of single runs.
     """
     results = [result for result in with_safety_tax(results) if result.sweep is None]
     originals = {result.base: result for result in results if result.is_original}
@@ -250,3 +268,96 @@ def _summary(runs: list[RunResult], originals: Mapping[str, RunResult]) -> Summa
 
 def _means(rates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(rate[name] for rate in rates) / len(rates) for name in rates[0]}
+
+
+_REPLICATES = 2_000
+
+Scores = dict[tuple[str, str], dict[str, list[float]]]
+"""By kind and set: the scores of each item's samples."""
+
+
+def with_problem_intervals(summaries: Sequence[Summary]) -> list[Summary]:
+    """The summaries; those of one run get their intervals from the samples of that run and of the untouched model.
+
+    No interval, but a reason, where the safety gain may be chance, where no score of a problem changed (of which a
+    bootstrap would make an interval of no width), and where a set has one problem.
+    """
+    single = [s for s in summaries if not s.is_original and len(s.runs) == 1]
+    bases = {s.runs[0].base for s in single}
+    originals = {run.base: run for s in summaries if s.is_original for run in s.runs if run.base in bases}
+    runs = [*originals.values(), *(s.runs[0] for s in single)]
+    scores: dict[Path | None, Scores] = {run.samples: _scores(run.samples) for run in runs if run.samples}
+
+    def with_intervals(summary: Summary) -> Summary:
+        if summary.is_original or len(summary.runs) > 1 or summary.runs[0].base not in originals:
+            return summary
+        run, plain = summary.runs[0], plain_method(summary, summaries)
+        original = originals[run.base]
+        if no_comparison(original, run):
+            return summary
+        before, after = scores.get(original.samples), scores.get(run.samples)
+        if before is None or after is None:
+            return summary
+        is_beside = plain and plain.runs[0].base == run.base and not no_comparison(original, plain.runs[0])
+        beside = scores.get(plain.runs[0].samples) if plain and is_beside else None
+        try:
+            interval, reason = _interval_over_problems(before, after)
+            difference = _difference_over_problems(before, beside, after) if beside else None
+        except RPSAError as error:
+            return replace(summary, no_interval=str(error))
+        return replace(
+            summary,
+            tax_interval=interval,
+            no_interval=reason,
+            difference=difference,
+            interval_over="problems",
+        )
+
+    return [with_intervals(summary) for summary in summaries]
+
+
+def _scores(path: Path) -> Scores:
+    found: Scores = defaultdict(lambda: defaultdict(list))
+    for sample in read_samples(path):
+        if sample.score is not None:
+            found[sample.kind, sample.set][sample.item].append(sample.score)
+    return found
+
+
+def _interval_over_problems(before: Scores, after: Scores) -> tuple[tuple[float, float] | None, str | None]:
+    reasoning, attack = _matched("reasoning", before, after), _matched("attack", before, after)
+    if reasoning[0] == reasoning[1]:
+        return None, "not one reasoning problem got another score"
+    found = safety_tax_interval(
+        reasoning_before=reasoning[0],
+        reasoning_after=reasoning[1],
+        attack_before=attack[0],
+        attack_after=attack[1],
+        replicates=_REPLICATES,
+    )
+    return found.interval, found.reason
+
+
+def _difference_over_problems(before: Scores, plain: Scores, other: Scores) -> tuple[float, float] | None:
+    reasoning, attack = _matched("reasoning", before, plain, other), _matched("attack", before, plain, other)
+    return safety_tax_difference(
+        reasoning_before=reasoning[0],
+        reasoning_plain=reasoning[1],
+        reasoning_other=reasoning[2],
+        attack_before=attack[0],
+        attack_plain=attack[1],
+        attack_other=attack[2],
+        replicates=_REPLICATES,
+    ).interval
+
+
+def _matched(kind: str, *models: Scores) -> list[dict[str, Problems]]:
+    """For each model its benchmarks, with the items that all models have a score for, in one order."""
+    common = {
+        key: [item for item in items if all(item in model.get(key, {}) for model in models)]
+        for key, items in models[0].items()
+        if key[0] == kind
+    }
+    return [
+        {key[1]: [model[key][item] for item in items] for key, items in common.items()} for model in models
+    ]

@@ -1,67 +1,19 @@
-"""`rpsa audit`: the content of an rpsa_audit.json for reading.
+"""Tables of a report: Table 1 of the paper with over-refusal beside it, each benchmark by itself, and for LaTeX.
 
-Figures as the report's page shows them.
-
-Table 1 of the paper, with over-refusal beside it: as Markdown, and on the console.
-
-`rpsa fisher-map` on the console: what lies where, and what is left to train.
-
-`rpsa perturb` on the console: the mean accuracy of each perturbation, and its distance to the Fisher's.
-
-Sweeps on the console: a row for each method at each point.
-
-What one model's evaluation found, as a table on the console.
+`main_table` and the benchmarks' are shown by the page, in Markdown (`table.md`) and on the console; `table.tex` is a
+table for a manuscript.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-from rpsa.analysis.anatomy import Anatomy, Overlap
-from rpsa.analysis.perturbation import Effect, Estimate
-from rpsa.evaluation.benchmarks import Kind
-from rpsa.evaluation.results import EvaluationResult, SetResult
-from rpsa.evaluation.scores import METRICS
-from rpsa.report.summaries import Summary
-from rpsa.report.warnings import audit_line, warnings
-from rpsa.text import markdown_text, printable
-
-
-class Shown(NamedTuple):
-    """An SVG file with what stands under it."""
-
-    name: str
-    svg: bytes
-    title: str
-    caption: str
-
-
-CAPTIONS: dict[str, tuple[str, str]] = {
-    "scatter": (
-        "Safety against reasoning",
-        "The upper right corner is best. Large marks are means, small ones single runs.",
-    ),
-    "scatter_benchmarks": (
-        "Safety against reasoning on each benchmark",
-        "As above, with the accuracy on one benchmark in each panel; the attack success rate is the mean.",
-    ),
-    "ablation": (
-        "Masks and controls",
-        "Large marks are means with their 95% interval over runs, small ones single runs; the dashed line is the "
-        "untouched model. STR of single runs can lie far off where attack success hardly fell.",
-    ),
-    "trajectories": (
-        "Course of k and c",
-        "The frozen ratio k follows the conflict c between the reasoning and the safety gradient. Until the window "
-        "is full, k is 0.5.",
-    ),
-    "learning_rate": (
-        "Against the learning rate",
-        "The learning rate is itself a strong lever. Lines are means, bands the range over bases and seeds; the "
-        "dashed line is the untouched model.",
-    ),
-}
-
+from rpsa.evaluation.benchmarks import BENCHMARKS, Kind
+from rpsa.evaluation.statistics import mean_interval
+from rpsa.recipe.methods import VARIANTS
+from rpsa.report.summaries import RunResult, Summary, summarise
+from rpsa.templates import render
+from rpsa.text import markdown_text
 
 NONE = "–"
 UNRELIABLE = "(!)"
@@ -182,36 +134,6 @@ def interval_note(summaries: Sequence[Summary]) -> str:
     return "The interval of the STR is over runs."
 
 
-def render_console(
-    summaries: Sequence[Summary], console: Any = None, missing: Mapping[str, str] | None = None
-) -> None:
-    """Print the table, what it lacks, and the warnings to a rich console (default: stdout)."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = console or Console()
-    table = main_table(summaries)
-    columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
-    shown = RichTable(box=None, pad_edge=False, header_style="bold")
-    for index in columns:
-        name = (
-            printable(table.header[index])
-            .replace("Refused ", "Refused\n")
-            .replace(" ↑", "\n↑")
-            .replace(" ↓", "\n↓")
-        )
-        shown.add_column(Text(name), justify="left" if index == 0 else "right", no_wrap=True)
-    for row in table.rows:
-        cells = [row[index] for index in columns]
-        shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
-    console.print(shown)
-    if line := audit_line([run for summary in summaries for run in summary.runs]):
-        console.print(f"\nAudit: {line}.", highlight=False, markup=False)
-    for line in (*missing_lines(missing), *warnings(summaries)):
-        console.print(f"• {printable(line)}", highlight=False, markup=False)
-
-
 def group_of(summary: Summary) -> tuple[object, ...]:
     return summary.paradigm, summary.lr, summary.safety
 
@@ -253,226 +175,173 @@ def _tax(summary: Summary) -> str:
     return f"{summary.tax:.2f}"
 
 
-def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:
-    """Print one Fisher's modules to a rich console (default: stdout), at one k or several."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = console or Console(highlight=False)
-    first = at[0]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("Module", no_wrap=True)
-    for header in ("elements", "mean F", "F = 0"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for of in at:
-        table.add_column(f"k={of.k:g}\nfrozen", justify="right", no_wrap=True)
-        table.add_column("its\nshare", justify="right", no_wrap=True)
-    sums = [of.by(lambda role: role.module) for of in at]
-    for module, tally in sums[0].items():
-        row = [printable(module), f"{tally.elements + tally.unscored:,}"]
-        row += [f"{tally.mean:.1e}", f"{tally.zero_fraction:.0%}"] if tally.elements else ["–", "–"]
-        for of, by in zip(at, sums, strict=True):
-            row += [f"{by[module].frozen_fraction:.1%}", f"{of.trainable_share(by[module]):.1%}"]
-        table.add_row(*map(Text, row))
-    console.print(Text(f"\n{printable(title)}", style="bold"))
-    console.print(table)
-    console.print("mean F: over all elements; its share: of all that still train at this k.")
-    if ratio := first.attention_over_mlp():
-        console.print(
-            f"Attention's mean F: {ratio['elements']:.2f} times the MLP's "
-            f"({ratio['matrices']:.2f} if all matrices count the same)."
-        )
+_MARKS: dict[Kind, str] = {"reasoning": "{} ↑", "attack": "ASR {} ↓", "over_refusal": "Refused {} ↓"}
+_HEADINGS = {
+    "refused": "Refused",
+    "partial": "Partly refused",
+    "unparsed": "No answer found",
+    "empty": "Empty",
+    "truncated": "Thought unfinished",
+    "length": "Out of tokens",
+    "unjudged": "Not judged",
+}
 
 
-def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], console: Any = None) -> None:
-    """Print how much the frozen sets of several Fishers have in common."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def benchmark_table(summaries: Sequence[Summary]) -> Table:
+    """Accuracy on each reasoning set, attack success and over-refusal on each of theirs, in percent.
 
-    console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("Frozen sets")
-    for header in ("k", "Jaccard", "by chance", "by chance, with each\nparameter's count"):
-        table.add_column(header, justify="right")
-    for (first, second), found in overlaps.items():
-        for one in found:
-            table.add_row(
-                Text(printable(f"{first} and {second}")),
-                f"{one.k:g}",
-                *(f"{value:.3f}" for value in (one.jaccard, one.by_chance, one.by_chance_within)),
-            )
-    console.print()
-    console.print(table)
-
-
-def render_effects(effects: Sequence[Effect], console: Any = None) -> None:
-    """Print the means over the benchmarks, in percent, to a rich console (default: stdout)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("Scaled", no_wrap=True)
-    for header in ("change", "accuracy", "above Fisher's"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for effect in effects:
-        untouched = not effect.where
-        table.add_row(
-            "nothing" if untouched else f"{100 * effect.fraction:g}% × {effect.factor:g}, {effect.selection}",
-            "–" if untouched else f"{effect.change:.1%}",
-            _percent_with_interval(effect.accuracy["mean"]),
-            _percent_with_interval(effect.above_fisher["mean"]) if effect.above_fisher else "–",
-        )
-    console.print(table)
-    console.print("In percent, with 95% intervals. change: its length over that of all parameters.")
-
-
-def _percent_with_interval(of: Estimate) -> str:
-    return f"{100 * of.value:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]"
-
-
-_NONE = "–"
-
-
-def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], console: Any = None) -> None:
-    """Print settings and summaries of each point to a rich console (default: stdout); rates in percent.
-
-    A point without summaries has failed.
+    The interval of one run is that of its evaluation, over problems; of three runs or more it is over runs.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = console or Console(highlight=False)
-    refused = list(dict.fromkeys(name for _, found in points for s in found for name in s.over_refusal))
-    several = any(len({s.method for s in found}) < len(found) for _, found in points)
-    settings = [key.rpartition(".")[2] for key in points[0][0]]
-    columns = ["Method", *(["LR", "Safety data"] if several else []), "Reasoning ↑", "ASR ↓"]
-    columns += [*(f"Refused\n{printable(name)} ↓" for name in refused), "STR ↓", "95% interval"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in [*settings, *columns]:
-        left = name in settings or name == "Method"
-        table.add_column(Text(name), justify="left" if left else "right", no_wrap=left)
-    for values, found in points:
-        shown = [Text(printable(value).replace("+", "\n")) for value in values.values()]
-        if not found:
-            table.add_row(*shown, "failed")
-        for summary in found:
-            grid = [_number(summary.lr, "g"), printable(summary.safety or _NONE)] if several else []
-            table.add_row(
-                *shown,
-                *map(Text, [printable(summary.method), *grid]),
-                marked(_percent(summary.reasoning["mean"]), summary.unreliable("reasoning")),
-                marked(_percent(summary.asr["mean"]), summary.unreliable("attack")),
-                *(
-                    marked(_percent(summary.over_refusal.get(name)), summary.unreliable("over_refusal", name))
-                    for name in refused
-                ),
-                _number(summary.tax, ".2f"),
-                f"{i[0]:.2f} to {i[1]:.2f}" if (i := summary.tax_interval) else _NONE,
-            )
-            shown = [Text()] * len(shown)
-    console.print(table)
+    columns = _columns(summaries)
+    rows = [
+        [Entry(label(s, summaries)), *(_figure(s.runs, kind, name) for kind, name in columns)]
+        for s in summaries
+    ]
+    return Table(["Method", *(_MARKS[kind].format(name) for kind, name in columns)], rows)
 
 
-def _percent(rate: float | None) -> str:
-    return _number(None if rate is None else 100 * rate, ".1f")
+def rates_table(summaries: Sequence[Summary]) -> Table:
+    """For each method and set, mean shares of responses in percent; only rates that something has."""
+    shares = {
+        (index, kind, name): {
+            rate: sum(run.sets[kind][name].rates[rate] for run in summary.runs) / len(summary.runs)
+            for rate in _HEADINGS
+            if rate in found.rates
+        }
+        for index, summary in enumerate(summaries)
+        for kind in _MARKS
+        for name, found in summary.runs[0].sets.get(kind, {}).items()
+    }
+    rates = [rate for rate in _HEADINGS if any(rate in found for found in shares.values())]
+    rows = [
+        [
+            Entry(label(summaries[index], summaries)),
+            Entry(name),
+            *(Entry(percent(found.get(rate))) for rate in rates),
+        ]
+        for (index, _, name), found in shares.items()
+    ]
+    return Table(["Method", "Set", *(_HEADINGS[rate] for rate in rates)], rows)
 
 
-def _number(value: float | None, form: str) -> str:
-    return _NONE if value is None else format(value, form)
+def table_markdown(summaries: Sequence[Summary], missing: Mapping[str, str] | None = None) -> str:
+    """The content of `table.md`: the main table with what it lacks, and each benchmark."""
+    lacking = "".join(f"- {markdown_text(line)}\n" for line in missing_lines(missing))
+    return (
+        markdown(main_table(summaries))
+        + (f"\n{lacking}" if lacking else "")
+        + "\nRates in percent, means over bases and seeds; reasoning problems that were refused are counted as wrong. "
+        f"STR: mean drop in reasoning over mean drop in ASR, lower is better. {interval_note(summaries)} Bold: best of "
+        f"its group.{unreliable_note(summaries)}\n\n" + markdown(benchmark_table(summaries))
+    )
 
 
-_TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
-ADVICE = (
-    "The rates say nothing of the model. If its thoughts have no end, raise max_new_tokens; if it has none, or others "
-    "than its chat template says, say so: model.thought, or --thought."
-)
-
-_SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
+def unreliable_note(summaries: Sequence[Summary]) -> str:
+    """What the mark beside a rate means, where there is one."""
+    marked = any(s.unreliable(kind) for s in summaries for kind in _MARKS)
+    return f" {UNRELIABLE}: most of the responses have no answer that can be read." if marked else ""
 
 
-def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
-    """Print each set's figure with its 95% interval, and the rates that qualify it, in percent."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = console or Console()
-    for kind, sets in result.sets.items():
-        if not sets:
-            continue
-        rates = [name for name in _SHOWN if name in METRICS[kind]]
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column(_TITLES[kind], no_wrap=True)
-        for name in ("n", "%", "95% interval", *rates):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name, found in sets.items():
-            table.add_row(
-                Text(printable(name)),
-                _count(found),
-                *_figure(found),
-                *(_in_percent(found.rates[r]) for r in rates),
-            )
-        console.print(table)
-        for name, found in sets.items():
-            if found.unreliable:
-                console.print(
-                    f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
-                )
-        console.print()
-    console.print(f"Thoughts: {result.thought}", highlight=False, markup=False)
-    console.print(f"Judge: {printable(result.judge_name)}", highlight=False, markup=False)
-    if result.sandbox:
-        console.print(f"Sandbox: {result.sandbox}", highlight=False, markup=False)
+def _columns(summaries: Sequence[Summary]) -> list[tuple[Kind, str]]:
+    return [(kind, name) for kind in _MARKS for name in summaries[0].runs[0].rates(kind) if name != "mean"]
 
 
-def _count(found: SetResult) -> str:
-    each = found.samples // found.items
-    return str(found.items) if each == 1 else f"{found.items} x {each}"
+def _figure(runs: Sequence[RunResult], kind: Kind, name: str) -> Entry:
+    values = [run.rates(kind)[name] for run in runs]
+    interval: tuple[float, float] | None = mean_interval(values)
+    if len(runs) == 1 and (found := runs[0].sets.get(kind, {}).get(name)):
+        interval = found.interval
+    note = ""
+    if interval is not None:
+        low, high = (min(1.0, max(0.0, end)) for end in interval)
+        note = f"{percent(low)} to {percent(high)}"
+    unreliable = next((reason for run in runs if (reason := run.unreliable(kind, name))), None)
+    return Entry(marked(percent(sum(values) / len(values)), unreliable), note=note)
 
 
-def _figure(found: SetResult) -> tuple[str, str]:
-    if found.figure is None or found.interval is None:
-        return "–", "nothing was judged"
-    low, high = found.interval
-    return marked(_in_percent(found.figure), found.unreliable), f"{100 * low:.1f} to {100 * high:.1f}"
+_METHODS = {"original": "Original", "fft": "FFT", "lora": "LoRA"}
+_TITLES: dict[Kind, str] = {
+    "reasoning": r"Reasoning $\uparrow$",
+    "attack": r"Harmfulness $\downarrow$",
+    "over_refusal": r"Over-refusal $\downarrow$",
+}
 
 
-def _in_percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+@dataclass(frozen=True)
+class _Column:
+    kind: Kind
+    name: str
+
+    def read(self, summary: Summary) -> float:
+        return 100 * summary.rates(self.kind)[self.name]
 
 
-def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
-    """Print the verdict, the drift of each module group and the course of k to a rich console (default: stdout)."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class _Number:
+    text: str
+    best: bool
+    unreliable: bool = False
 
-    console = console or Console(highlight=False)
-    checked, moved = audit["frozen_element_steps_checked"], audit["frozen_elements_moved"]
-    if moved is None:
-        console.print("Nothing was frozen over any step, so nothing was checked.", style="bold")
-    else:
-        console.print(f"{moved:,} frozen elements moved in {checked:,} element-steps checked.", style="bold")
-    if moved and audit["gradient_only"]:
-        console.print("Only gradients were masked (gradient_only), so weight decay and momentum moved them.")
-    elif moved:
-        console.print("Freezing failed: no frozen element should ever move.")
-    console.print(f"Intervals between changes of the mask: {len(audit['intervals'])}.")
-    ks = [entry["k"] for entry in audit.get("trajectory", [])]
-    if ks:
-        console.print(f"k: {len(ks)} measurements, {min(ks):.3f} to {max(ks):.3f}, last {ks[-1]:.3f}.")
-        if all(k == 0.5 for k in ks):
-            console.print("k never left 0.5: the window of measurements was never full.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("Module group")
-    table.add_column("relative drift", justify="right")
-    table.add_column("elements changed", justify="right")
-    for group, drift in audit["drift"]["groups"].items():
-        relative = drift["relative"]  # None where weights are no numbers
-        shown = "–" if relative is None else f"{relative:.2e}"
-        table.add_row(Text(printable(group)), shown, f"{drift['changed']:.1%}")
-    console.print(table)
+
+@dataclass(frozen=True)
+class _Row:
+    method: Sequence[str]
+    setting: str
+    rates: Sequence[_Number]
+    tax: _Number
+
+
+def latex_table(results: Sequence[RunResult]) -> str:
+    """A block for each base model, means over its seeds; bold: the best of a method and what is built on it.
+
+    Rates in percent, with one digit; STR with two. An STR that is undefined is a dash. An exclamation mark:
+    most of the responses have no answer that can be read.
+    """
+    by_base = {
+        base: summarise([r for r in results if r.base == base])
+        for base in dict.fromkeys(r.base for r in results)
+    }
+    blocks = {base: summaries for base, summaries in by_base.items() if summaries}
+    first = next(iter(blocks.values()))[0]
+    columns = [_Column(kind, name) for kind in _TITLES for name in first.rates(kind) if name != "mean"]
+    return render(
+        "rpsa.report",
+        "table.tex",
+        groups=[(_TITLES[kind], width) for kind, width in Counter(of.kind for of in columns).items()],
+        columns=[_heading(of.name) for of in columns],
+        blocks={base: [_row(s, summaries, columns) for s in summaries] for base, summaries in blocks.items()},
+    )
+
+
+def _row(summary: Summary, summaries: Sequence[Summary], columns: Sequence[_Column]) -> _Row:
+    group = [s for s in summaries if group_of(s) == group_of(summary)]
+
+    def figure(
+        read: Callable[[Summary], float | None], sign: int, form: str, unreliable: object = None
+    ) -> _Number:
+        value = read(summary)
+        if value is None:
+            return _Number("--", best=False)
+        text = format(value, form).replace("-", "$-$")
+        return _Number(text, is_best(value, [read(s) for s in group], sign), bool(unreliable))
+
+    several = sum(s.method == summary.method for s in summaries) > 1
+    return _Row(
+        method=[_name(part) for part in summary.method.split("+")],
+        setting="".join(f", {part}" for part in setting_of(summary)) if several else "",
+        rates=[
+            figure(of.read, 1 if of.kind == "reasoning" else -1, ".1f", summary.unreliable(of.kind, of.name))
+            for of in columns
+        ],
+        tax=_Number("N/A", best=False) if summary.is_original else figure(lambda s: s.tax, -1, ".2f"),
+    )
+
+
+def _heading(name: str) -> str:
+    return BENCHMARKS[name].printed if name in BENCHMARKS else name.removeprefix("rpsa_")
+
+
+def _name(part: str) -> str:
+    """Of a paradigm or of a method that recipes know by name."""
+    variant = VARIANTS.get(part)
+    return (variant and variant.latex) or _METHODS.get(part, part)

@@ -1,0 +1,257 @@
+"""Console tables: the report's, and what `rpsa evaluate`, `audit`, `sweep`, `fisher-map` and `perturb` print."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rpsa.analysis.anatomy import Anatomy, Overlap
+from rpsa.analysis.perturbation import BoundedMean, Effect
+from rpsa.evaluation.results import EvaluationResult, SetResult
+from rpsa.evaluation.scores import METRICS
+from rpsa.report.summaries import Summary
+from rpsa.report.tables import NONE, UNRELIABLE, main_table, marked, missing_lines, percent
+from rpsa.report.warnings import audit_line, warnings
+from rpsa.text import printable
+
+
+def render_console(
+    summaries: Sequence[Summary], console: Any = None, missing: Mapping[str, str] | None = None
+) -> None:
+    """Print the table, what it lacks, and the warnings to a rich console (default: stdout)."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = console or Console()
+    table = main_table(summaries)
+    columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
+    shown = RichTable(box=None, pad_edge=False, header_style="bold")
+    for index in columns:
+        name = (
+            printable(table.header[index])
+            .replace("Refused ", "Refused\n")
+            .replace(" ↑", "\n↑")
+            .replace(" ↓", "\n↓")
+        )
+        shown.add_column(Text(name), justify="left" if index == 0 else "right", no_wrap=True)
+    for row in table.rows:
+        cells = [row[index] for index in columns]
+        shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
+    console.print(shown)
+    if line := audit_line([run for summary in summaries for run in summary.runs]):
+        console.print(f"\nAudit: {line}.", highlight=False, markup=False)
+    for line in (*missing_lines(missing), *warnings(summaries)):
+        console.print(f"• {printable(line)}", highlight=False, markup=False)
+
+
+def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:
+    """Print one Fisher's modules to a rich console (default: stdout), at one k or several."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    first = at[0]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Module", no_wrap=True)
+    for header in ("elements", "mean F", "F = 0"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for of in at:
+        table.add_column(f"k={of.k:g}\nfrozen", justify="right", no_wrap=True)
+        table.add_column("its\nshare", justify="right", no_wrap=True)
+    sums = [of.by(lambda role: role.module) for of in at]
+    for module, tally in sums[0].items():
+        row = [printable(module), f"{tally.elements + tally.unscored:,}"]
+        row += [f"{tally.mean:.1e}", f"{tally.zero_fraction:.0%}"] if tally.elements else ["–", "–"]
+        for of, by in zip(at, sums, strict=True):
+            row += [f"{by[module].frozen_fraction:.1%}", f"{of.trainable_share(by[module]):.1%}"]
+        table.add_row(*map(Text, row))
+    console.print(Text(f"\n{printable(title)}", style="bold"))
+    console.print(table)
+    console.print("mean F: over all elements; its share: of all that still train at this k.")
+    if ratio := first.attention_over_mlp():
+        console.print(
+            f"Attention's mean F: {ratio['elements']:.2f} times the MLP's "
+            f"({ratio['matrices']:.2f} if all matrices count the same)."
+        )
+
+
+def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], console: Any = None) -> None:
+    """Print how much the frozen sets of several Fishers have in common."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Frozen sets")
+    for header in ("k", "Jaccard", "by chance", "by chance, with each\nparameter's count"):
+        table.add_column(header, justify="right")
+    for (first, second), found in overlaps.items():
+        for one in found:
+            table.add_row(
+                Text(printable(f"{first} and {second}")),
+                f"{one.k:g}",
+                *(f"{value:.3f}" for value in (one.jaccard, one.by_chance, one.by_chance_within)),
+            )
+    console.print()
+    console.print(table)
+
+
+def render_effects(effects: Sequence[Effect], console: Any = None) -> None:
+    """Print the means over the benchmarks, in percent, to a rich console (default: stdout)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Scaled", no_wrap=True)
+    for header in ("change", "accuracy", "above Fisher's"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for effect in effects:
+        untouched = not effect.where
+        table.add_row(
+            "nothing" if untouched else f"{100 * effect.fraction:g}% × {effect.factor:g}, {effect.selection}",
+            "–" if untouched else f"{effect.change:.1%}",
+            _percent_with_interval(effect.accuracy["mean"]),
+            _percent_with_interval(effect.above_fisher["mean"]) if effect.above_fisher else "–",
+        )
+    console.print(table)
+    console.print("In percent, with 95% intervals. change: its length over that of all parameters.")
+
+
+def _percent_with_interval(of: BoundedMean) -> str:
+    return f"{100 * of.value:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]"
+
+
+def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], console: Any = None) -> None:
+    """Print settings and summaries of each point to a rich console (default: stdout); rates in percent.
+
+    A point without summaries has failed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    refused = list(dict.fromkeys(name for _, found in points for s in found for name in s.over_refusal))
+    several = any(len({s.method for s in found}) < len(found) for _, found in points)
+    settings = [key.rpartition(".")[2] for key in points[0][0]]
+    columns = ["Method", *(["LR", "Safety data"] if several else []), "Reasoning ↑", "ASR ↓"]
+    columns += [*(f"Refused\n{printable(name)} ↓" for name in refused), "STR ↓", "95% interval"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in [*settings, *columns]:
+        left = name in settings or name == "Method"
+        table.add_column(Text(name), justify="left" if left else "right", no_wrap=left)
+    for values, found in points:
+        shown = [Text(printable(value).replace("+", "\n")) for value in values.values()]
+        if not found:
+            table.add_row(*shown, "failed")
+        for summary in found:
+            grid = [_number(summary.lr, "g"), printable(summary.safety or NONE)] if several else []
+            table.add_row(
+                *shown,
+                *map(Text, [printable(summary.method), *grid]),
+                marked(percent(summary.reasoning["mean"]), summary.unreliable("reasoning")),
+                marked(percent(summary.asr["mean"]), summary.unreliable("attack")),
+                *(
+                    marked(percent(summary.over_refusal.get(name)), summary.unreliable("over_refusal", name))
+                    for name in refused
+                ),
+                _number(summary.tax, ".2f"),
+                f"{i[0]:.2f} to {i[1]:.2f}" if (i := summary.tax_interval) else NONE,
+            )
+            shown = [Text()] * len(shown)
+    console.print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+_TITLES = {"reasoning": "Reasoning ↑", "attack": "Attack success ↓", "over_refusal": "Over-refusal ↓"}
+ADVICE = (
+    "The rates say nothing of the model. If its thoughts have no end, raise max_new_tokens; if it has none, or others "
+    "than its chat template says, say so: model.thought, or --thought."
+)
+
+_SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
+
+
+def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
+    """Print each set's figure with its 95% interval, and the rates that qualify it, in percent."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    for kind, sets in result.sets.items():
+        if not sets:
+            continue
+        rates = [name for name in _SHOWN if name in METRICS[kind]]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(_TITLES[kind], no_wrap=True)
+        for name in ("n", "%", "95% interval", *rates):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, found in sets.items():
+            table.add_row(
+                Text(printable(name)),
+                _count(found),
+                *_figure(found),
+                *(percent(found.rates[r]) for r in rates),
+            )
+        console.print(table)
+        for name, found in sets.items():
+            if found.unreliable:
+                console.print(
+                    f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
+                )
+        console.print()
+    console.print(f"Thoughts: {result.thought}", highlight=False, markup=False)
+    console.print(f"Judge: {printable(result.judge_name)}", highlight=False, markup=False)
+    if result.sandbox:
+        console.print(f"Sandbox: {result.sandbox}", highlight=False, markup=False)
+
+
+def _count(found: SetResult) -> str:
+    each = found.samples // found.items
+    return str(found.items) if each == 1 else f"{found.items} x {each}"
+
+
+def _figure(found: SetResult) -> tuple[str, str]:
+    if found.figure is None or found.interval is None:
+        return "–", "nothing was judged"
+    low, high = found.interval
+    return marked(percent(found.figure), found.unreliable), f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
+    """Print the verdict, the drift of each module group and the course of k to a rich console (default: stdout)."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    checked, moved = audit["frozen_element_steps_checked"], audit["frozen_elements_moved"]
+    if moved is None:
+        console.print("Nothing was frozen over any step, so nothing was checked.", style="bold")
+    else:
+        console.print(f"{moved:,} frozen elements moved in {checked:,} element-steps checked.", style="bold")
+    if moved and audit["gradient_only"]:
+        console.print("Only gradients were masked (gradient_only), so weight decay and momentum moved them.")
+    elif moved:
+        console.print("Freezing failed: no frozen element should ever move.")
+    console.print(f"Intervals between changes of the mask: {len(audit['intervals'])}.")
+    ks = [entry["k"] for entry in audit.get("trajectory", [])]
+    if ks:
+        console.print(f"k: {len(ks)} measurements, {min(ks):.3f} to {max(ks):.3f}, last {ks[-1]:.3f}.")
+        if all(k == 0.5 for k in ks):
+            console.print("k never left 0.5: the window of measurements was never full.")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Module group")
+    table.add_column("relative drift", justify="right")
+    table.add_column("elements changed", justify="right")
+    for group, drift in audit["drift"]["groups"].items():
+        relative = drift["relative"]  # None where weights are no numbers
+        shown = "–" if relative is None else f"{relative:.2e}"
+        table.add_row(Text(printable(group)), shown, f"{drift['changed']:.1%}")
+    console.print(table)
