@@ -1,4 +1,4 @@
-"""Fig. 1 and 2: where the Fisher lies, by layer and module, and what a frozen ratio k does to each of them."""
+"""Anatomy, Fig. 1 and 2: where the Fisher lies, by layer and module, and what a frozen ratio k does to each of them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -1,14 +1,12 @@
-"""What the cells of a perturbation say: accuracies, drops and differences to the Fisher cell, with intervals.
-
-Intervals are of 95%, and cover both that the problems are a sample and that the random selections are draws. Over
-problems they are Wilson's for an accuracy, and Newcombe's (1998, method 10) for a difference paired by problem;
-over draws Student's t. Parts are put together by squaring and adding the distances to either limit, which is also
-how benchmarks are put together for their mean.
-
-Fig. 3: scale a small part of a model's elements, those with the highest Fisher or others, and see what breaks.
+"""Perturbation, Fig. 3: scale a small part of a model's elements, those with the highest Fisher or others, and see.
 
 The experiment is a set of cells, each one way to disturb the model. A cell is stored when it is finished, and the
 model's bits are put back before the next begins.
+
+Of the cells come accuracies, drops and differences to the Fisher cell. Their intervals are of 95%, and cover both that
+the problems are a sample and that the random selections are draws. Over problems they are Wilson's for an accuracy,
+and Newcombe's (1998, method 10) for a difference paired by problem; over draws Student's t. Parts are put together by
+squaring and adding the distances to either limit, which is also how benchmarks are put together for their mean.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Which layer and which part of a decoder a parameter belongs to, from names and shapes alone.
+"""Structure: which layer and which part of a decoder a parameter belongs to, from names and shapes alone.
 
 The layers are the largest block of the module tree that is repeated under a number. Inside a layer, the names of
 the modules around a parameter tell attention from MLP; where they do not, the shapes do (`_kind_by_widths`). A

@@ -1,4 +1,4 @@
-"""The paper's claims, and those of this implementation's own choices, each with a verdict from the runs at hand.
+"""Claims: the paper's, and those of this implementation's own choices, each with a verdict from the runs at hand.
 
 A claim says that one method does better than another. It is supported where the whole 95% interval of the difference
 is on its side, contradicted where it is on the other, and undecided where the interval holds 0: a difference that may

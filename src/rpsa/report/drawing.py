@@ -1,4 +1,4 @@
-"""What the figures of a report have in common: marks, panels, legends, files.
+"""Drawing: the marks, panels, legends and files that the figures of a report have in common.
 
 Drawn with matplotlib's Agg canvas, narrow enough to be read on a phone.
 """

@@ -1,6 +1,6 @@
-"""Figures of a report: the course of c and k over training, and everything against the learning rate.
+"""Figures of a report: Fig. 4 of the paper, the course of c and k, and everything against the learning rate.
 
-Fig. 4 of the paper: safety against reasoning, on average and for each reasoning benchmark.
+Fig. 4 is safety against reasoning, on average and for each reasoning benchmark.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,4 @@
-"""Fig. 6: masks and other controls side by side, each with its 95% interval.
-
-Fig. 1 and 2 of the paper: the mean Fisher by layer and module, by matrix, and of attention against MLP.
-
-Fig. 3 of the paper: accuracy of the untouched model and of each perturbation, by benchmark.
-"""
+"""Figures of the paper: where the Fisher lies (Fig. 1 and 2), perturbations (Fig. 3), masks and controls (Fig. 6)."""
 
 from collections.abc import Sequence
 

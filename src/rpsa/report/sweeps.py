@@ -1,7 +1,4 @@
-"""The sweeps of a recipe as figures (Fig. 5 and 7).
-
-Fig. 5 and 7 of the paper: the safety tax, reasoning and attack success at each value of a setting.
-"""
+"""Sweeps as figures (Fig. 5 and 7): the safety tax, reasoning and attack success at each value of a setting."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

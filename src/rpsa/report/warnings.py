@@ -1,4 +1,4 @@
-"""What a reader of the numbers should know before believing them, in plain words."""
+"""Warnings: what a reader of the numbers should know before believing them, in plain words."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
