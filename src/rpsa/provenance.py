@@ -73,7 +73,7 @@ MADE_BY: dict[Stage, MadeBy] = {
         (*_PACKAGES, *_DATA, *_TRAINING),
         (
             # the text of a model card is no result
-            *("pipeline/alignment", "training", *(f"-{module}" for module in _CARD)),
+            *("pipeline/stages", "pipeline/alignment", "training", *(f"-{module}" for module in _CARD)),
             *("freezing", "alternatives", "chat", *_MEASURING, *_LOADING),
         ),
         ("log.json",),

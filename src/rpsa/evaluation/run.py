@@ -8,7 +8,7 @@ The forms of a sample, from a row to a number:
 4. `Response` (`scores`): item and completion, and what is read in it.
 5. `Sample` (`scores`): a response with its score, and the judgement or verdict that this rests on; a line of
    `samples.jsonl`, and the same record there.
-6. The rates of a set (`scores.results_by_set`): its entry in `results.json`.
+6. The rates of a set (`results.results_by_set`): its entry in `results.json`.
 """
 
 import contextlib

@@ -77,8 +77,8 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
     from rpsa.pipeline.manifests import MANIFEST, write_manifest
     from rpsa.pipeline.reporting import ReportTask
     from rpsa.report import render_console
+    from rpsa.report.console import render_sweep
     from rpsa.report.sweeps import sweep_points
-    from rpsa.report.tables import render_sweep
 
     report = ReportTask(recipe, without_result)
     if report.results:
