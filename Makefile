@@ -21,10 +21,11 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n logical --maxprocesses 8
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup
 
 test-integration: install
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "integration and not slow"
+	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=thorough \
+	  $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup -m "(integration or hypothesis) and not slow"
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow

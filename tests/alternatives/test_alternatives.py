@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from helpers.alternatives_runs import make_trainer, opposed, safety_rows, trained, weights_of
+from helpers.examples import examples
 from helpers.rank_runs import reference
 from rpsa.alternatives.after_training import interpolate, restore, starting_weights
 from rpsa.alternatives.penalty import WeightPenalty
@@ -131,7 +132,7 @@ def projected(model: Three, kind: Any, safety: list[torch.Tensor]) -> tuple[Proj
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_agem_takes_out_what_would_raise_the_reasoning_loss(seed: int) -> None:
     model, reasoning, safety = two_gradients(seed)
     r, s = (torch.cat([g.flatten() for g in gradients]) for gradients in (reasoning, safety))
@@ -143,7 +144,7 @@ def test_agem_takes_out_what_would_raise_the_reasoning_loss(seed: int) -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_sign_projection_stops_the_elements_that_eq_6_counts(seed: int) -> None:
     model, reasoning, safety = two_gradients(seed)
     safety[0][0] = 0

@@ -39,6 +39,7 @@ def through_the_trainer(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [weights_of(trained(folder / str(i), **settings, **way)) for i, way in enumerate(WAYS)]
 
 
+@pytest.mark.integration
 def test_ddp_through_the_trainer(tmp_path: Path) -> None:
     [alone] = run_ranks(1, through_the_trainer, tmp_path / "one", tmp_path / "runs-1")
     two = run_ranks(2, through_the_trainer, tmp_path / "two", tmp_path / "runs-2")
@@ -69,6 +70,7 @@ def through_fsdp2(folder: Path, resume: Path | None) -> list[dict[str, torch.Ten
     return results
 
 
+@pytest.mark.integration
 def test_fsdp2_through_the_trainer_and_resumed(tmp_path: Path) -> None:
     [alone] = run_ranks(1, through_fsdp2, tmp_path / "one", tmp_path / "runs-1", None)
     whole = run_ranks(2, through_fsdp2, tmp_path / "two", tmp_path / "runs-2", None)[0]
@@ -112,7 +114,14 @@ def in_a_loop(way: str, fisher_folder: Path) -> dict[str, Any]:
     return {"weights": weights, "values": values}
 
 
-@pytest.mark.parametrize("way", ["fisher", "uniform", "agem", "signs", "after"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "fisher",
+        "agem",
+        *(pytest.param(way, marks=pytest.mark.integration) for way in ("uniform", "signs", "after")),
+    ],
+)
 def test_shards_in_a_loop(way: str, tmp_path: Path) -> None:
     folder = save_fisher("llama", "float64", tmp_path / "fisher")
     [alone] = run_ranks(1, in_a_loop, tmp_path / "one", way, folder)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from helpers.architectures import tiny
+from helpers.examples import examples
 from rpsa.analysis.anatomy import anatomy, overlap
 from rpsa.analysis.structure import roles
 from rpsa.cli import app
@@ -106,7 +107,7 @@ def test_parameters_out_of_scope_always_train() -> None:
     assert found.trainable_share(head) == 64 * 32 / trains
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 1000), st.sampled_from([0.01, 0.2, 0.6, 1.0]))
 def test_overlap_is_that_of_sets(seed: int, k: float) -> None:
     first, second = (

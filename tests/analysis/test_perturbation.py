@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from helpers.examples import examples
 from rpsa.analysis.perturbation import (
     PerturbationCell,
     PerturbationConfig,
@@ -68,7 +69,7 @@ def as_set(selection: dict[str, Tensor]) -> set[tuple[str, int]]:
 # Selections
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 1000), st.sampled_from([3, 10_000]), st.sampled_from([0.02, 0.1, 0.25, 0.5]))
 def test_fisher_selection_is_the_top_of_a_sorted_list(seed: int, levels: int, fraction: float) -> None:
     fisher = random_scores(seed, levels)
@@ -83,7 +84,7 @@ def test_fisher_selection_is_the_top_of_a_sorted_list(seed: int, levels: int, fr
     assert as_set(select("fisher", fisher, {}, fraction, 0)) == top
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 1000), st.sampled_from([3, 10_000]), st.sampled_from([0.05, 0.25]))
 def test_controls_have_the_same_count_and_per_tensor_the_same_counts(
     seed: int, levels: int, fraction: float

@@ -6,9 +6,10 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from helpers.paths import DATA_DIR, ROOT
 from helpers.real_format import STRONGREJECT, missing_real_data
 from helpers.refusals.measuring import phrases, table
@@ -254,7 +255,7 @@ for text in {LONG!r}:
     assert len(done.stdout.split()) == len(LONG)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(st.text(max_size=300))
 def test_any_text_has_a_class(text: str) -> None:
     assert refusal_class(text) in ("refused", "partial", "complied")

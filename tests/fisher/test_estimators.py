@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import (
     MultitaskPromptTuningConfig,
@@ -22,6 +22,7 @@ from peft import (
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from helpers.examples import examples
 from helpers.fisher_models import (
     VOCABULARY,
     exact_fisher,
@@ -529,7 +530,7 @@ def brute_force_overlap(first: list[float], second: list[float], k: float) -> fl
     return len(tops[0] & tops[1]) / max(count, *map(len, tops))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     st.lists(
         st.tuples(st.sampled_from([0.0, 1.0, 2.5]) | st.floats(0, 1e3, width=32), st.floats(0, 10, width=32)),

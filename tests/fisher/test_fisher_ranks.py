@@ -120,10 +120,16 @@ CASES = [
 ]
 
 
+def how_often(number: int, place: int) -> list[pytest.MarkDecorator]:
+    if (number + place) % 2 or number > 6:
+        return [pytest.mark.slow]
+    return [pytest.mark.integration] if number > 1 else []
+
+
 def both_ways() -> list[Any]:
     """Each case with the split halves on all elements and on a sample of them."""
     return [
-        pytest.param(*case, size, marks=[pytest.mark.slow] if (number + place) % 2 or number > 6 else [])
+        pytest.param(*case, size, marks=how_often(number, place))
         for number, case in enumerate(CASES)
         for place, size in enumerate((1 << 24, 1000))
     ]
@@ -160,7 +166,7 @@ def test_ranks_find_what_one_process_finds(
     assert all(torch.equal(m, several[0]["mask"][n]) for n, m in loaded.mask(0.6).items())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.integration)])
 def test_samples_that_are_not_finite_are_left_out_on_all_ranks(engine: str, tmp_path: Path) -> None:
     arguments = ("llama", engine, {}, 1 << 24, None, True)
     [alone] = run_ranks(1, estimate, tmp_path / "one", *arguments)

@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import Ranking, order_statistic, threshold_rank
@@ -41,14 +42,14 @@ def score_tensors(draw: st.DrawFn) -> list[torch.Tensor]:
     return tensors
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(score_tensors(), st.sampled_from(RATIOS))
 def test_threshold_is_kthvalue(tensors: list[torch.Tensor], k: float) -> None:
     fisher = FisherDiagonal({str(i): t for i, t in enumerate(tensors)})
     assert fisher.threshold(k) == kth_threshold(tensors, repr(k))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(score_tensors(), st.sampled_from(RATIOS))
 def test_bf16_scores_have_an_exact_threshold_too(tensors: list[torch.Tensor], k: float) -> None:
     halves = [t.bfloat16() for t in tensors]
@@ -77,7 +78,7 @@ def test_a_million_values_match_a_sort() -> None:
     assert order_statistic([values], 600_000) == values.sort().values[599_999].item()
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(score_tensors(), st.sampled_from(RATIOS), st.booleans())
 def test_histograms_on_a_device_find_the_same(tensors: list[torch.Tensor], k: float, half: bool) -> None:
     tensors = [t.bfloat16() if half else t for t in tensors]

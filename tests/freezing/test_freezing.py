@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.examples import examples
 from helpers.freezing_models import GrowingRatio, make_fisher, make_model
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
@@ -174,7 +175,7 @@ def naive_conflict(reasoning: Tensor, safety: Tensor, fisher: Tensor) -> float:
     return opposed.sum().item() / support.sum().item()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 10_000), st.sampled_from([1.0, 1e-20, 1e-30]))
 def test_conflict_is_equation_6(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -209,7 +210,7 @@ def equation_7(history: list[float], window: int, scale: float) -> list[float]:
     return ks
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=40),
     st.integers(1, 10),
@@ -237,7 +238,7 @@ def test_first_dynamic_step_is_where_k_first_leaves_one_half() -> None:
     assert len(ratio.history) == 6  # steps 0, 3, 6, 9, 12, 15
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 1000), st.integers(1, 10), st.sampled_from([2.0, 4.0]))
 def test_noise_ratio_is_equation_7_of_noise_whatever_the_conflict(
     seed: int, window: int, scale: float

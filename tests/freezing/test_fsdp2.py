@@ -145,8 +145,11 @@ def compare(cases: list[Case], folder: Path) -> None:
             )
 
 
-def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
-    compare(CASES, tmp_path)
+@pytest.mark.parametrize(
+    "cases", [CASES[:1], pytest.param(CASES[1:], marks=pytest.mark.integration)], ids=["one", "others"]
+)
+def test_two_ranks_train_as_one_process(cases: list[Case], tmp_path: Path) -> None:
+    compare(cases, tmp_path)
 
 
 @pytest.mark.slow
@@ -160,6 +163,7 @@ def train_on(sampled: int, *args: Any) -> dict[str, Any]:
     return train(*args)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "sampled", [500, pytest.param(1 << 22, marks=pytest.mark.slow)], ids=["sampled", "all"]
 )

@@ -5,17 +5,19 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "peft", "rpsa.training.trainer"])
+_SERVER.set_forkserver_preload(["helpers.preloaded"])
 
 
 def run_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -39,6 +41,7 @@ def _run_once(count: int, function: Callable[..., Any], folder: Path, args: tupl
     for old in [*folder.glob("result-*"), *folder.glob("failure-*")]:
         old.unlink()
     port = free_port()
+    _start_server()
     processes = [
         _SERVER.Process(target=_run, args=(rank, count, port, function, folder, args))
         for rank in range(count)
@@ -52,6 +55,18 @@ def _run_once(count: int, function: Callable[..., Any], folder: Path, args: tupl
             crashed = -process.exitcode
         process.kill()
     return crashed
+
+
+def _start_server() -> None:
+    """Before Python 3.13 it knows from the environment alone where modules are, and is silent about what it lacks."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _run(

@@ -1,5 +1,6 @@
 """A recipe that runs in seconds, its command, and a look into the folder of a run."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,13 @@ matrix: {methods: [original, fft, fft+rpsa, lora+rpsa], bases: ["tiny:0"], seeds
 
 def small(recipe_file: Path, *overrides: str) -> Recipe:
     return load_recipe(recipe_file, [f"output_dir={recipe_file.parent / 'run'}", *overrides])
+
+
+def copied(run: Path, to: Path, *places: str) -> Path:
+    """A run that has what another one has in these places."""
+    for place in places:
+        shutil.copytree(run / place, to / place, dirs_exist_ok=True)
+    return to
 
 
 def written(folder: Path) -> dict[str, int]:

@@ -29,7 +29,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("script", ["plain_pytorch_loop.py", "trl_script.py"])
+@pytest.mark.parametrize(
+    "script", ["plain_pytorch_loop.py", pytest.param("trl_script.py", marks=pytest.mark.integration)]
+)
 def test_examples_run_and_move_nothing_frozen(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [
@@ -46,6 +48,7 @@ def test_examples_run_and_move_nothing_frozen(script: str, tmp_path: Path) -> No
     assert "0 frozen elements moved" in done.stdout
 
 
+@pytest.mark.integration
 def test_the_fsdp2_example_runs_and_goes_on_with_other_ranks(tmp_path: Path) -> None:
     def start(ranks: int) -> list[str]:
         done = subprocess.run(
@@ -83,6 +86,7 @@ def numbers(line: str) -> list[float]:
     return [float(word) for word in line.split()[1::2]]
 
 
+@pytest.mark.integration
 def test_the_benchmark_at_8b_runs_when_it_is_small(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -41,6 +41,17 @@ def trajectory(folder: Path, method: str) -> list[dict[str, float]]:
     return list(audit["trajectory"])
 
 
+@pytest.mark.usefixtures("measured")
+def test_two_processes_train(recipe_file: Path) -> None:
+    folder = run(small(recipe_file, "matrix.methods=[fft+rpsa]", "launch.num_processes=2"), only="align")
+    assert not hidden(folder)
+    assert [entry["step"] for entry in trajectory(folder, "fft+rpsa")] == [0, 1]
+    model = folder / "align" / "fft+rpsa" / "tiny-0" / "seed0"
+    assert json.loads((model / "log.json").read_text())["processes"] == 2
+    AutoModelForCausalLM.from_pretrained(model)
+
+
+@pytest.mark.integration
 def test_two_processes_leave_what_one_leaves(recipe_file: Path) -> None:
     """The same global batch; the Fisher is reduced from the ranks, so that tau may differ by a rounding."""
     same = "lora.lora_dropout=0.0"
@@ -82,6 +93,7 @@ def workers_of(process: int) -> dict[int, int]:
     return found
 
 
+@pytest.mark.integration
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(recipe_file: Path) -> None:
     folder = recipe_file.parent / "run"
     settings = [
@@ -122,6 +134,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(recipe_file: Pa
     verify(folder)
 
 
+@pytest.mark.integration
 def test_a_mistake_in_launched_processes_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "response": "<think>b</think>c"}\n{"prompt": "d"}\n')

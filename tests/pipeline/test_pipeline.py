@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from helpers.small_runs import RECIPE, RPSA, hidden, leave, small, unfinished, wait_for, written
+from helpers.command_line import invoke
+from helpers.small_runs import RECIPE, RPSA, copied, hidden, leave, small, unfinished, wait_for, written
 from rpsa.artifacts import AUDIT_FILE
 from rpsa.errors import RPSAError
 from rpsa.evaluation.subjects import loaded_to_generate
@@ -29,8 +30,8 @@ from rpsa.recipe.sections import Model
 from rpsa.tiny import tiny_model_dir
 
 
-def test_a_run_is_complete_and_is_not_repeated(recipe_file: Path) -> None:
-    folder = run(small(recipe_file))
+def test_a_run_is_complete_and_is_not_repeated(recipe_file: Path, finished: Path) -> None:
+    folder = finished
     stages = written(folder)
     assert {name.split("/")[0] for name in stages} == {"reference", "fisher", "align", "evaluate", "report"}
     assert len([name for name in stages if name.startswith("fisher")]) == 2  # full, and LoRA's own
@@ -91,6 +92,7 @@ analysis:
 """
 
 
+@pytest.mark.integration
 def test_a_study_has_sweeps_and_analyses_of_its_fishers(recipe_file: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().partition("matrix:")[0] + STUDY)
     folder = run(small(recipe_file))
@@ -112,6 +114,7 @@ def test_a_study_has_sweeps_and_analyses_of_its_fishers(recipe_file: Path) -> No
     }
 
 
+@pytest.mark.usefixtures("measured")
 def test_a_recipe_without_tasks_trains_and_says_that_nothing_was_measured(
     recipe_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,12 +128,12 @@ def test_a_recipe_without_tasks_trains_and_says_that_nothing_was_measured(
     assert not (folder / "report").exists()
 
 
-def test_a_changed_file_is_found(recipe_file: Path) -> None:
-    folder = run(small(recipe_file, "matrix.methods=[original, fft]"))
-    samples = next(folder.glob("evaluate/fft/**/samples.jsonl"))
+def test_a_changed_file_is_found(finished: Path) -> None:
+    verify(finished)
+    samples = next(finished.glob("evaluate/fft/**/samples.jsonl"))
     samples.write_text(samples.read_text().replace("refused", "complied", 1))
     with pytest.raises(RPSAError, match=r"samples\.jsonl: changed since the stage evaluate wrote it"):
-        verify(folder)
+        verify(finished)
 
 
 def test_only_one_stage(recipe_file: Path) -> None:
@@ -144,6 +147,7 @@ def test_only_one_stage(recipe_file: Path) -> None:
         run(small(recipe_file), only="aligne")
 
 
+@pytest.mark.usefixtures("measured")
 def test_plain_lora_and_rpsa_start_from_the_same_adapter(recipe_file: Path) -> None:
     recipe = small(recipe_file, "matrix.methods=[lora, lora+rpsa]")
     run(recipe, only="reference")
@@ -161,13 +165,15 @@ def test_plain_lora_and_rpsa_start_from_the_same_adapter(recipe_file: Path) -> N
     )
 
 
-def test_a_warmed_up_adapter_has_a_fisher_in_a_and_is_where_alignment_starts(recipe_file: Path) -> None:
+def test_a_warmed_up_adapter_has_a_fisher_in_a_and_is_where_alignment_starts(
+    recipe_file: Path, whole_run: Path
+) -> None:
     fishers, starts = {}, {}
     for steps in (0, 3):
         settings = [f"output_dir={recipe_file.parent / str(steps)}", f"fisher.warmup_steps={steps}"]
         recipe = load_recipe(recipe_file, [*settings, "matrix.methods=[lora+rpsa]"])
-        for stage in ("reference", "fisher"):
-            folder = run(recipe, only=stage)
+        copied(whole_run, recipe.folder, "reference")
+        folder = run(recipe, only="fisher")
         [fisher] = (folder / "fisher" / "tiny-0").iterdir()
         [cell] = recipe.cells()
         fishers[steps] = FisherDiagonal.load(fisher)
@@ -183,8 +189,10 @@ def test_a_warmed_up_adapter_has_a_fisher_in_a_and_is_where_alignment_starts(rec
         fishers[3].check_weights(starts[0])
 
 
+@pytest.mark.usefixtures("measured")
 def test_the_saved_model_loads_anywhere_and_frozen_weights_are_the_bases(recipe_file: Path) -> None:
-    folder = run(small(recipe_file, "matrix.methods=[original, fft+rpsa]", "align.frozen_ratio=0.9"))
+    methods = "matrix.methods=[original, fft+rpsa]"
+    folder = run(small(recipe_file, methods, "align.frozen_ratio=0.9"), only="align")
     aligned = AutoModelForCausalLM.from_pretrained(
         folder / "align" / "fft+rpsa" / "tiny-0" / "seed0", dtype=torch.float32
     )
@@ -206,6 +214,7 @@ def start(recipe_file: Path, *overrides: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(recipe_file: Path, parallel: int) -> None:
     folder = recipe_file.parent / "run"
@@ -238,16 +247,20 @@ class Terminated(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("method", ["fft", "fft+rpsa", "fft+l2sp"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fft+rpsa",
+        pytest.param("fft", marks=pytest.mark.integration),
+        pytest.param("fft+l2sp", marks=pytest.mark.integration),
+    ],
+)
 def test_sigterm_keeps_a_checkpoint_and_is_no_success(
-    method: str, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, recipe_file: Path, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, settings = recipe_file.parent / "run", [f"matrix.methods=[{method}]", "train.logging_steps=3"]
-    whole = run(small(recipe_file, *settings, f"output_dir={recipe_file.parent / 'whole'}"), only="reference")
-    for stage in ("fisher", "align"):
-        run(small(recipe_file, *settings, f"output_dir={whole}"), only=stage)
-    for stage in ("reference", "fisher"):
-        run(small(recipe_file, *settings), only=stage)
+    folder, settings = measured, [f"matrix.methods=[{method}]", "train.logging_steps=3"]
+    whole = copied(folder, recipe_file.parent / "whole", "reference", "fisher")
+    run(small(recipe_file, *settings, f"output_dir={whole}"), only="align")
     listening = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
         patched.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [Terminated])
@@ -274,12 +287,11 @@ def without_times(path: Path) -> Any:
     return content
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("method", ["fft", "fft+rpsa"])
 def test_a_run_that_diverges_is_one_line_and_no_model(method: str, recipe_file: Path) -> None:
     diverging = ["train.learning_rate=1e30", "train.logging_nan_inf_filter=false", "train.logging_steps=1"]
     settings = [f"matrix.methods=[{method}]", "align.frozen_ratio=0.1", *diverging]
-    for stage in ("reference", "fisher"):
-        run(small(recipe_file, *settings), only=stage)
     for _ in range(2):
         with pytest.raises(
             RPSAError, match=r"diverged: after \d steps .* .first at step \d.; lower"
@@ -314,8 +326,8 @@ def test_a_killed_evaluation_goes_on_sample_by_sample(recipe_file: Path) -> None
     assert {json.loads(line)["id"] for line in samples} == {row["id"] for row in rows}
 
 
+@pytest.mark.usefixtures("finished")
 def test_another_statistic_costs_no_generation(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(small(recipe_file, "matrix.methods=[original]"), only="evaluate")
     monkeypatch.setattr(TransformersGenerator, "generate", lambda *_: pytest.fail("asked again"))
     run(small(recipe_file, "matrix.methods=[original]", "evaluate.judge_traces=true"), only="evaluate")
     with pytest.raises(pytest.fail.Exception, match="asked again"):
@@ -395,13 +407,19 @@ def test_a_run_without_files_of_its_own_keeps_its_inputs(recipe_file: Path) -> N
         assert set(inputs) == {"model", "evaluate", "data", "data_dir", "reference"}
 
 
+def refused(recipe_file: Path, *overrides: str) -> str:
+    """What `rpsa run` says as it ends with a mistake of the user's."""
+    done = invoke("run", str(recipe_file), f"output_dir={recipe_file.parent / 'run'}", *overrides)
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == 2
+    return str(done.stderr)
+
+
 def test_a_mistake_in_the_data_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "response": "<think>b</think>c"}\n{"prompt": "d"}\n')
-    process = start(recipe_file, f"safety.data={broken}", "safety.n=null", "matrix.methods=[original, fft]")
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 2
-    assert "Traceback" not in errors
+    settings = [f"safety.data={broken}", "safety.n=null", "matrix.methods=[original, fft]"]
+    errors = refused(recipe_file, *settings)
     assert f"{broken} line 2 has no text field 'response'" in errors
 
 
@@ -416,21 +434,13 @@ def test_what_training_refuses_is_known_before_anything_runs(
     recipe_file: Path, setting: str, message: str
 ) -> None:
     methods = "[fft+rpsa]" if "optim" in setting else "[fft, fft+rpsa]"
-    process = start(recipe_file, *setting.split(), f"matrix.methods={methods}")
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 2
-    assert "Traceback" not in errors
-    assert message in errors
+    assert message in refused(recipe_file, *setting.split(), f"matrix.methods={methods}")
     assert not list((recipe_file.parent / "run").glob("reference/*"))
 
 
 def test_a_model_that_is_not_there_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    process = start(recipe_file, f"matrix.bases=[{tmp_path / 'empty'}]")
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 2
-    assert "Traceback" not in errors
-    assert "cannot be loaded" in errors
+    assert "cannot be loaded" in refused(recipe_file, f"matrix.bases=[{tmp_path / 'empty'}]")
 
 
 @pytest.mark.parametrize(

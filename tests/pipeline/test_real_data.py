@@ -12,7 +12,10 @@ from rpsa.recipe import load_recipe
 
 RECIPE = RECIPES / "smoke" / "real-data.yaml"
 
-pytestmark = pytest.mark.skipif(bool(missing_real_data()), reason=str(missing_real_data()))
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(bool(missing_real_data()), reason=str(missing_real_data())),
+]
 
 
 @pytest.fixture(scope="module")

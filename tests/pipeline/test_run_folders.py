@@ -20,7 +20,7 @@ import pytest
 import typer
 
 import rpsa
-from helpers.small_runs import RECIPE, hidden, leave, written
+from helpers.small_runs import RECIPE, copied, hidden, leave, written
 from rpsa import provenance
 from rpsa.artifacts import locked, read_json
 from rpsa.cli.parsing import readable_errors
@@ -248,9 +248,14 @@ def test_what_was_finished_before_a_kill_is_put_in_its_place(
 # What verify knows
 
 
+UNTOUCHED_AND_FFT = ("reference", "align/fft", "evaluate/original", "evaluate/fft")
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(recipe(tmp_path_factory.mktemp("finished"), "matrix.methods=[original, fft, lora]"))
+def finished(tmp_path_factory: pytest.TempPathFactory, whole_run: Path) -> Path:
+    asked = recipe(tmp_path_factory.mktemp("finished"), "matrix.methods=[original, fft, lora]")
+    copied(whole_run, asked.folder, *UNTOUCHED_AND_FFT)
+    return run(asked)
 
 
 def damaged(finished: Path, tmp_path: Path) -> Path:
@@ -362,6 +367,7 @@ def test_a_moved_run_on_another_machine_is_whole(
     assert copy.is_dir()
 
 
+@pytest.mark.integration
 def test_no_pickle_stays_and_two_runs_are_alike_to_the_bit(finished: Path, tmp_path: Path) -> None:
     again = run(recipe(tmp_path, "matrix.methods=[original, fft, lora]"))
     names = {p.relative_to(finished) for p in finished.rglob("*") if p.is_file()}
@@ -375,13 +381,17 @@ def test_no_pickle_stays_and_two_runs_are_alike_to_the_bit(finished: Path, tmp_p
 
 
 def test_a_run_that_diverges_is_one_line_and_the_others_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    whole_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = '"bad|$x_1$[b]"'
     methods = (
         f"matrix.methods={{original: , fft: , {bad}: {{paradigm: fft, train: {{learning_rate: 1e30}}}}}}"
     )
     asked = recipe(tmp_path, methods)
+    copied(whole_run, asked.folder, *UNTOUCHED_AND_FFT)
     with pytest.raises(
         RPSAError,
         match=r"^align bad\S*/tiny-0/seed0: diverged: after 4 steps the loss or the weights are no numbers",
@@ -481,9 +491,10 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
 
 
 def test_a_mended_grader_asks_no_model_and_trains_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = recipe(tmp_path)
+    copied(whole_run, asked.folder, *UNTOUCHED_AND_FFT)
     folder = run(asked)
     before = written(folder)
     real = provenance._digest
@@ -520,6 +531,7 @@ _FREE = {
 """What has no say in a result: what it decides is among a stage's inputs, or only when it is made."""
 
 
+@pytest.mark.integration
 def test_every_line_that_runs_in_a_stage_is_among_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,12 @@
 """`rpsa sweep`: the recipe that it writes, and that running it with more values does the new ones alone."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from helpers.small_runs import RPSA, written
+from helpers.command_line import invoke
+from helpers.small_runs import copied, written
 from rpsa.errors import RPSAError
 from rpsa.pipeline import verify
 from rpsa.pipeline.runner import devices_of_workers
@@ -89,14 +89,14 @@ def test_a_sweep_over_nothing_that_is_measured_is_refused(recipe_file: Path) -> 
         load_sweep(recipe_file, ["lora.r=1,2"], [METHODS, "evaluate.tasks=[]"])
 
 
-def test_more_values_run_the_new_ones_alone(recipe_file: Path) -> None:
-    out = recipe_file.parent / "sweep"
+def test_more_values_run_the_new_ones_alone(recipe_file: Path, whole_run: Path) -> None:
+    out = copied(whole_run, recipe_file.parent / "sweep", "reference", "evaluate/original")
 
     def sweep(values: str) -> str:
-        command = [*RPSA, "sweep", str(recipe_file), "--over", f"lora.r={values}", "--out", str(out)]
         methods = "matrix.methods=[original, lora+constant]"
-        done = subprocess.run([*command, methods], capture_output=True, text=True, check=True)
-        return done.stdout
+        done = invoke("sweep", str(recipe_file), "--over", f"lora.r={values}", "--out", str(out), methods)
+        assert done.exit_code == 0, done.output
+        return str(done.stdout)
 
     sweep("1")
     before = written(out)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -220,9 +221,26 @@ def planned_run(
     return memory.on(1, "one GPU")
 
 
-@pytest.mark.parametrize("method", ["plain", "rpsa", "compact", "penalty", "agem"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", CONFIGS)
+METHODS = ["plain", "rpsa", "compact", "penalty", "agem"]
+QUICK = {("wide", False, method) for method in METHODS} | {
+    ("wide", True, "rpsa"),
+    ("deep", False, "plain"),
+    ("tied", False, "rpsa"),
+}
+
+
+def trained() -> list[Any]:
+    return [
+        pytest.param(
+            *case,
+            marks=[] if case in QUICK else [pytest.mark.integration],
+            id=f"{case[0]}-{'lora' if case[1] else 'full'}-{case[2]}",
+        )
+        for case in itertools.product(CONFIGS, [False, True], METHODS)
+    ]
+
+
+@pytest.mark.parametrize(("name", "lora", "method"), trained())
 def test_training_memory_is_what_is_alive(
     name: str, lora: bool, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from helpers.examples import examples
 from helpers.paths import RECIPES
 from rpsa.artifacts import folder_name
 from rpsa.errors import RPSAError
@@ -381,7 +382,7 @@ def test_a_mistake_in_a_sweep_is_one_line(tmp_path: Path, written: str, message:
         small(tmp_path, SWEPT.replace("lora.r: [1, 2], align.frozen_ratio: [0.3, 0.6]", written))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(st.text(max_size=300), unique=True, max_size=8))
 @example(
     [

@@ -193,6 +193,7 @@ def train_sharded(folder: Path, fisher: Path, resume: Path | None) -> dict[str, 
     }
 
 
+@pytest.mark.integration
 def test_ranks_train_as_one_process_and_go_on(tmp_path: Path) -> None:
     fisher = save_fisher(KIND, DTYPE, tmp_path)
     one = run_ranks(1, train, tmp_path / "r1", KIND, DTYPE, tmp_path / "one", fisher, COMPACT)[0]

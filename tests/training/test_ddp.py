@@ -51,8 +51,11 @@ def compare(cases: list[Case], folder: Path) -> None:
         assert ours["report"]["drift"]["groups"].keys() == expected["report"]["drift"]["groups"].keys()
 
 
-def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
-    compare(CASES, tmp_path)
+@pytest.mark.parametrize(
+    "cases", [CASES[:1], pytest.param(CASES[1:], marks=pytest.mark.integration)], ids=["one", "others"]
+)
+def test_two_ranks_train_as_one_process(cases: list[Case], tmp_path: Path) -> None:
+    compare(cases, tmp_path)
 
 
 @pytest.mark.slow
@@ -61,7 +64,12 @@ def test_two_ranks_train_as_one_process_in_every_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("qwen2", "float64"), ("llama+lora", "float64"), ("llama", "float32")]
+    ("kind", "dtype"),
+    [
+        ("llama", "float32"),
+        pytest.param("qwen2", "float64", marks=pytest.mark.integration),
+        pytest.param("llama+lora", "float64", marks=pytest.mark.integration),
+    ],
 )
 def test_a_checkpoint_of_four_ranks_goes_on_with_two(kind: str, dtype: str, tmp_path: Path) -> None:
     fisher = save_fisher(kind, dtype, tmp_path)

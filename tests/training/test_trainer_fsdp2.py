@@ -24,10 +24,10 @@ CASES = [("llama", "float32"), ("qwen2", "float64"), ("llama+lora", "float64")]
 SETTINGS = {"gradient_accumulation_steps": 2}
 
 
-def train_sharded(folder: Path, resume: Path | None) -> list[dict[str, Any]]:
+def train_sharded(cases: list[tuple[str, str]], folder: Path, resume: Path | None) -> list[dict[str, Any]]:
     shard_on_cpus()
     results = []
-    for kind, dtype in CASES:
+    for kind, dtype in cases:
         fisher = folder.parent / f"fisher-{kind}-{dtype}"
         saving = {"save_strategy": "steps", "save_steps": 3}
         trainer = make_trainer(kind, dtype, folder / kind, fisher, **SETTINGS, **saving)
@@ -45,20 +45,25 @@ def train_sharded(folder: Path, resume: Path | None) -> list[dict[str, Any]]:
     return results
 
 
-def train_alone(folder: Path) -> list[dict[str, Any]]:
+def train_alone(cases: list[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
     return [
         train(kind, dtype, folder / kind, folder.parent / f"fisher-{kind}-{dtype}", SETTINGS)
-        for kind, dtype in CASES
+        for kind, dtype in cases
     ]
 
 
-def test_two_ranks_train_as_one_process_and_resume(tmp_path: Path) -> None:
-    for kind, dtype in CASES:
+@pytest.mark.parametrize(
+    "cases", [CASES[:1], pytest.param(CASES[1:], marks=pytest.mark.integration)], ids=["one", "others"]
+)
+def test_two_ranks_train_as_one_process_and_resume(cases: list[tuple[str, str]], tmp_path: Path) -> None:
+    for kind, dtype in cases:
         save_fisher(kind, dtype, tmp_path)
-    [alone] = run_ranks(1, train_alone, tmp_path / "ranks-1", tmp_path / "one")
-    whole, other = run_ranks(2, train_sharded, tmp_path / "ranks-2", tmp_path / "two", None)
-    resumed = run_ranks(2, train_sharded, tmp_path / "ranks-3", tmp_path / "three", tmp_path / "two")[0]
-    for number, (kind, dtype) in enumerate(CASES):
+    [alone] = run_ranks(1, train_alone, tmp_path / "ranks-1", cases, tmp_path / "one")
+    whole, other = run_ranks(2, train_sharded, tmp_path / "ranks-2", cases, tmp_path / "two", None)
+    resumed = run_ranks(2, train_sharded, tmp_path / "ranks-3", cases, tmp_path / "three", tmp_path / "two")[
+        0
+    ]
+    for number, (kind, dtype) in enumerate(cases):
         assert whole[number]["is_sharded"]
         assert whole[number]["trajectory"] == other[number]["trajectory"]
         assert_same(whole[number], alone[number], dtype)
@@ -93,7 +98,7 @@ def fisher_sharded(kind: str, folder: Path) -> bool:
     return is_sharded(fisher.scores)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama+lora"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("llama+lora", marks=pytest.mark.integration)])
 def test_the_fisher_stage(kind: str, tmp_path: Path) -> None:
     expected = FisherDiagonal.load(save_fisher(kind, "float32", tmp_path))
     assert all(run_ranks(2, fisher_sharded, tmp_path / "ranks", kind, tmp_path / "fisher"))

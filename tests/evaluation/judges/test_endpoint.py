@@ -313,6 +313,7 @@ print(done)
 """
 
 
+@pytest.mark.integration
 def test_a_thousand_judgements_killed_five_times(server: JudgeServer, tmp_path: Path) -> None:
     """No call is repeated whose judgement was on disk; a kill loses at most what was in flight: `concurrency` calls."""
     server.delay = 0.005

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rpsa.errors import RPSAError
@@ -171,7 +171,6 @@ def by_hand(first: Sequence[str], second: Sequence[str]) -> float:
 LABELS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=3, max_size=60)
 
 
-@settings(deadline=None)
 @given(LABELS)
 def test_kappa_against_the_table_and_sklearn(pairs: list[tuple[str, str]]) -> None:
     first, second = zip(*pairs, strict=True)

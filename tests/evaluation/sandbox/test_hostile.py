@@ -31,6 +31,7 @@ def test_there_are_many_and_each_has_its_own_name() -> None:
     assert not any("|" in name for name in names)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sandbox", ISOLATING, ids=lambda sandbox: sandbox.name)
 def test_nothing_gets_through_a_sandbox(sandbox: Sandbox) -> None:
     if problem := probe(sandbox):
@@ -44,6 +45,7 @@ def test_nothing_gets_through_a_sandbox(sandbox: Sandbox) -> None:
     assert verdict.passed
 
 
+@pytest.mark.integration
 def test_the_page_tells_of_every_program_what_was_measured() -> None:
     table = documented()
     assert list(table) == [program.name for program in ATTACKS + CHEATS]

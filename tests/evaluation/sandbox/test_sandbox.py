@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from helpers.paths import ROOT
 from rpsa.errors import RPSAError
 from rpsa.evaluation.sandbox import (
@@ -417,7 +418,7 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(VALUES)
 def test_plain_values_cross_unchanged(value: Any) -> None:
     assert _same(wire.loads(wire.dumps(value)), value)

@@ -12,9 +12,10 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from helpers.paths import ROOT
 from rpsa import safety_tax_interval
 from rpsa.errors import RPSAError
@@ -129,7 +130,7 @@ def test_the_value_is_the_rate_of_the_means(weighting: str) -> None:
     assert tax.reason is None
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 1000))
 def test_order_and_scale_change_nothing(seed: int) -> None:
     shuffle = random.Random(seed)
