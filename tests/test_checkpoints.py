@@ -18,7 +18,7 @@ from rpsa.artifacts import reading
 from rpsa.checkpoints import load_adapter
 from rpsa.cli import app
 from rpsa.errors import RPSAError
-from rpsa.evaluation.subjects import adapter_base
+from rpsa.evaluation.run import adapter_base
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.models import load_model, load_tokenizer
 from rpsa.recipe.sections import Model

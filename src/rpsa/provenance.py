@@ -87,13 +87,13 @@ MADE_BY: dict[Stage, MadeBy] = {
         ("rpsa", "numpy", "scipy", "matplotlib", "jinja2"),
         (
             *("pipeline/reporting", "report", "thought", *_CARD),
-            *("evaluation/statistics", "evaluation/scores"),
+            *("evaluation/statistics", "evaluation/scores", "evaluation/results"),
         ),
         ("results.json", "table.md", "index.html"),
     ),
 }
 
-RESPONSES = MadeBy((*_PACKAGES, *_DATA, *_GENERATION), ("generation", "chat", "models"))
+RESPONDING = MadeBy((*_PACKAGES, *_DATA, *_GENERATION), ("generation", "chat", "models"))
 """What decides a response: others may grade it."""
 
 

@@ -33,7 +33,7 @@ from rpsa.analysis.perturbation import (
 from rpsa.artifacts import LOCK
 from rpsa.cli import app
 from rpsa.errors import RPSAError
-from rpsa.evaluation.subjects import loaded_to_generate
+from rpsa.evaluation.run import loaded_to_generate
 from rpsa.fisher.diagonal import FisherDiagonal, sampled_weights
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.models import load_model, load_tokenizer

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rpsa.artifacts import LOCK, atomic_write
 from rpsa.errors import RPSAError
-from rpsa.pipeline.manifests import MADE_BY, write_manifest
-from rpsa.pipeline.tasks import Task
+from rpsa.pipeline.tasks import MADE_BY, Task, write_manifest
 from rpsa.recipe import Recipe, load_recipe
 
 RPSA = [sys.executable, "-c", "from rpsa.cli import main; main()"]

@@ -17,7 +17,7 @@ from helpers.command_line import invoke
 from helpers.small_runs import RECIPE, RPSA, copied, hidden, leave, small, unfinished, wait_for, written
 from rpsa.artifacts import AUDIT_FILE
 from rpsa.errors import RPSAError
-from rpsa.evaluation.subjects import loaded_to_generate
+from rpsa.evaluation.run import loaded_to_generate
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.models import add_adapter, generation_dtype, load_model, vllm_engine

@@ -27,8 +27,10 @@ from rpsa.cli.parsing import readable_errors
 from rpsa.errors import RPSAError
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.models import load_model
-from rpsa.pipeline import alignment, manifests, run, runner, stages, verify
-from rpsa.pipeline.manifests import (
+from rpsa.pipeline import alignment, run, runner, stages, verify
+from rpsa.pipeline.runner import attempt
+from rpsa.pipeline.stages import tasks_of
+from rpsa.pipeline.tasks import (
     altered_files,
     is_current,
     keep,
@@ -36,8 +38,6 @@ from rpsa.pipeline.manifests import (
     read_manifest,
     write_manifest,
 )
-from rpsa.pipeline.runner import attempt
-from rpsa.pipeline.stages import tasks_of
 from rpsa.provenance import MADE_BY, STAGES, TIMING, Stage
 from rpsa.recipe import Recipe, load_recipe
 
@@ -67,7 +67,7 @@ def test_a_stage_is_current_until_anything_changes(tmp_path: Path, monkeypatch: 
     (tmp_path / TIMING).write_text("a clock has no say")
     assert is_current(tmp_path, "align", inputs)
     with monkeypatch.context() as other:
-        other.setattr(manifests, "versions", lambda made_by: {"torch": "0.0"})
+        other.setattr("rpsa.pipeline.tasks.versions", lambda made_by: {"torch": "0.0"})
         assert any(reason.startswith("torch ") for reason in outdated(tmp_path, "align", inputs))
         keep(tmp_path, "align", inputs | {"seed": 2})
         assert not is_current(tmp_path, "align", inputs)
@@ -357,8 +357,8 @@ def test_a_moved_run_on_another_machine_is_whole(
 ) -> None:
     copy = damaged(finished, tmp_path)
     monkeypatch.chdir(tmp_path)
-    real = manifests.versions
-    monkeypatch.setattr(manifests, "versions", lambda made_by: real(made_by) | {"torch": "99.0"})
+    real = provenance.versions
+    monkeypatch.setattr("rpsa.pipeline.tasks.versions", lambda made_by: real(made_by) | {"torch": "99.0"})
     verify(Path("copy"))
     shown = capsys.readouterr().out
     assert "align: out of date for rpsa run: " in shown
@@ -526,7 +526,7 @@ _FREE = {
     *("__init__", "errors", "text", "artifacts", "recipe", "cli", "http", "progress", "provenance"),
     "settings",
     "report/console",
-    *(f"pipeline/{name}" for name in ("__init__", "launch", "manifests", "preflight", "runner", "tasks")),
+    *(f"pipeline/{name}" for name in ("__init__", "launch", "preflight", "runner", "tasks")),
 }
 """What has no say in a result: what it decides is among a stage's inputs, or only when it is made."""
 

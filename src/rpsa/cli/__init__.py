@@ -4,9 +4,8 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.analysis import fisher_map, perturb
-from rpsa.cli.evaluation import evaluate, tasks_path
 from rpsa.cli.inspection import audit, schema, tiny_app, verify
+from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.study import plan, run, sweep
 
 __all__ = ["app", "main"]

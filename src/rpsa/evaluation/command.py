@@ -12,8 +12,14 @@ from rpsa.artifacts import folder_name, locked
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.results import EvaluationResult
-from rpsa.evaluation.run import Subject, check_evaluation, evaluate
-from rpsa.evaluation.subjects import adapter_base, model_subject, server_subject
+from rpsa.evaluation.run import (
+    Subject,
+    adapter_base,
+    check_evaluation,
+    evaluate,
+    model_subject,
+    server_subject,
+)
 from rpsa.models import check_model, said_model
 from rpsa.recipe.loading import hygiene_problems, parse_yaml
 from rpsa.recipe.problems import source_problem, validation_problems

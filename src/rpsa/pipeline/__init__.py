@@ -74,8 +74,8 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
             f"\nNo report: evaluate.tasks names nothing, so nothing was measured. Models: {recipe.folder / 'align'}"
         )
         return {}
-    from rpsa.pipeline.manifests import MANIFEST, write_manifest
     from rpsa.pipeline.reporting import ReportTask
+    from rpsa.pipeline.tasks import MANIFEST, write_manifest
     from rpsa.report import render_console
     from rpsa.report.console import render_sweep
     from rpsa.report.sweeps import sweep_points

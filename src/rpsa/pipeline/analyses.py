@@ -24,8 +24,7 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.generation.backends import has_gpu
 from rpsa.models import generation_dtype, identity, load_model, load_tokenizer, thought_of
 from rpsa.parameters import trainable_parameters
-from rpsa.pipeline.manifests import MANIFEST
-from rpsa.pipeline.tasks import tasks_identity
+from rpsa.pipeline.tasks import MANIFEST, tasks_identity
 from rpsa.progress import progress_bars
 from rpsa.provenance import MADE_BY, TIMING, MadeBy, sources, versions
 from rpsa.recipe.problems import source_problem, validation_problems

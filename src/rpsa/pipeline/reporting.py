@@ -14,9 +14,8 @@ from rpsa.artifacts import AUDIT_FILE, atomic_write, read_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.results import EvaluationResult, Identity, SetResult
 from rpsa.evaluation.run import RESULTS, SAMPLES
-from rpsa.pipeline.manifests import read_manifest
 from rpsa.pipeline.stages import EvaluateTask, align_task, analysis_tasks, fisher_task, reference_task
-from rpsa.pipeline.tasks import Task
+from rpsa.pipeline.tasks import Task, read_manifest
 from rpsa.progress import Progress
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe

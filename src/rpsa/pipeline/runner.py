@@ -27,9 +27,8 @@ from rpsa.artifacts import DISK_MESSAGES, atomic_write, refuse_foreign, replace_
 from rpsa.errors import Diverged, RPSAError
 from rpsa.models import free_memory, quiet
 from rpsa.pipeline import launch
-from rpsa.pipeline.manifests import MANIFEST, NO_RESULT, is_current, keep, outdated, write_manifest
 from rpsa.pipeline.stages import tasks_of
-from rpsa.pipeline.tasks import Task
+from rpsa.pipeline.tasks import MANIFEST, NO_RESULT, Task, is_current, keep, outdated, write_manifest
 from rpsa.progress import Progress, no_progress, progress_bars
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Recipe

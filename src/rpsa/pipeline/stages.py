@@ -419,7 +419,7 @@ class EvaluateTask(Task):
 
     def subject(self) -> Any:
         """The model that the cell's alignment left, or its untouched base."""
-        from rpsa.evaluation.subjects import make_subject
+        from rpsa.evaluation.run import make_subject
 
         cell, settings = self.cell, self.recipe.evaluate
         task = align_task(self.recipe, cell)

@@ -64,10 +64,9 @@ def _recipe_of(path: Path, run: Path) -> Recipe:
 
 
 def _look_at(run: Path, recipe: Recipe, found: Findings) -> None:
-    from rpsa.pipeline.manifests import MANIFEST, altered_files, is_edited
     from rpsa.pipeline.reporting import ReportTask
     from rpsa.pipeline.stages import tasks_of
-    from rpsa.pipeline.tasks import Task
+    from rpsa.pipeline.tasks import MANIFEST, Task, altered_files, is_edited
     from rpsa.provenance import STAGES
 
     wanted: list[Task] = [task for stage in STAGES[:-1] for task in tasks_of(recipe, stage)]
@@ -92,7 +91,7 @@ def _look_at(run: Path, recipe: Recipe, found: Findings) -> None:
 
 def _strangers(folder: Path) -> list[str]:
     """A line where there are files that the stage has not written: some are loaded by their names."""
-    from rpsa.pipeline.manifests import MANIFEST, read_manifest
+    from rpsa.pipeline.tasks import MANIFEST, read_manifest
     from rpsa.provenance import TIMING
 
     manifest = read_manifest(folder)
@@ -106,8 +105,8 @@ def _strangers(folder: Path) -> list[str]:
 
 
 def _problems(task: "Task", notes: list[str]) -> Iterator[str]:
-    from rpsa.pipeline.manifests import MANIFEST, altered_files, outdated, read_manifest
     from rpsa.pipeline.runner import failure_of
+    from rpsa.pipeline.tasks import MANIFEST, altered_files, outdated, read_manifest
 
     manifest = read_manifest(task.folder)
     if manifest is None:

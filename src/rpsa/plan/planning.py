@@ -39,25 +39,23 @@ from rpsa.plan.memory import (
 )
 from rpsa.plan.render import Layout, MethodPlan, Plan, SingleGpuStage, TrainingTime
 from rpsa.plan.time import (
+    CHARACTERS_PER_TOKEN,
     GPUS,
     Gpu,
+    ResponseTokens,
+    SafetyTokens,
     compute_seconds,
     count_steps,
+    evaluation_responses,
     fisher_operations,
     generation_seconds,
     launch_seconds,
     never_dynamic_warning,
-    training_operations,
-    update_seconds,
-)
-from rpsa.plan.tokens import (
-    CHARACTERS_PER_TOKEN,
-    ResponseTokens,
-    SafetyTokens,
-    evaluation_responses,
     prompt_tokens,
     reference_responses,
     safety_tokens,
+    training_operations,
+    update_seconds,
     with_rehearsal,
 )
 from rpsa.recipe.schema import Cell, Recipe

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rpsa.plan.memory import Sharding, StageMemory
-from rpsa.plan.time import GPUS, Steps
-from rpsa.plan.tokens import ResponseTokens, SafetyTokens
+from rpsa.plan.time import GPUS, ResponseTokens, SafetyTokens, Steps
 from rpsa.text import printable
 
 

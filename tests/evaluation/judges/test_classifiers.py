@@ -31,9 +31,15 @@ from transformers import (
 from helpers.real_format import byte_level_tokenizer
 from rpsa.errors import RPSAError
 from rpsa.evaluation.judges import Judgement, make_judge
-from rpsa.evaluation.judges.classifiers import CLASSIFIERS, ClassifierJudge, Window, chat_ids, template_ids
+from rpsa.evaluation.judges.classifiers import (
+    CLASSIFIERS,
+    ClassifierJudge,
+    StrongRejectJudge,
+    Window,
+    chat_ids,
+    template_ids,
+)
 from rpsa.evaluation.judges.prompts import template
-from rpsa.evaluation.judges.strongreject import StrongRejectJudge
 
 # A guard's kind of chat template: the conversation between its instructions, and the first turn trimmed.
 GUARD_TEMPLATE = (

@@ -95,8 +95,7 @@ def judge_model(name: str, settings: Mapping[str, Any]) -> str | None:
     """The model that a judge loads; None for one that loads none, or is given what has loaded it."""
     if name in ("refusal", *_ENDPOINTS) or settings.get("generator") is not None:
         return None
-    from rpsa.evaluation.judges.classifiers import CLASSIFIERS
-    from rpsa.evaluation.judges.strongreject import MODEL
+    from rpsa.evaluation.judges.classifiers import CLASSIFIERS, MODEL
 
     default = CLASSIFIERS[name].model if name in CLASSIFIERS else MODEL
     return str(settings.get("model") or default)
@@ -122,7 +121,7 @@ def _classifier(name: str) -> Callable[..., Judge]:
             return ClassifierJudge(classifier, generator, tokenizer, identity)
         if generator is not None or tokenizer is not None:
             raise RPSAError(f"judge {name}: give generator and tokenizer together")
-        from rpsa.evaluation.judges.local import load
+        from rpsa.evaluation.judges.classifiers import load
         from rpsa.generation.transformers import TransformersGenerator
 
         loaded, tokenizer, identity = load(model, revision, dtype)
@@ -144,8 +143,7 @@ def _strongreject(
     batch_size: int = 8,
     min_mass: float = 0.5,
 ) -> Judge:
-    from rpsa.evaluation.judges.local import load
-    from rpsa.evaluation.judges.strongreject import MODEL, StrongRejectJudge
+    from rpsa.evaluation.judges.classifiers import MODEL, StrongRejectJudge, load
 
     return StrongRejectJudge(*load(model or MODEL, revision, dtype), batch_size=batch_size, min_mass=min_mass)
 
