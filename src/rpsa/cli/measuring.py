@@ -1,4 +1,4 @@
-"""The commands that measure: `rpsa evaluate` and `rpsa tasks-path`; `rpsa fisher-map` and `rpsa perturb` (Fig. 1 to 3)."""
+"""The commands that measure: `rpsa evaluate`, `rpsa tasks-path`; `rpsa fisher-map` and `rpsa perturb` (Fig. 1 to 3)."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Classifiers as judges: Llama Guard 3 and 4, WildGuard and HarmBench, which say a verdict in words, and StrongREJECT's.
+"""Classifiers as judges: Llama Guard 3 and 4, WildGuard, HarmBench, which say a verdict in words, and StrongREJECT's.
 
 What tells one from another is data and one function that reads its output. The score is the verdict of greedy
 decoding, 1 or 0, as the authors of each classifier report it: the same from any backend. Prompt and text come into its
