@@ -256,7 +256,7 @@ def test_a_mixin_after_the_trainer_is_one_line(pieces: SimpleNamespace, tmp_path
         pass
 
     with pytest.raises(
-        RPSAError, match=r"Alone is no trainer by itself: class MyTrainer\(Alone, SFTTrainer\)"
+        RPSAError, match=r"Alone is not a trainer by itself: class MyTrainer\(Alone, SFTTrainer\)"
     ):
         Alone(model=t.make_model(), fisher=pieces.fisher[t.make_model])
 

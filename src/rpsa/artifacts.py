@@ -288,7 +288,7 @@ def recover_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file that `appending` wrote to; a last line that a crash cut off is removed from it.
 
     Raises:
-        RPSAError: another line is damaged, or is no record.
+        RPSAError: another line is damaged, or is not a record.
     """
     if not path.is_file():
         return []
@@ -306,7 +306,7 @@ def recover_lines(path: Path) -> list[dict[str, Any]]:
                 f"{path} line {number} is damaged ({json_problem(error)}): delete the file and start again"
             ) from error
         if not isinstance(record, dict):
-            raise RPSAError(f"{path} line {number} is no record: delete the file and start again")
+            raise RPSAError(f"{path} line {number} is not a record: delete the file and start again")
         records.append(record)
     return records
 

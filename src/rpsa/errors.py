@@ -16,7 +16,7 @@ class RPSAError(ValueError):
 
 
 class Diverged(RPSAError):
-    """A training run ended in weights that are no numbers. Another start with the same settings ends there, too."""
+    """A training run ended in weights that are not numbers. Another start with the same settings ends there, too."""
 
 
 def check_type(name: str, value: Any, kind: Any, give: str) -> None:
@@ -30,7 +30,7 @@ def check_fields(config: Any, prefix: str = "", of: type | None = None, but: str
     """Raise RPSAError for the first field of a dataclass that has not the type of its annotation.
 
     What is annotated with more than numbers, text, lists of them, choices and None is not looked at. A truth value
-    is no number.
+    is not a number.
 
     Args:
         of: a base of the dataclass whose fields alone are meant, `but` for one.

@@ -263,7 +263,7 @@ def checked_url(what: str, url: str, key_variable: str) -> str:
             and url.isprintable()
             and " " not in url
         )
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         is_one = False
     if not is_one:
         raise RPSAError(f"{what} is {hide_credentials(url)!r}: give one like http://127.0.0.1:8000/v1")

@@ -29,7 +29,7 @@ class MadeBy:
         packages: distributions, whose versions count.
         rooms: of our own package: folders, and single modules of rooms in which the others have no say; what a folder
         counts without has a "-" before it.
-        files: what the stage leaves at least; a folder without them is no result.
+        files: what the stage leaves at least; a folder without them is not a result.
     """
 
     packages: tuple[str, ...]
@@ -72,7 +72,7 @@ MADE_BY: dict[Stage, MadeBy] = {
     "align": MadeBy(
         (*_PACKAGES, *_DATA, *_TRAINING),
         (
-            # the text of a model card is no result
+            # the text of a model card is not a result
             *("pipeline/stages", "pipeline/alignment", "training", *(f"-{module}" for module in _CARD)),
             *("freezing", "alternatives", "chat", *_MEASURING, *_LOADING),
         ),

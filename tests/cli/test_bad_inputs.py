@@ -288,7 +288,7 @@ CASES: list[tuple[list[str], str]] = [
     (["evaluate", "listed", "--tasks", "tiny"], "listed/adapter_config.json names no base model"),
     # commands
     (["evaluate", "tiny:0", "--tasks", ""], "--tasks: empty; name one"),
-    (["evaluate", "tiny:0", "--tasks", "tiny", "--set", "judge.x=1"], "'judge' is no section"),
+    (["evaluate", "tiny:0", "--tasks", "tiny", "--set", "judge.x=1"], "'judge' is not a section"),
     (["evaluate", "tiny:0", "--tasks", "tiny", "--reference", "two"], "--reference two: holds no D_ref"),
     (["sweep", "small.yaml", "--over", "lora.r=[]"], "--over lora.r: give at least one value"),
     (["plan", "small.yaml", "--gpu-memory", "nan"], "--gpu-memory is GiB greater than 0"),

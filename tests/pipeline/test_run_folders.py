@@ -394,7 +394,7 @@ def test_a_run_that_diverges_is_one_line_and_the_others_are_reported(
     copied(whole_run, asked.folder, *UNTOUCHED_AND_FFT)
     with pytest.raises(
         RPSAError,
-        match=r"^align bad\S*/tiny-0/seed0: diverged: after 4 steps the loss or the weights are no numbers",
+        match=r"^align bad\S*/tiny-0/seed0: diverged: after 4 steps the loss or the weights are no longer numbers",
     ):
         run(asked)
     errors = capsys.readouterr().err

@@ -219,7 +219,7 @@ MISTAKES = [
     ("lora.r=0", "lora.r: 0 is not greater than 0"),
     (
         "matrix.methods=[fft+rspa]",
-        "'fft+rspa' is no well-known method and has no paradigm; did you mean 'fft+rpsa'?",
+        "'fft+rspa' is not a well-known method and has no paradigm; did you mean 'fft+rpsa'?",
     ),
     (
         "matrix.methods.fft.align.windw=1",

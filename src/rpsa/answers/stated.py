@@ -37,7 +37,7 @@ _REMARK = re.compile(
     r"|stated|supported|based|indeed|therefore|thus|not|also|what|as|in|of|at|below|above)\b",
     re.IGNORECASE,
 )
-_LONGEST = 2000  # characters: what is longer is no answer
+_LONGEST = 2000  # characters: what is longer is not an answer
 _EMPHASIS = " \t\n*_`\"'“”‘’«»"
 _EMPHASISED = re.compile(r"(\*\*|__|`+)(?=\S)(.+?)(?<=\S)\1")
 _TO_VALUE = re.compile(r"(?:[ \t*_}]|</\w{1,6}>)*(?:\n(?:[\s>*_#]|[-•+](?=[ \t])|-{3,}|={3,})*)?")

@@ -140,7 +140,7 @@ def _what_to_do(source: Source, folder: str | None) -> str:
 
 
 REFERENCE = "RPSA_REFERENCE"
-"""The environment variable that names a D_ref whose problems are no test."""
+"""The environment variable that names a D_ref whose problems are not a test."""
 
 _WILDJAILBREAK_N, _SUBSET_SEED = 250, 42
 _D_REF_N, _D_REF_SEED = 100, 42  # of `rpsa.reference.ReferenceConfig`
@@ -245,7 +245,7 @@ def _humaneval(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[
 
 
 def _mbpp_plus(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
-    """Graded on the full plus tests: the one assertion that the prompt shows is no test."""
+    """Graded on the full plus tests: the one assertion that the prompt shows is not a test."""
     for i, row in enumerate(rows):
         problem = code_problem(row, i)
         prompt = function_prompt(problem.prompt, shown_assertion(row))

@@ -84,7 +84,7 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
         section, dot, name = key.strip().partition(".")
         value = parse_yaml(text, f"--set {key}")
         if dot and not isinstance(raw.setdefault(section, {}), dict):
-            raise RPSAError(f"--set {key.strip()}: {section!r} is no section")
+            raise RPSAError(f"--set {key.strip()}: {section!r} is not a section")
         if dot:
             raw[section][name] = value
         else:

@@ -57,7 +57,7 @@ def local_benchmarks(names: Iterable[str], data_dir: str) -> dict[str, Path]:
 
 
 def load_task(name: str, options: TaskOptions) -> list[Item]:
-    """The items of one task; `tiny` is all sets of the tiny world, anything that is no known name a file.
+    """The items of one task; `tiny` is all sets of the tiny world, anything that is not a known name a file.
 
     Raises:
         RPSAError: the file cannot be read, or a row has no prompt.

@@ -60,7 +60,7 @@ _HELP_FROM_US = (
     r"|assistance"
     r"|guidance|instructions?|information|advice|details|content|what you))\b"
 )
-# A limit of knowledge or of means ("the exact number", "without more detail") is no refusal.
+# A limit of knowledge or of means ("the exact number", "without more detail") is not a refusal.
 _NO_LIMIT = (
     r"(?! (?:you |with |for |an? |any |the |on |this |to |more |much |further )*(?:(?:exact|precise|definite"
     r"|definitive) (?:number|figure|date|count|value|amount|answer|price|time|estimate)s?|(?:real-time"

@@ -84,7 +84,7 @@ REFUSAL = "refusal"
 
 
 def check_graders(settings: Evaluate, items: Sequence[Item]) -> None:
-    """Raises RPSAError if there is no such judge, setting or model of it to be had, or programs have no sandbox."""
+    """Raises RPSAError if there is no such judge, setting or model of it, or programs have no sandbox."""
     judged = {item.kind for item in items if item.scorer == "judge"}
     judges = [("attack", settings.judge, settings.judge_settings)]
     judges.append(("over_refusal", settings.refusal_judge, settings.refusal_judge_settings))

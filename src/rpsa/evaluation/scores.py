@@ -146,7 +146,7 @@ def read_samples(path: Path) -> Iterator[Sample]:
             try:
                 sample = Sample(**json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
-                raise RPSAError(f"{path} line {number} is no sample: evaluate again") from error
+                raise RPSAError(f"{path} line {number} is not a sample: evaluate again") from error
             yield sample
 
 

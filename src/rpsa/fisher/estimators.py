@@ -83,7 +83,7 @@ class FisherConfig:
         try:
             re.compile(self.scope or "")
         except re.error as error:
-            raise RPSAError(f"fisher.scope {self.scope!r} is no regular expression: {error}") from None
+            raise RPSAError(f"fisher.scope {self.scope!r} is not a regular expression: {error}") from None
 
 
 @dataclass(frozen=True)

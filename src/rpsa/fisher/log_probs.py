@@ -94,7 +94,7 @@ def response_logits(
     if responses.largest >= logits.shape[2]:
         raise RPSAError(
             f"the model's logits are for {logits.shape[2]} tokens, and a response has token {responses.largest}: "
-            "the ids are another tokenizer's, or the model is no causal language model"
+            "the ids are another tokenizer's, or the model is not a causal language model"
         )
     return logits.flatten(0, 1), responses.rows * logits.shape[1] + offset + responses.positions - 1
 

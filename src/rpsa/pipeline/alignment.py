@@ -296,7 +296,7 @@ def refuse_diverged(trainer: Any) -> None:
     bad = trainer.records.nonfinite
     first = f" (first at step {bad['first']})" if bad else ""
     raise Diverged(
-        f"diverged: after {trainer.state.global_step} steps the loss or the weights are no numbers any more"
+        f"diverged: after {trainer.state.global_step} steps the loss or the weights are no longer numbers"
         f"{first}; lower train.learning_rate, or set train.max_grad_norm"
     )
 

@@ -309,7 +309,7 @@ def attempt_all(executor: ProcessPoolExecutor, tasks: list[Task]) -> Iterator[tu
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise RPSAError(
-            "a worker process was killed, perhaps for want of memory: lower matrix.parallel; the same command "
+            "a worker process was killed, perhaps for lack of memory: lower matrix.parallel; the same command "
             "goes on from what is finished"
         ) from None
     finally:

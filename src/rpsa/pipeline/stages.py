@@ -411,7 +411,7 @@ class EvaluateTask(Task):
     def run(self, folder: Path, progress: Progress) -> None:
         from rpsa.evaluation.run import evaluate
 
-        # the problems of this base's D_ref are no test of it, whatever the method
+        # the problems of this base's D_ref are not a test of it, whatever the method
         reference = reference_of(self.recipe, self.cell.base)
         options = task_options(self.recipe, reference.folder if reference else None)
         earlier = self.earlier_folders(folder)

@@ -30,7 +30,7 @@ def load_config(name: str, model: Model) -> Any:
     """The `transformers` config of a model in a recipe.
 
     Raises:
-        RPSAError: it is neither here nor to be had, or is broken.
+        RPSAError: it is neither here nor available, or is broken.
     """
     from transformers import AutoConfig
 

@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, gpu_memory: float = 80, gpus: Sequence[int] = (1, 
     """Plan a checked recipe for GPUs of `gpu_memory` GiB, with 1 GiB and 5% left to CUDA and fragmentation.
 
     Raises:
-        RPSAError: a model's config is not to be had, or the recipe's settings contradict each other.
+        RPSAError: a model's config is not available, or the recipe's settings contradict each other.
     """
     if not 0 < gpu_memory < math.inf or not gpus or min(gpus) < 1:
         raise RPSAError("--gpu-memory is GiB greater than 0, --gpus one or more numbers such as 1,2,4")

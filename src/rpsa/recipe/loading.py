@@ -108,7 +108,7 @@ def hygiene_problems(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def _values(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """All values that are no lists or mappings, with their paths."""
+    """All values that are not lists or mappings, with their paths."""
     if depth > 50:
         yield path, object()
     elif isinstance(value, dict):

@@ -146,7 +146,7 @@ def _method(name: str, own: Any) -> Any:
     if name not in WELL_KNOWN:
         if "paradigm" not in own:
             raise ValueError(
-                f"'{name}' is no well-known method and has no paradigm{did_you_mean(name, WELL_KNOWN)}"
+                f"'{name}' is not a well-known method and has no paradigm{did_you_mean(name, WELL_KNOWN)}"
             )
         return own
     merged = WELL_KNOWN[name] | own

@@ -77,7 +77,7 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
 
 
 def dataclass_problems(path: str, values: Mapping[str, Any], config: type) -> Iterator[str]:
-    """The keys of `values` that are no fields of the dataclass `config`, and values that its types do not admit."""
+    """The keys of `values` that are not fields of the dataclass `config`, and values that its types do not admit."""
     hints = get_type_hints(config)
     known = [field.name for field in fields(config)]
     for key, value in values.items():

@@ -2,7 +2,7 @@
 
 A claim says that one method does better than another. It is supported where the whole 95% interval of the difference
 is on its side, contradicted where it is on the other, and undecided where the interval holds 0: a difference that may
-be chance is no support.
+be chance is not support.
 """
 
 from collections.abc import Iterable, Sequence

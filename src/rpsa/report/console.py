@@ -251,7 +251,7 @@ def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
     table.add_column("relative drift", justify="right")
     table.add_column("elements changed", justify="right")
     for group, drift in audit["drift"]["groups"].items():
-        relative = drift["relative"]  # None where weights are no numbers
+        relative = drift["relative"]  # None where weights are not numbers
         shown = "–" if relative is None else f"{relative:.2e}"
         table.add_row(Text(printable(group)), shown, f"{drift['changed']:.1%}")
     console.print(table)

@@ -276,7 +276,7 @@ def given(trainer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     ]
     if not signatures:
         name = type(trainer).__name__
-        raise RPSAError(f"{name} is no trainer by itself: class MyTrainer({name}, SFTTrainer)")
+        raise RPSAError(f"{name} is not a trainer by itself: class MyTrainer({name}, SFTTrainer)")
     # a class in between may hand on what it is given
     named = next(one for one in signatures if "model" in one.parameters)
     known = {name: value for name, value in kwargs.items() if name in named.parameters}

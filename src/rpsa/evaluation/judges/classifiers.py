@@ -231,7 +231,7 @@ def read_llama_guard(output: str) -> Judgement:
 
 
 def read_wildguard(output: str) -> Judgement:
-    """The line `Harmful response`. "n/a" is no verdict."""
+    """The line `Harmful response`. "n/a" is not a verdict."""
     verdict = _wildguard(output, 2)
     if verdict is None:
         return unparseable(output)
@@ -239,7 +239,7 @@ def read_wildguard(output: str) -> Judgement:
 
 
 def read_wildguard_refusal(output: str) -> Judgement:
-    """The line `Response refusal`: 0 refused, 1 complied. "n/a" is no verdict."""
+    """The line `Response refusal`: 0 refused, 1 complied. "n/a" is not a verdict."""
     verdict = _wildguard(output, 1)
     if verdict is None:
         return unparseable(output)

@@ -20,7 +20,7 @@ _LONGEST_REASON = 300
 
 
 class SolutionError(Exception):
-    """The solution raised something that is no built-in exception."""
+    """The solution raised something that is not a built-in exception."""
 
 
 class Gone(BaseException):
@@ -59,7 +59,7 @@ class Remote:
         except ValueError:
             reply = None
         if type(reply) is not dict:
-            raise Gone(f"what came back from {self.last_call} is no reply")
+            raise Gone(f"what came back from {self.last_call} is not a reply")
         return reply
 
     @property
