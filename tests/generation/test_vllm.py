@@ -26,6 +26,7 @@ from rpsa.reference import ReferenceDataset
 from rpsa.tiny import reasoning_problems, tiny_model_dir
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.integration
 
 HEAD = 32
 ENGINE = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.3}

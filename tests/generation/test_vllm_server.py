@@ -93,6 +93,7 @@ def ends_within(seconds: float, pid_file: Path) -> bool:
     return not is_alive(pid_file)
 
 
+@pytest.mark.integration
 def test_it_serves_and_ends_with_its_generator(pid_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rpsa.generation.backends._is_installed", lambda package: True)
     generator = make_generator(BackendConfig("vllm", engine=ENGINE), FOLDER, TOKENIZER, lambda _: None)
@@ -115,6 +116,7 @@ def test_a_server_that_does_not_start_is_one_line(pid_file: Path) -> None:
         VLLMServerGenerator(FOLDER, TOKENIZER, {"tensor_parallel": 2})
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_it_does_not_outlive_a_process_that_is_ended(pid_file: Path, sent: signal.Signals) -> None:
     program = (

@@ -29,9 +29,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "script", ["plain_pytorch_loop.py", pytest.param("trl_script.py", marks=pytest.mark.integration)]
-)
+@pytest.mark.integration
+@pytest.mark.parametrize("script", ["plain_pytorch_loop.py", "trl_script.py"])
 def test_examples_run_and_move_nothing_frozen(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [

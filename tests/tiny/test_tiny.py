@@ -330,7 +330,9 @@ def _load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "base", [base if base == 0 else pytest.param(base, marks=pytest.mark.integration) for base in BASES]
+)
 def test_a_shipped_base_reasons_and_refuses_in_part(base, tokenizer):
     folder = tiny_model_dir(base)
     figures = measure(_load(folder), AutoTokenizer.from_pretrained(folder), evaluation_prompts(40))

@@ -495,6 +495,7 @@ def test_a_folder_without_a_card_is_one_line(tmp_path: Path) -> None:
 # In a run
 
 
+@pytest.mark.integration
 def test_a_run_gives_every_aligned_model_a_card(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(small_runs.RECIPE)

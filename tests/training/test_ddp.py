@@ -63,13 +63,9 @@ def test_two_ranks_train_as_one_process_in_every_way(tmp_path: Path) -> None:
     compare([case for case in ALL_CASES if case not in CASES], tmp_path)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("llama", "float32"),
-        pytest.param("qwen2", "float64", marks=pytest.mark.integration),
-        pytest.param("llama+lora", "float64", marks=pytest.mark.integration),
-    ],
+    ("kind", "dtype"), [("qwen2", "float64"), ("llama+lora", "float64"), ("llama", "float32")]
 )
 def test_a_checkpoint_of_four_ranks_goes_on_with_two(kind: str, dtype: str, tmp_path: Path) -> None:
     fisher = save_fisher(kind, dtype, tmp_path)

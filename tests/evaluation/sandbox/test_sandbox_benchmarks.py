@@ -349,6 +349,7 @@ def passed(suite: list[CodeProblem], write: Callable[[CodeProblem, int], str]) -
     return {verdict.id for verdict in grade_programs(programs, best_sandbox()) if verdict.passed}
 
 
+@pytest.mark.integration
 @needs_data
 @needs_sandbox
 def test_a_sample_of_the_original_humaneval(tmp_path: Path) -> None:
@@ -401,6 +402,7 @@ STRETCHED = (
 )
 
 
+@pytest.mark.integration
 @needs_data
 @needs_sandbox
 def test_an_empty_list_passes_none_of_those_that_numpy_let_pass() -> None:
