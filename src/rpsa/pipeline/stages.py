@@ -302,12 +302,10 @@ class PerturbationTask(Task):
 
 
 @dataclass(frozen=True)
-class AlignTask(Task):
-    """One cell's fine-tuning on safety data, plainly or with RPSA."""
+class CellTask(Task):
+    """What one run of the matrix or of a sweep needs for itself alone."""
 
     cell: Cell
-
-    stage: ClassVar[Stage] = "align"
 
     @property
     def name(self) -> str:
@@ -319,7 +317,14 @@ class AlignTask(Task):
 
     @property
     def place(self) -> str:
-        return f"align/{self.cell.id}"
+        return f"{self.stage}/{self.cell.id}"
+
+
+@dataclass(frozen=True)
+class AlignTask(CellTask):
+    """One cell's fine-tuning on safety data, plainly or with RPSA."""
+
+    stage: ClassVar[Stage] = "align"
 
     def needs(self) -> list[Task]:
         tasks = (reference_task(self.recipe, self.cell), fisher_task(self.recipe, self.cell))
@@ -369,24 +374,10 @@ class AlignTask(Task):
 
 
 @dataclass(frozen=True)
-class EvaluateTask(Task):
+class EvaluateTask(CellTask):
     """Answers of one cell's model to every evaluation prompt, graded; stored sample by sample."""
 
-    cell: Cell
-
     stage: ClassVar[Stage] = "evaluate"
-
-    @property
-    def name(self) -> str:
-        return self.cell.id
-
-    @property
-    def title(self) -> str:
-        return self.stage
-
-    @property
-    def place(self) -> str:
-        return f"evaluate/{self.cell.id}"
 
     @property
     def _left_out(self) -> ReferenceTask | None:
