@@ -152,6 +152,7 @@ def test_audit_reads_aloud(tmp_path: Path, changes: dict[str, Any], expected: st
     assert "25.0%" in result.stdout
 
 
+@pytest.mark.integration
 def test_tiny_train_writes_a_model(tmp_path: Path) -> None:
     result = invoke("tiny", "train", "--seed", "3", "--out", str(tmp_path / "base"), "--steps", "2")
     assert result.exit_code == 0, result.output

@@ -189,7 +189,7 @@ def renamed(results: list[RunResult]) -> list[RunResult]:
     ]
 
 
-@pytest.mark.parametrize("study", [False, True])
+@pytest.mark.parametrize("study", [False, pytest.param(True, marks=pytest.mark.integration)])
 def test_names_are_nothing_but_text(tmp_path: Path, study: bool) -> None:
     results = renamed(study_results(rates=(1e-4, 1e-3), seeds=(0,)) if study else demo_results())
     shown = [Shown(NAME, (b"<svg width='1pt'></svg>"), NAME, NAME)]
@@ -392,7 +392,13 @@ MOSTLY_ANSWERED = [
 
 
 @pytest.mark.parametrize("whose", ["lora", "original"])
-@pytest.mark.parametrize(("kind", "name", "rates"), MOSTLY_UNANSWERED)
+@pytest.mark.parametrize(
+    ("kind", "name", "rates"),
+    [
+        pytest.param(*case, marks=[pytest.mark.integration] if number % 2 else [])
+        for number, case in enumerate(MOSTLY_UNANSWERED)
+    ],
+)
 def test_where_most_responses_have_no_answer_no_rate_stands_alone_and_there_is_no_str(
     whose: str, kind: Any, name: str, rates: dict[str, float], tmp_path: Path
 ) -> None:
@@ -615,6 +621,7 @@ def test_json_in_a_script_element_cannot_end_it(text: str) -> None:
     assert json.loads(written) == {"text": text}
 
 
+@pytest.mark.integration
 def test_a_report_of_200_runs_stays_small(tmp_path: Path) -> None:
     results = with_samples(study_results(seeds=(0, 1))[:200], tmp_path, items=6, response="<long>" * 1_000)
     folder = _written(results, tmp_path)
