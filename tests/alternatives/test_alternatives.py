@@ -298,7 +298,9 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(map(str, way.values())))
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "llama+lora"])
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("qwen2", marks=pytest.mark.integration), "llama+lora"]
+)
 def test_resuming_is_bit_identical(kind: str, way: dict[str, Any], tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", kind, save_strategy="steps", save_steps=2, **way)
     resume = str(tmp_path / "whole" / "checkpoint-2")
@@ -456,6 +458,7 @@ def recipe(tmp_path: Path, *overrides: str) -> Any:
     return load_recipe(path, [f"output_dir={tmp_path / 'run'}", *overrides])
 
 
+@pytest.mark.integration
 def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
     from rpsa.pipeline import run, verify
     from rpsa.recipe.methods import WELL_KNOWN
@@ -487,14 +490,15 @@ def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
 def test_nothing_is_measured_that_an_alternative_does_not_use(tmp_path: Path) -> None:
     from rpsa.pipeline import run
 
-    folder = run(recipe(tmp_path, "matrix.methods=[fft, fft+l2sp]"))
+    unevaluated = "evaluate.tasks=[]"
+    folder = run(recipe(tmp_path, "matrix.methods=[fft, fft+l2sp]", unevaluated))
     assert not (folder / "reference").exists()
-    run(recipe(tmp_path, "matrix.methods=[fft, fft+l2sp, fft+rehearsal]"))
+    run(recipe(tmp_path, "matrix.methods=[fft, fft+l2sp, fft+rehearsal]", unevaluated))
     assert (folder / "reference").exists()
     assert not (folder / "fisher").exists()
     before = {p: p.stat().st_mtime_ns for p in (folder / "align").rglob("stage.json")}
     stronger = "matrix.methods={fft: , fft+l2sp: {alternatives: {penalty_strength: 2.0}}, fft+rehearsal: }"
-    run(recipe(tmp_path, stronger))
+    run(recipe(tmp_path, stronger, unevaluated))
     again = {p.parent.parent.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert again == {"fft+l2sp"}
 

@@ -329,6 +329,7 @@ def test_warmup_memory_is_what_is_alive(name: str, checkpointing: bool, dtype: s
     assert beside == pytest.approx(live.peak, rel=0.01)
 
 
+@pytest.mark.integration
 def test_a_warm_up_belongs_to_the_fisher_of_an_adapter() -> None:
     def stages(*settings: str) -> dict[str, SingleGpuStage]:
         overrides = [*TINY, "matrix.methods=[fft+rpsa, lora+rpsa]", "fisher.batch_size=8", *settings]
@@ -430,7 +431,13 @@ def test_steps_are_the_trainers(batch: int, accumulation: int, epochs: float, tm
     assert count_steps(args, 16, gpus=1).steps == trainer.state.max_steps == trainer.state.global_step
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (RECIPES / "tiny").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path.name, marks=[] if path.stem == "demo" else [pytest.mark.integration])
+        for path in sorted((RECIPES / "tiny").glob("*.yaml"))
+    ],
+)
 def test_every_tiny_recipe_has_a_plan(recipe: str) -> None:
     checked = load_recipe(RECIPES / "tiny" / recipe, [*TINY, "sweeps={}"])
     plan = make_plan(checked, gpus=[1])
