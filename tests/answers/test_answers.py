@@ -326,7 +326,9 @@ def test_math_is_graded_outside_of_the_main_thread_too():
         assert list(graded) == [True, False] * 4
 
 
-@pytest.mark.parametrize("tower", ["9^{9^{9^{9}}}", "10^{10^{10}}"])
+@pytest.mark.parametrize(
+    "tower", ["9^{9^{9^{9}}}", pytest.param("10^{10^{10}}", marks=pytest.mark.integration)]
+)
 def test_an_endless_power_hangs_nobody_in_any_thread(tower, monkeypatch, caplog):
     monkeypatch.setattr(equality, "CPU_SECONDS", 1)
     with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING):

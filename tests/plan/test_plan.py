@@ -71,6 +71,7 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
 }  # fmt: skip
+SHAPES = ["wide", pytest.param("deep", marks=pytest.mark.integration), "tied"]
 SEQUENCES, LENGTH, THOUGHT = 2, 48, 96
 
 
@@ -283,7 +284,7 @@ def test_the_memory_of_g_r_is_what_is_alive(lora: bool) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
     config = CONFIGS[name]
     model = real_model(config, "float32", lora=False)
@@ -306,7 +307,7 @@ def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_warmup_memory_is_what_is_alive(name: str, checkpointing: bool, dtype: str) -> None:
     config = CONFIGS[name]
     model = real_model(config, dtype, lora=True)

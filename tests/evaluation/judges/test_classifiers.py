@@ -347,6 +347,7 @@ for name, settings in (("llama-guard-3", {}), ("strongreject-finetuned", {"model
 """
 
 
+@pytest.mark.integration
 def test_a_gated_model_is_one_line_with_the_page_and_the_login(tmp_path: Path) -> None:
     folder = saved("strongreject-finetuned", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
