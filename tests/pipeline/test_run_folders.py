@@ -248,7 +248,7 @@ def test_what_was_finished_before_a_kill_is_put_in_its_place(
 # What verify knows
 
 
-UNTOUCHED_AND_FFT = ("reference", "align/fft", "evaluate/original", "evaluate/fft")
+UNTOUCHED_AND_FFT = ("align/fft", "evaluate/original", "evaluate/fft")
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +367,6 @@ def test_a_moved_run_on_another_machine_is_whole(
     assert copy.is_dir()
 
 
-@pytest.mark.integration
 def test_no_pickle_stays_and_two_runs_are_alike_to_the_bit(finished: Path, tmp_path: Path) -> None:
     again = run(recipe(tmp_path, "matrix.methods=[original, fft, lora]"))
     names = {p.relative_to(finished) for p in finished.rglob("*") if p.is_file()}
