@@ -297,7 +297,7 @@ def evaluated(
         subject = Subject(name, TOKENIZERS[name], lambda generator=generator: generator)
         folder = tmp_path_factory.mktemp("evaluated")
         results = evaluate(subject, Evaluate(tasks=TASKS), TaskOptions(data_dir=str(data_dir)), folder)
-        found[name] = results, generator, folder
+        found[name] = results.to_json(), generator, folder
     return found
 
 
@@ -528,7 +528,7 @@ def test_lm_evals_own_hugging_face_model_agrees(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     settings = Evaluate(tasks=["rpsa_strongreject"], temperature=0, max_new_tokens=12)
     subject = Subject(name, tokenizer, lambda: TransformersGenerator(model, tokenizer, thought=thought))
-    results = evaluate(subject, settings, TaskOptions(data_dir=str(data_dir)), tmp_path)
+    results = evaluate(subject, settings, TaskOptions(data_dir=str(data_dir)), tmp_path).to_json()
     ours = results["sets"]["attack"]["rpsa_strongreject"]
     asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=12)
     greedy = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 12}
