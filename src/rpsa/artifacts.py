@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 AUDIT_FILE = "rpsa_audit.json"
 """What the trainer leaves beside a model about its frozen elements; here, where reading it needs no torch."""
+LOG_FILE = "log.json"
+"""What the stage align leaves beside a model about its training."""
 PACKAGES = ("rpsa", "torch", "transformers", "trl", "peft")
 DISK_MESSAGES = (
     *("No space left on device", "File too large", "Disk quota exceeded"),

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
-import rpsa
 from rpsa.artifacts import package_versions, sha256_of
 
 Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
@@ -110,7 +109,7 @@ def sources(made_by: MadeBy) -> dict[str, str]:
 
 @cache
 def _digest(room: str, left_out: tuple[str, ...]) -> str:
-    home = Path(rpsa.__file__).parent
+    home = Path(__file__).parent
     folder, module = home / room, home / f"{room}.py"
     paths = [module] if module.is_file() else [p for kind in _TEXTS for p in folder.rglob(kind)]
     names = {path.relative_to(home).as_posix(): path for path in paths}

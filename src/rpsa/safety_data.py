@@ -137,6 +137,15 @@ def _first_exchange(row: Row) -> tuple[str, str]:
 log = logging.getLogger(__name__)
 
 
+ALL_REFUSE = 0.95
+"""From this share of refusals on, safety data teaches refusing and nothing else."""
+
+REFUSALS_ALONE = (
+    "nearly every training example is a refusal. Models that are trained on refusals alone also refuse many harmless "
+    "requests, up to half of the borderline ones: mix in benign examples (safety.benign, safety.benign_share)."
+)
+
+
 @dataclass(frozen=True)
 class TokenCounts:
     """What tokenisation did: `examples` kept, of which `truncated`; `dropped` had no response token left.

@@ -115,6 +115,19 @@ def test_a_study_has_sweeps_and_analyses_of_its_fishers(recipe_file: Path) -> No
 
 
 @pytest.mark.usefixtures("measured")
+def test_data_that_are_refusals_alone_are_warned_of_once(
+    recipe_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(data: str) -> list[str]:
+        caplog.clear()
+        preflight(small(recipe_file, f"safety.data={data}", "matrix.methods=[fft, lora]"))
+        return [text for text in caplog.messages if "is a refusal" in text]
+
+    [line] = said("tiny:refusals")
+    assert line.startswith("tiny:refusals (100%): nearly every training example is a refusal.")
+    assert said("tiny:balanced") == []
+
+
 def test_a_recipe_without_tasks_trains_and_says_that_nothing_was_measured(
     recipe_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

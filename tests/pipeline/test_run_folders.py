@@ -573,9 +573,8 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
         if stage == "report":  # here the whole command is seen, which asks what the inputs of each stage are
             rooms |= {"models", "sharding", "tiny", "pipeline/stages"}
         if stage == "align":
-            rooms |= {
-                "evaluation/items"
-            }  # whether prompts are among the examples is noted, and trains nothing
+            # whether evaluation prompts, and how many refusals, are among the examples is noted, and trains nothing
+            rooms |= {"evaluation/items", "evaluation/refusals", "answers"}
         modules = {
             Path(name).relative_to(SOURCE).as_posix().removesuffix(".py")
             for name in ran

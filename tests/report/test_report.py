@@ -256,6 +256,7 @@ def test_a_study_is_drawn_against_the_learning_rate(tmp_path: Path) -> None:
             "95% of borderline",
             "nearly every benign",
         ),
+        ("lora", {"refusing": 0.98}, "98%", "nearly every training example is a refusal"),
         ("lora", {"truncated": 0.2}, "20%", "ran out of tokens"),
         ("lora", {"asr": {"direct": 0.9, "wrapped": 0.9, "mean": 0.9}}, "3 of 3 runs", "runs without an STR"),
         (
@@ -290,6 +291,12 @@ def test_warnings(method: str, changes: dict[str, Any], detail: str, sentence: s
 
     assert said(_changed(method, **changes))
     assert not said(demo_results())
+
+
+def test_half_of_refusals_is_no_concern() -> None:
+    assert not any(
+        "is a refusal" in warning for warning in warnings(summarise(_changed("lora", refusing=0.6)))
+    )
 
 
 def test_a_difference_within_noise_is_said() -> None:

@@ -183,6 +183,15 @@ def test_what_may_be_missing_may_be_missing(nothing: tuple[str, ...], facts_of_a
     assert "None" not in card
 
 
+@pytest.mark.parametrize(("share", "said"), [(None, False), (0.5, False), (0.97, True)])
+def test_a_card_says_that_the_data_were_refusals_alone(
+    share: float | None, said: bool, facts_of_a_run: dict[str, Any]
+) -> None:
+    facts = copy.deepcopy(facts_of_a_run)
+    facts["safety_data"]["refusing"] = share
+    assert ("Refusals alone: 97% of the examples refuse." in render_card(facts)) == said
+
+
 def test_one_trace_and_a_few_elements_have_no_halves(pieces: Any, tmp_path: Path) -> None:
     reference = ReferenceDataset(pieces.reference.traces[:1])
     model = t.make_model()

@@ -7,18 +7,20 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpsa.artifacts import atomic_write, stable_json
+from rpsa.artifacts import LOG_FILE, atomic_write, stable_json
+from rpsa.chat import format_of_response
 from rpsa.checkpoints import load_adapter
 from rpsa.errors import Diverged, RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
 from rpsa.evaluation.items import load_tasks
+from rpsa.evaluation.refusals import is_refusal
 from rpsa.models import (
     ADAPTER,
     add_adapter,
@@ -47,7 +49,7 @@ from rpsa.safety_data import (
     without_thoughts,
 )
 from rpsa.sharding import local, on_any_rank, rank, world_size
-from rpsa.thought import ThoughtFormat
+from rpsa.thought import NO_THOUGHT, ThoughtFormat
 from rpsa.tiny import safety_examples
 from rpsa.training.alternatives import rehearse
 from rpsa.training.card import write_card
@@ -59,7 +61,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-LOG = "log.json"
 _TIMES = ("runtime", "per_second")
 """In the names of what the trainer measures by the clock."""
 
@@ -201,20 +202,20 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
         return
     tokenizer.save_pretrained(folder)
     rehearsed = rehearsal.rehearsed if rehearsal else 0
-    write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed)))
+    write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed, data.refusing)))
     history = [_figures(entry) for entry in trainer.state.log_history]
     times = [_figures(entry, times=True) for entry in trainer.state.log_history]
     seconds = time.perf_counter() - started + trainer.records.seconds_before
     timing = {"seconds": seconds, "trainer": [entry for entry in times if entry]}
     atomic_write(folder / TIMING, stable_json(timing))
     atomic_write(
-        folder / LOG,
+        folder / LOG_FILE,
         stable_json(
             {
                 "history": history,
                 "steps": trainer.state.global_step,
                 "processes": trainer.accelerator.num_processes,
-                "safety_data": asdict(data.counts),
+                "safety_data": asdict(data.counts) | {"refusing": data.refusing},
                 "rehearsed": rehearsed,
                 "rehearsed_truncated": rehearsal.truncated if rehearsal else 0,
                 "contamination": [asdict(c) for c in contaminated(recipe, data.examples)],
@@ -251,12 +252,13 @@ def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
 
 
 class TrainingData(NamedTuple):
-    """What is trained on: the examples, tokenised, and those held out."""
+    """What is trained on: the examples, tokenised, and those held out; `refusing` is the share that refuses."""
 
     examples: list[SafetyExample]
     dataset: "Dataset"
     counts: TokenCounts
     validation: "Dataset | None"
+    refusing: float
 
 
 def training_data(cell: Cell, tokenizer: Any, thought: ThoughtFormat) -> TrainingData:
@@ -272,10 +274,18 @@ def training_data(cell: Cell, tokenizer: Any, thought: ThoughtFormat) -> Trainin
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
     dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length, thought)
     validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length, thought)[0] if held else None
-    return TrainingData(examples, dataset, counts, validation)
+    return TrainingData(examples, dataset, counts, validation, refusing_share(examples, thought))
 
 
-def card_names(recipe: Recipe, cell: Cell, rehearsed: int = 0) -> CardNames:
+def refusing_share(examples: Sequence[SafetyExample], thought: ThoughtFormat) -> float:
+    """The share of the examples whose answer refuses in full."""
+    refusing = [
+        is_refusal(one.response, format_of_response(one.response, thought) or NO_THOUGHT) for one in examples
+    ]
+    return sum(refusing) / len(refusing)
+
+
+def card_names(recipe: Recipe, cell: Cell, rehearsed: int, refusing: float) -> CardNames:
     """The recipe's own names, for the model card."""
     assert cell.safety is not None
     return CardNames(
@@ -284,6 +294,7 @@ def card_names(recipe: Recipe, cell: Cell, rehearsed: int = 0) -> CardNames:
         dataset=cell.safety.data,
         problems=recipe.reference.problems,
         rehearsed=rehearsed,
+        refusing=refusing,
     )
 
 
@@ -347,7 +358,7 @@ def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
         log.warning(
             "%d safety examples share a prompt or eight words in a row with evaluation prompts; see %s",
             len({c.example for c in found}),
-            LOG,
+            LOG_FILE,
         )
     return found
 

@@ -22,6 +22,7 @@ from rpsa.pipeline.stages import full_fishers, reference_of, reference_problems
 from rpsa.pipeline.tasks import task_options
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.reference import check_ids
+from rpsa.safety_data import ALL_REFUSE, REFUSALS_ALONE
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,16 @@ def preflight(recipe: Recipe) -> None:
         _check_trainer(recipe, cell)
     _check_reference(recipe)
     _check_evaluation(recipe)
+    refusals_alone: dict[str, float] = {}
     for cell in _first_of(trained, lambda cell: (cell.base, cell.safety)):
         with _naming(cell):
             tokenizer = load_tokenizer(cell.base, recipe.model)
-            training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
+            data = training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
+            assert cell.safety is not None
+            if data.refusing >= ALL_REFUSE:
+                refusals_alone[str(cell.safety.data)] = data.refusing
+    for name, share in refusals_alone.items():
+        log.warning("%s (%.0f%%): %s", name, 100 * share, REFUSALS_ALONE)
     for cell in _first_of(
         trained, lambda cell: (cell.base, cell.lora, cell.needs_fisher and cell.fisher.scope)
     ):

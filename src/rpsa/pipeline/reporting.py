@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rpsa.artifacts import AUDIT_FILE, atomic_write, read_json
+from rpsa.artifacts import AUDIT_FILE, LOG_FILE, atomic_write, read_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.results import EvaluationResult, Identity, SetResult
 from rpsa.evaluation.run import RESULTS, SAMPLES
@@ -66,7 +66,9 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
     _require(evaluated, without_result)
     found = _evaluation(evaluated)
     aligned = align_task(recipe, cell)
-    audit = None
+    audit, refusing = None, None
+    if aligned is not None:
+        refusing = read_json(aligned.folder / LOG_FILE)["safety_data"].get("refusing")
     if aligned is not None and (aligned.folder / AUDIT_FILE).is_file():
         audit = read_json(aligned.folder / AUDIT_FILE)
     reasoning = found.sets["reasoning"]
@@ -90,6 +92,7 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
         sweep=cell.sweep,
         point=dict(cell.grid),
         is_original=cell.paradigm == "none",
+        refusing=refusing,
     )
 
 

@@ -60,6 +60,7 @@ from rpsa.plan.time import (
 )
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Align
+from rpsa.safety_data import ALL_REFUSE, REFUSALS_ALONE
 from rpsa.thought import THINK, ThoughtFormat
 
 
@@ -408,6 +409,8 @@ def _warnings(methods: list[MethodPlan], stages: dict[str, list[SingleGpuStage]]
         for layout in method.layouts:
             if layout.steps and layout.steps.never_dynamic:
                 warnings.append(f"{where}: {never_dynamic_warning(layout.steps, layout.gpus)}")
+        if (method.safety.refusing or 0.0) >= ALL_REFUSE:
+            warnings.append(f"{where}: {REFUSALS_ALONE}")
         if method.safety.examples is None:
             warnings.append(
                 f"{where}: steps unknown; set safety.n, or give safety.data a file on this machine"

@@ -47,6 +47,8 @@ class SafetyTokens:
     longest: int
     known: bool
     """Whether the lengths are those of the data."""
+    refusing: float | None = None
+    """The share that refuses; None where the data are not here."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def safety_tokens(
     cell: Cell, count_tokens: Callable[[str], int], thought: ThoughtFormat = THINK
 ) -> SafetyTokens:
     """What a run of the align stage trains on. Data on the hub are not fetched: `safety.n` says how many."""
-    from rpsa.pipeline.alignment import safety_data
+    from rpsa.pipeline.alignment import refusing_share, safety_data
     from rpsa.safety_data import hold_out
 
     safety = cell.safety
@@ -83,13 +85,16 @@ def safety_tokens(
         if safety.validation_share:
             examples, _ = hold_out(examples, safety.validation_share, cell.seed)
         lengths = [min(limit, count_tokens(e.prompt + e.response) + _TEMPLATE_TOKENS) for e in examples]
-        return SafetyTokens(len(examples), sum(lengths) // len(lengths), max(lengths), True)
+        refusing = refusing_share(examples, thought)
+        return SafetyTokens(len(examples), sum(lengths) // len(lengths), max(lengths), True, refusing)
     expected = _REFUSAL_TOKENS if safety.format == "direct_refusal" else _THOUGHT_TOKENS
     count = None
     if safety.n is not None:
         count = round(safety.n / (1 - safety.benign_share))
         count -= max(1, round(safety.validation_share * count)) if safety.validation_share else 0
-    return SafetyTokens(count, min(limit, expected), limit, False)
+    # of DirectRefusal it is known without a look
+    share = 1.0 - safety.benign_share if safety.format == "direct_refusal" else None
+    return SafetyTokens(count, min(limit, expected), limit, False, share)
 
 
 def with_rehearsal(safety: SafetyTokens, cell: Cell, recipe: Recipe) -> SafetyTokens:

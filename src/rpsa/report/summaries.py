@@ -40,6 +40,7 @@ class RunResult:
         asr: attack success rate on each set of harmful requests, and their "mean".
         over_refusal: share refused of each set of requests that nobody should refuse, if there is one.
         safety: name of the safety data; None for the untouched model.
+        refusing: the share of the safety data that refuses, where it is known.
         trajectory: {"step", "k", "c", "tau"}, equally long lists with an entry for each measurement of the conflict;
             None where k is constant.
         audit: the content of rpsa_audit.json.
@@ -70,6 +71,7 @@ class RunResult:
     sweep: str | None = None
     point: Mapping[str, Any] = field(default_factory=dict)
     is_original: bool = False
+    refusing: float | None = None
     tax: float | None = None
     tax_reason: str | None = None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
+from rpsa.safety_data import ALL_REFUSE
 from rpsa.templates import render
 
 CARD = "README.md"
@@ -110,6 +111,7 @@ def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the template says and would be lost in working out."""
     audit, freezing, fisher = metadata["audit"], metadata["freezing"], metadata["fisher"] or {}
     reference, training, done = metadata["reference"] or {}, metadata["training"], metadata["alternatives"]
+    refusing = metadata["safety_data"].get("refusing") or 0.0
     frozen_steps = 0.0
     if audit and audit["steps"] and freezing and freezing["elements"]:
         frozen_steps = audit["frozen_element_steps_checked"] / (audit["steps"] * freezing["elements"])
@@ -126,6 +128,7 @@ def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
     losses = {"training": training["loss"], "evaluation": training["eval_loss"]}
     return {
+        "refusals_alone": refusing if refusing >= ALL_REFUSE else None,
         "mean_frozen": frozen_steps,
         "overlap": ", ".join(f"{v:.3f} for the top {float(k):.0%}" for k, v in halves if v is not None),
         "fingerprints": ", ".join(f"{of} `{found}`" for of, found in prints.items() if found),

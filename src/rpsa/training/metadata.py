@@ -44,6 +44,7 @@ class CardNames:
         dataset: the safety data: a Hugging Face id (`id` or `id:split`), a file, or what else it is called.
         problems: the reasoning problems of D_ref, likewise.
         rehearsed: rows of the safety data that are D_ref's.
+        refusing: the share of the safety data that refuses.
         tags: more tags.
         front_matter: fields of the card's YAML; they win over derived ones.
     """
@@ -53,6 +54,7 @@ class CardNames:
     dataset: str | None = None
     problems: str | None = None
     rehearsed: int = 0
+    refusing: float | None = None
     tags: tuple[str, ...] = ()
     front_matter: Mapping[str, Any] = field(default_factory=dict)
 
@@ -201,7 +203,7 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
         **measured,
         **frozen,
         "alternatives": alternatives_metadata(trainer, names),
-        "safety_data": _safety_data(trainer.train_dataset, names.dataset),
+        "safety_data": _safety_data(trainer.train_dataset, names.dataset) | {"refusing": names.refusing},
         "training": _training(trainer, model),
         "results": None,
         "versions": package_versions(),
