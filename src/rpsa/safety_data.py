@@ -140,9 +140,13 @@ log = logging.getLogger(__name__)
 ALL_REFUSE = 0.95
 """From this share of refusals on, safety data teaches refusing and nothing else."""
 
+WHAT_REFUSALS_DO = (
+    "Models that are trained on refusals alone also refuse many harmless requests, up to half of "
+    "the borderline ones"
+)
 REFUSALS_ALONE = (
-    "nearly every training example is a refusal. Models that are trained on refusals alone also refuse many harmless "
-    "requests, up to half of the borderline ones: mix in benign examples (safety.benign, safety.benign_share)."
+    f"nearly every training example is a refusal. {WHAT_REFUSALS_DO}: mix in benign examples (safety.benign, "
+    "safety.benign_share)."
 )
 
 

@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from helpers.fisher_models import VOCABULARY
-from helpers.rank_runs import make_model, reference, sequences
+from helpers.rank_runs import QUIET, id_tokenizer, make_model, reference, sequences
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.parameters import trainable_parameters
 from rpsa.recipe.problems import installed_names
@@ -37,7 +35,6 @@ def opposed() -> ReferenceDataset:
 def make_trainer(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> AlternativesTrainer:
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     model = make_model(kind, dtype)
     fisher = estimate_fisher(model, reference().batches(4, None), FisherConfig(progress=False))
     arguments: dict[str, Any] = {
@@ -45,14 +42,7 @@ def make_trainer(
         "gradient_accumulation_steps": 2,
         "max_steps": 4,
         "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
+        **QUIET,
     }
     return AlternativesTrainer(
         model=model,
@@ -60,9 +50,7 @@ def make_trainer(
             **installed_names(arguments | settings, AlternativesConfig), output_dir=str(folder)
         ),
         train_dataset=safety_rows(40),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
+        processing_class=id_tokenizer(),
         fisher=fisher,
         reference_dataset=opposed(),
     )

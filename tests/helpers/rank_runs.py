@@ -44,26 +44,37 @@ def reference() -> ReferenceDataset:
     return ReferenceDataset([Trace(str(i), r[:2], r[2:], "", "stop", True) for i, r in enumerate(rows)])
 
 
+QUIET: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "activation_checkpointing": False,
+}
+"""Of every trainer in a test: on the CPU, with nothing on the screen or the disk that no test asks for."""
+
+
+def id_tokenizer() -> PreTrainedTokenizerFast:
+    """For data that are token ids already."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
 def make_trainer(kind: str, dtype: str, folder: Path, fisher: Path, **settings: Any) -> RPSATrainer:
     disable_progress_bars()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rows = sequences(40, seed=2)
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, -100, *row[2:]] for row in rows]})
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": GLOBAL_BATCH // ranks,
         "max_steps": 6,
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "adam_epsilon": 1e-6,  # a smaller one makes a step of what is rounding in a gradient that is nearly 0
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
+        **QUIET,
         "window": 2,
         "every": 1,
     }
@@ -71,9 +82,7 @@ def make_trainer(kind: str, dtype: str, folder: Path, fisher: Path, **settings: 
         model=make_model(kind, getattr(torch, dtype)),
         args=RPSAConfig(**installed_names(arguments | settings, RPSAConfig), output_dir=str(folder)),
         train_dataset=data,
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
+        processing_class=id_tokenizer(),
         fisher=fisher,
         reference_dataset=reference(),
     )

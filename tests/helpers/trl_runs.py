@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
+from helpers.rank_runs import QUIET
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.recipe.problems import installed_names
@@ -85,15 +86,8 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 8,
     "learning_rate": 1e-2,
     "weight_decay": 0.1,
-    "lr_scheduler_type": "constant",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
     "seed": 1,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "activation_checkpointing": False,
+    **QUIET,
 }
 SFT_SETTINGS = installed_names(SETTINGS, SFTConfig)
 

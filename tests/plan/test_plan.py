@@ -565,12 +565,10 @@ def test_a_model_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         (["safety.data=UCSC-VLAA/STAR-1", "safety.format=star1"], False),
     ],
 )
-def test_training_on_refusals_alone_is_warned_of(settings: list[str], warned: bool) -> None:
-    recipe = load_recipe(RECIPES / "tiny" / "demo.yaml", [*TINY, "matrix.methods=[fft]", *settings])
-    assert (
-        any("training example is a refusal" in text for text in make_plan(recipe, gpus=(1,)).warnings)
-        == warned
-    )
+def test_training_on_refusals_alone_is_warned_of_once(settings: list[str], warned: bool) -> None:
+    recipe = load_recipe(RECIPES / "tiny" / "demo.yaml", [*TINY, "matrix.methods=[fft, lora]", *settings])
+    said = [text for text in make_plan(recipe, gpus=(1,)).warnings if "training example is a refusal" in text]
+    assert [text.partition(":")[0] for text in said] == (["fft, lora"] if warned else [])
 
 
 def test_unknown_data_leaves_the_steps_unknown(tmp_path: Path) -> None:

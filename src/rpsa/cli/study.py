@@ -56,7 +56,7 @@ def sweep(
     The recipe is sweep.yaml in the run's folder; `rpsa run` takes it as any other.
     """
     with readable_errors():
-        from rpsa.recipe.loading import load_recipe, load_sweep, write_recipe
+        from rpsa.recipe.loading import load_sweep, write_recipe
 
         settings = [*(overrides or []), *([f"matrix.parallel={parallel}"] if parallel else [])]
         swept = load_sweep(recipe, over, settings, out)
@@ -65,7 +65,7 @@ def sweep(
         typer.echo(f"Recipe: {written}")
         from rpsa import pipeline
 
-        pipeline.run(load_recipe(written), keep_finished=keep_finished)
+        pipeline.run(swept, keep_finished=keep_finished)
 
 
 def plan(

@@ -78,6 +78,9 @@ if TYPE_CHECKING:
 
     from rpsa.evaluation.sandbox import Sandbox
 
+RESPONSES = "responses.jsonl"
+SAMPLES = "samples.jsonl"
+RESULTS = "results.json"
 JUDGEMENTS = "judgements"
 REFUSAL = "refusal"
 """The judge that is always there."""
@@ -161,11 +164,6 @@ def agreement(
     if all(None in (a.score, b.score) for a, b in zip(first, other, strict=True)):
         return {"judge": dict(second.identity), "kappa": None, "n": 0, "left_out": len(judged)}
     return {"judge": dict(second.identity), **asdict(judges_agree(first, other))}
-
-
-RESPONSES = "responses.jsonl"
-SAMPLES = "samples.jsonl"
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)

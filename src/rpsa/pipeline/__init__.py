@@ -86,9 +86,8 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
             summaries = report.write(new)
             write_manifest(new, report.stage, report.inputs(), report.place)
         render_console(summaries, missing=report.missing)
-        for name in recipe.sweeps:
-            if any(result.sweep == name for result in report.results.values()):
-                print(f"\nSweep {name}:\n")
-                render_sweep(sweep_points(list(report.results.values()), name))
+        for name, points in sweep_points(list(report.results.values())).items():
+            print(f"\nSweep {name}:\n")
+            render_sweep(points)
         print(f"\nReport: {report.folder / 'index.html'}")
     return report.missing

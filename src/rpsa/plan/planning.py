@@ -409,13 +409,12 @@ def _warnings(methods: list[MethodPlan], stages: dict[str, list[SingleGpuStage]]
         for layout in method.layouts:
             if layout.steps and layout.steps.never_dynamic:
                 warnings.append(f"{where}: {never_dynamic_warning(layout.steps, layout.gpus)}")
-        if (method.safety.refusing or 0.0) >= ALL_REFUSE:
-            warnings.append(f"{where}: {REFUSALS_ALONE}")
         if method.safety.examples is None:
             warnings.append(
                 f"{where}: steps unknown; set safety.n, or give safety.data a file on this machine"
             )
-    return warnings
+    alone = dict.fromkeys(m.method for m in methods if (m.safety.refusing or 0.0) >= ALL_REFUSE)
+    return warnings + ([f"{', '.join(alone)}: {REFUSALS_ALONE}"] if alone else [])
 
 
 def _advice(stage: str) -> str:

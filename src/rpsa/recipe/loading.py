@@ -152,13 +152,15 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise _as_error(origins, [problem])
     raw = _interpolate(raw, raw.get("data_dir"), origins, "")
     # `report:` with nothing below it means the section's defaults.
-    raw = {key: value for key, value in raw.items() if value is not None}
+    return _checked({key: value for key, value in raw.items() if value is not None}, origins)
+
+
+def _checked(raw: dict[str, Any], origins: "_Origins") -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise _as_error(origins, validation_problems(error, Recipe)) from None
-    problems = list(recipe_problems(recipe))
-    if problems:
+    if problems := list(recipe_problems(recipe)):
         raise _as_error(origins, problems)
     return recipe
 
@@ -192,15 +194,10 @@ def load_sweep(
     trained = {key: one for key, one in methods.items() if key not in untouched}
     raw["sweeps"] = raw.get("sweeps", {}) | {name: {"methods": trained, "over": axes}}
     raw["output_dir"] = str(folder)
+    origins = _Origins(path.name)
     if problem := next(hygiene_problems(raw), None):
-        raise RPSAError(f"{path.name}: {problem}")
-    try:
-        swept = Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise _as_error(_Origins(path.name), validation_problems(error, Recipe)) from None
-    if problems := list(recipe_problems(swept)):
-        raise _as_error(_Origins(path.name), problems)
-    return swept
+        raise _as_error(origins, [problem])
+    return _checked(raw, origins)
 
 
 def parse_over(over: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, list[Any]]:

@@ -1,7 +1,7 @@
 """Console tables: the report's, and what `rpsa evaluate`, `audit`, `sweep`, `fisher-map` and `perturb` print."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpsa.analysis.anatomy import Anatomy, Overlap
 from rpsa.analysis.perturbation import BoundedMean, Effect
@@ -12,19 +12,28 @@ from rpsa.report.tables import NONE, UNRELIABLE, main_table, marked, missing_lin
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import printable
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _table() -> "Table":
+    """Without rules: what prints here is read beside the log, and copied."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, header_style="bold")
+
 
 def render_console(
     summaries: Sequence[Summary], console: Any = None, missing: Mapping[str, str] | None = None
 ) -> None:
     """Print the table, what it lacks, and the warnings to a rich console (default: stdout)."""
     from rich.console import Console
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     console = console or Console()
     table = main_table(summaries)
     columns = [i for i, name in enumerate(table.header) if name == "95% interval" or name not in table.minor]
-    shown = RichTable(box=None, pad_edge=False, header_style="bold")
+    shown = _table()
     for index in columns:
         name = (
             printable(table.header[index])
@@ -46,12 +55,11 @@ def render_console(
 def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:
     """Print one Fisher's modules to a rich console (default: stdout), at one k or several."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console(highlight=False)
     first = at[0]
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _table()
     table.add_column("Module", no_wrap=True)
     for header in ("elements", "mean F", "F = 0"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -78,11 +86,10 @@ def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> No
 def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], console: Any = None) -> None:
     """Print how much the frozen sets of several Fishers have in common."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _table()
     table.add_column("Frozen sets")
     for header in ("k", "Jaccard", "by chance", "by chance, with each\nparameter's count"):
         table.add_column(header, justify="right")
@@ -100,10 +107,9 @@ def render_overlaps(overlaps: Mapping[tuple[str, str], Sequence[Overlap]], conso
 def render_effects(effects: Sequence[Effect], console: Any = None) -> None:
     """Print the means over the benchmarks, in percent, to a rich console (default: stdout)."""
     from rich.console import Console
-    from rich.table import Table
 
     console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _table()
     table.add_column("Scaled", no_wrap=True)
     for header in ("change", "accuracy", "above Fisher's"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -129,7 +135,6 @@ def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], 
     A point without summaries has failed.
     """
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console(highlight=False)
@@ -138,7 +143,7 @@ def render_sweep(points: Sequence[tuple[Mapping[str, str], Sequence[Summary]]], 
     settings = [key.rpartition(".")[2] for key in points[0][0]]
     columns = ["Method", *(["LR", "Safety data"] if several else []), "Reasoning ↑", "ASR ↓"]
     columns += [*(f"Refused\n{printable(name)} ↓" for name in refused), "STR ↓", "95% interval"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _table()
     for name in [*settings, *columns]:
         left = name in settings or name == "Method"
         table.add_column(Text(name), justify="left" if left else "right", no_wrap=left)
@@ -180,7 +185,6 @@ _SHOWN = ("refused", "partial", "truncated", "unparsed", "empty", "unjudged")
 def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
     """Print each set's figure with its 95% interval, and the rates that qualify it, in percent."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
@@ -188,7 +192,7 @@ def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
         if not sets:
             continue
         rates = [name for name in _SHOWN if name in METRICS[kind]]
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = _table()
         table.add_column(_TITLES[kind], no_wrap=True)
         for name in ("n", "%", "95% interval", *rates):
             table.add_column(name, justify="right", no_wrap=True)
@@ -227,7 +231,6 @@ def _figure(found: SetResult) -> tuple[str, str]:
 def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
     """Print the verdict, the drift of each module group and the course of k to a rich console (default: stdout)."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console(highlight=False)
@@ -246,7 +249,7 @@ def render_audit(audit: Mapping[str, Any], console: Any = None) -> None:
         console.print(f"k: {len(ks)} measurements, {min(ks):.3f} to {max(ks):.3f}, last {ks[-1]:.3f}.")
         if all(k == 0.5 for k in ks):
             console.print("k never left 0.5: the window of measurements was never full.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _table()
     table.add_column("Module group")
     table.add_column("relative drift", justify="right")
     table.add_column("elements changed", justify="right")

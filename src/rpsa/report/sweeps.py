@@ -158,22 +158,29 @@ _MODULES = {
 }
 
 
+Points = list[tuple[dict[str, str], list[Summary]]]
+"""Of a sweep: the swept settings as an axis shows them, and a summary of each method there."""
+
+
 def sweep_figures(results: Sequence[RunResult]) -> dict[str, Figure]:
     """A figure for each sweep by its name: the first setting along the axis, the others as columns."""
-    names = list(dict.fromkeys(result.sweep for result in results if result.sweep is not None))
-    return {name: _figure(sweep_points(results, name)) for name in names}
+    return {name: _figure(points) for name, points in sweep_points(results).items()}
 
 
-def sweep_points(results: Sequence[RunResult], name: str) -> list[tuple[dict[str, str], list[Summary]]]:
-    """The points of a sweep: the swept settings as an axis shows them, and a summary of each method there."""
-    swept = [result for result in results if result.sweep == name]
+def sweep_points(results: Sequence[RunResult]) -> dict[str, Points]:
+    """By the names of the sweeps that have a result."""
+    names = dict.fromkeys(result.sweep for result in results if result.sweep is not None)
+    return {name: _points([r for r in results if r.sweep == name], results) for name in names}
+
+
+def _points(swept: Sequence[RunResult], results: Sequence[RunResult]) -> Points:
     keys = max((list(result.point) for result in swept), key=len)
     points = dict.fromkeys(tuple(shown(r.point.get(key)) for key in keys) for r in swept)
     settings = [dict(zip(keys, values, strict=True)) for values in points]
     return [(point, _summaries(swept, results, point)) for point in settings]
 
 
-def _figure(points: Sequence[tuple[dict[str, str], list[Summary]]]) -> Figure:
+def _figure(points: Points) -> Figure:
     marks = [
         point_of(summary, values[0], ", ".join(values[1:]))
         for point, summaries in points

@@ -14,7 +14,7 @@ from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.errors import RPSAError
-from rpsa.safety_data import ALL_REFUSE
+from rpsa.safety_data import ALL_REFUSE, WHAT_REFUSALS_DO
 from rpsa.templates import render
 
 CARD = "README.md"
@@ -129,6 +129,7 @@ def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
     losses = {"training": training["loss"], "evaluation": training["eval_loss"]}
     return {
         "refusals_alone": refusing if refusing >= ALL_REFUSE else None,
+        "what_refusals_do": WHAT_REFUSALS_DO,
         "mean_frozen": frozen_steps,
         "overlap": ", ".join(f"{v:.3f} for the top {float(k):.0%}" for k, v in halves if v is not None),
         "fingerprints": ", ".join(f"{of} `{found}`" for of, found in prints.items() if found),
