@@ -6,6 +6,7 @@ LAYERS = [
     {"templates", "parameters", "artifacts", "rows", "prompts", "thought", "http"},
     {"provenance"},
     {"fisher"},
+    {"divergence"},
     {"freezing", "alternatives"},
     {"chat", "answers", "checkpoints"},
     {"generation"},
