@@ -28,9 +28,9 @@ class OriginalLogits:
 
     Attributes:
         ids_NK: int64, the most likely tokens, all of them where K = V.
-        logits_NK: float32, theirs.
-        normalizers_N: float32, log of the sum of all tokens' exp(logit).
-        others_N: float32, the same of the tokens that are not kept; -inf where K = V.
+        logits_NK: theirs, float32, or float64 where the model's are, as are the other two.
+        normalizers_N: log of the sum of all tokens' exp(logit).
+        others_N: the same of the tokens that are not kept; -inf where K = V.
     """
 
     ids_NK: Tensor
@@ -46,7 +46,7 @@ class OriginalLogits:
         kept = vocabulary if top is None else min(top, vocabulary)
         parts = []
         for chunk in _chunks(len(rows_N), vocabulary):
-            logits_CV = logits_RV.index_select(0, rows_N[chunk]).float()
+            logits_CV = _widened(logits_RV.index_select(0, rows_N[chunk]))
             if kept == vocabulary:
                 ids_CK = torch.arange(vocabulary, device=logits_CV.device).expand(len(logits_CV), -1)
             else:
@@ -71,7 +71,7 @@ class OriginalLogits:
 
 
 def forward_kl(original: OriginalLogits, logits_RV: Tensor, rows_N: Tensor) -> Tensor:
-    """KL(original || model) at each position, in nats: (N,) float32, differentiable once in the logits.
+    """KL(original || model) at each position, in nats: (N,), differentiable once in the logits.
 
     Its gradient is softmax(logits) - p at the tokens that were kept; it is 0, and so is the divergence, where the
     logits are the original's. The logits are kept as they are; the softmax is taken again in the backward pass.
@@ -83,14 +83,18 @@ def forward_kl(original: OriginalLogits, logits_RV: Tensor, rows_N: Tensor) -> T
 
 
 def squared_distance(original: OriginalLogits, logits_RV: Tensor, rows_N: Tensor) -> Tensor:
-    """Mean over the tokens that were kept of (logit - the original's)^2, (N,) float32 (DER: Buzzega et al., 2020)."""
-    logits_NK = logits_RV[rows_N[:, None], original.ids_NK].float()
+    """Mean over the tokens that were kept of (logit - the original's)^2, (N,) (DER: Buzzega et al., 2020)."""
+    logits_NK = _widened(logits_RV[rows_N[:, None], original.ids_NK])
     return (logits_NK - original.logits_NK).square().mean(dim=1)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
     size = max(1, _CHUNK_ELEMENTS // vocabulary)
     return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _masses(logits_CV: Tensor, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +119,7 @@ class _ForwardKL(torch.autograd.Function):
         ctx.save_for_backward(logits_RV, rows_N, ids_NK, logits_NK, normalizers_N, others_N)
         divergences = []
         for chunk in _chunks(len(rows_N), logits_RV.shape[1]):
-            logits_CV = logits_RV.index_select(0, rows_N[chunk]).float()
+            logits_CV = _widened(logits_RV.index_select(0, rows_N[chunk]))
             log_q_CK, log_q_others_C = _log_probs(logits_CV, ids_NK[chunk])
             log_p_CK = logits_NK[chunk] - normalizers_N[chunk, None]
             log_p_others_C = others_N[chunk] - normalizers_N[chunk]
@@ -129,7 +133,7 @@ class _ForwardKL(torch.autograd.Function):
         result_RV = torch.zeros_like(logits_RV)
         for chunk in _chunks(len(rows_N), logits_RV.shape[1]):
             ids_CK = ids_NK[chunk]
-            logits_CV = logits_RV.index_select(0, rows_N[chunk]).float()
+            logits_CV = _widened(logits_RV.index_select(0, rows_N[chunk]))
             log_q_CK, log_q_others_C = _log_probs(logits_CV, ids_CK)
             p_CK = (logits_NK[chunk] - normalizers_N[chunk, None]).exp()
             # d KL / d logit: q - p at a token that was kept, q (1 - p' / q') at another, p' and q' of all others

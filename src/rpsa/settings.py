@@ -22,6 +22,7 @@ FrozenMoments = Literal["zero", "raw"]
 ZeroFisher = Literal["trainable", "frozen"]
 PenaltyKind = Literal["fisher", "uniform"]
 ProjectionKind = Literal["agem", "signs"]
+AnchorRows = Literal["reference", "benign", "both"]
 
 T = TypeVar("T")
 
@@ -233,11 +234,41 @@ RESTORED_RATIO = Setting(
     at_most=1,
     refusal="{name} {value!r} is not between 0 and 1",
 )
+KL = Setting(
+    "kl",
+    0.0,
+    "Strength of an anchor: forward KL to the original model, a nat a token counting as much as one of the loss.",
+    at_least=0,
+    refusal="{name} {value!r} is negative, or no number",
+)
+DER = Setting(
+    "der",
+    0.0,
+    "Strength of an anchor: mean squared distance to the original model's logits.",
+    at_least=0,
+    refusal="{name} {value!r} is negative, or no number",
+)
+ANCHOR: Setting[AnchorRows] = Setting(
+    "anchor",
+    "reference",
+    "What kl and der are measured on: reference (D_ref), benign (rows to be complied with), or both.",
+    choices=get_args(AnchorRows),
+)
+ANCHOR_TOP: Setting[int | None] = Setting(
+    "anchor_top",
+    64,
+    "Of each distribution of the original, how many tokens are stored; None: all. LoRA stores nothing.",
+    above=0,
+    optional=True,
+    refusal="{name} is {value}: give 1 or more, or None",
+)
 
 FISHER: tuple[Setting[Any], ...] = (ESTIMATOR, PROBES, SEED, SCOPE, ON_NONFINITE, PRECISION)
 FREEZING: tuple[Setting[Any], ...] = (
     FROZEN_RATIO, WINDOW, EVERY, SIGMA_SCALE, MASK, GRADIENT_ONLY, FROZEN_MOMENTS, ZERO_FISHER, COMPACT, AUDIT,
 )  # fmt: skip
+ANCHORING: tuple[Setting[Any], ...] = (KL, DER, ANCHOR, ANCHOR_TOP)
+"""Goes together with freezing."""
 ALTERNATIVES: tuple[Setting[Any], ...] = (
-    PENALTY, PENALTY_STRENGTH, PROJECTION, REHEARSAL_SHARE, INTERPOLATION, RESTORED_RATIO,
+    PENALTY, PENALTY_STRENGTH, PROJECTION, REHEARSAL_SHARE, INTERPOLATION, RESTORED_RATIO, *ANCHORING,
 )  # fmt: skip

@@ -294,6 +294,8 @@ WAYS: list[dict[str, Any]] = [
     {"projection": "agem"},
     {"projection": "signs"},
     {"interpolation": 0.5, "restored_ratio": 0.3},
+    {"kl": 1.0},
+    {"der": 1.0, "anchor_top": 3},
 ]
 
 
@@ -479,7 +481,8 @@ def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
         card = (folder / "README.md").read_text()
         assert ("instead of freezing" in card) == (name in names), card
         assert ("Where the Fisher information comes from" in card) == name.endswith(("ewc", "restored"))
-        assert ("Where the reasoning data comes from" in card) == name.endswith(("agem", "sign_projection"))
+        on_traces = ("agem", "sign_projection", "+kl", "+der")
+        assert ("Where the reasoning data comes from" in card) == name.endswith(on_traces)
     full = [print_ for name, print_ in fingerprints.items() if name.startswith("fft")]
     assert len(set(full)) == len(full)
     # in LoRA, whose A has no Fisher at the start, and whose B starts at 0, every one does something, too
@@ -523,14 +526,21 @@ def test_what_training_refuses_is_known_before_anything_runs(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "reference").exists()
 
 
-def test_freezing_goes_with_rehearsal_alone(tmp_path: Path) -> None:
+def test_freezing_goes_with_rehearsal_and_anchors_alone(tmp_path: Path) -> None:
     both = "matrix.methods={fft+rpsa: {alternatives: {rehearsal_share: 0.25}}}"
     [cell] = recipe(tmp_path, both).cells()
     assert cell.align is not None
     assert cell.alternatives.rehearsal_share == 0.25
-    with pytest.raises(RPSAError, match=r"fft\+rpsa: only rehearsal_share goes together with align"):
+    [cell] = recipe(tmp_path, "matrix.methods={fft+rpsa: {alternatives: {kl: 0.5}}}").cells()
+    assert cell.align is not None
+    assert cell.alternatives.anchoring == {"kl": 0.5, "der": 0.0, "anchor": "reference", "anchor_top": 64}
+    with pytest.raises(
+        RPSAError, match=r"fft\+rpsa: only rehearsal_share, kl and der go together with align"
+    ):
         recipe(tmp_path, "matrix.methods={fft+rpsa: {alternatives: {penalty: fisher}}}")
-    with pytest.raises(RPSAError, match=r"fft\+rpsa: only rehearsal_share goes together with align"):
+    with pytest.raises(
+        RPSAError, match=r"fft\+rpsa: only rehearsal_share, kl and der go together with align"
+    ):
         recipe(
             tmp_path,
             both,
@@ -560,6 +570,11 @@ def test_freezing_goes_with_rehearsal_alone(tmp_path: Path) -> None:
         ),
         ("{fft+ewc: {alternatives: {penalty: null}}}", "matrix.methods.fft+ewc.alternatives: does nothing"),
         ("{fft+ewc: {alternatives: {penalty: fishr}}}", "did you mean 'fisher'?"),
+        (
+            "{fft+ewc: {alternatives: {anchor: benign}}}",
+            "alternatives.anchor: of no anchor; set kl or der, too",
+        ),
+        ("{mine: {paradigm: fft, alternatives: {anchor_top: 3}}}", "mine.alternatives: does nothing"),
     ],
 )
 def test_an_alternative_that_would_do_nothing_is_one_line(tmp_path: Path, methods: str, message: str) -> None:

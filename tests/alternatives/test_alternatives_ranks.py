@@ -29,7 +29,8 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: f
         assert difference <= most, (name, float(difference))
 
 
-WAYS = [{"penalty": "fisher"}, {"projection": "agem"}, {"projection": "signs"}, {"restored_ratio": 0.5}]
+WAYS = [{"penalty": "fisher"}, {"projection": "agem"}, {"projection": "signs"}, {"restored_ratio": 0.5},
+        {"kl": 1.0, "anchor_top": 3}, {"der": 0.5}]  # fmt: skip
 
 
 def through_the_trainer(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -51,6 +52,7 @@ def test_ddp_through_the_trainer(tmp_path: Path) -> None:
 SHARDED_WAYS: list[dict[str, Any]] = [
     {"penalty": "fisher", "interpolation": 0.5},
     {"projection": "agem", "restored_ratio": 0.5},
+    {"kl": 1.0, "der": 0.1},
 ]
 
 

@@ -354,8 +354,8 @@ def test_a_shipped_base_is_small_and_what_its_info_says(base):
 
 
 def test_a_base_that_is_not_shipped():
-    with pytest.raises(RPSAError, match="ships 0, 1, 2, not 3"):
-        tiny_model_dir(3)
+    with pytest.raises(RPSAError, match="ships 0, 1, 2, 3, 4, 5, not 6"):
+        tiny_model_dir(6)
 
 
 def test_training_repeats_itself_and_writes_a_whole_folder(tmp_path):

@@ -9,7 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,10 +67,11 @@ _TIMES = ("runtime", "per_second")
 
 @dataclass(frozen=True)
 class Groundwork:
-    """Folders of what was measured on a cell's base; None where the cell does not need it."""
+    """Folders of what was measured on a cell's base, and what else its trainer takes; None where it needs it not."""
 
     fisher: Path | None = None
     reference: Path | None = None
+    benign: "Dataset | None" = None
 
 
 def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: Any) -> Any:
@@ -87,7 +88,11 @@ def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: A
     trainer_class: Any = ResumableSFTTrainer
     if not _is_plain(cell):
         trainer_class = RPSATrainer if cell.align else AlternativesTrainer
-        common |= {"fisher": groundwork.fisher, "reference_dataset": groundwork.reference}
+        common |= {
+            "fisher": groundwork.fisher,
+            "reference_dataset": groundwork.reference,
+            "benign_dataset": groundwork.benign,
+        }
     with refusals_of_trl(cell):
         trainer = trainer_class(model=starting_model(recipe, cell, groundwork), **common)
     trainer.remove_callback(PrinterCallback)
@@ -115,6 +120,7 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
     with refusals_of_trl(cell):
         if cell.align is not None:
             own = cell.align.model_dump() | {"compact": bool(cell.align.compact)}
+            own |= cell.alternatives.anchoring if cell.alternatives else {}
             made = RPSAConfig(**arguments, **own, **longest)
             if cell.align.compact is None:
                 made.compact = _may_be_compact(made)
@@ -170,7 +176,8 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
     started = time.perf_counter()
     transformers.set_seed(cell.seed)
     tokenizer = load_tokenizer(cell.base, recipe.model)
-    data = training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
+    thought = thought_of(tokenizer, recipe.model)
+    data = training_data(cell, tokenizer, thought)
     dataset = data.dataset
     rehearsal = None
     if cell.alternatives and cell.alternatives.rehearsal_share:
@@ -178,6 +185,8 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
         traces, share = ReferenceDataset.load(groundwork.reference), cell.alternatives.rehearsal_share
         rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
         dataset = rehearsal.dataset
+    if cell.alternatives and cell.alternatives.has_anchor and cell.alternatives.anchor != "reference":
+        groundwork = replace(groundwork, benign=complying_rows(cell, data, tokenizer, thought))
     trainer = make_trainer(
         recipe,
         cell,
@@ -277,12 +286,30 @@ def training_data(cell: Cell, tokenizer: Any, thought: ThoughtFormat) -> Trainin
     return TrainingData(examples, dataset, counts, validation, refusing_share(examples, thought))
 
 
+def complying_rows(cell: Cell, data: TrainingData, tokenizer: Any, thought: ThoughtFormat) -> "Dataset":
+    """The examples that do not refuse, tokenised.
+
+    Raises:
+        RPSAError: all of them refuse.
+    """
+    assert cell.safety is not None
+    complying = [one for one in data.examples if not _refuses(one, thought)]
+    if not complying:
+        raise RPSAError(
+            f"{cell.id}: alternatives.anchor: the safety data have no row that complies; mix in benign examples "
+            "(safety.benign, safety.benign_share), or anchor on reference"
+        )
+    return tokenize_safety_data(complying, tokenizer, cell.safety.max_length, thought)[0]
+
+
 def refusing_share(examples: Sequence[SafetyExample], thought: ThoughtFormat) -> float:
     """The share of the examples whose answer refuses in full."""
-    refusing = [
-        is_refusal(one.response, format_of_response(one.response, thought) or NO_THOUGHT) for one in examples
-    ]
+    refusing = [_refuses(one, thought) for one in examples]
     return sum(refusing) / len(refusing)
+
+
+def _refuses(example: SafetyExample, thought: ThoughtFormat) -> bool:
+    return is_refusal(example.response, format_of_response(example.response, thought) or NO_THOUGHT)
 
 
 def card_names(recipe: Recipe, cell: Cell, rehearsed: int, refusing: float) -> CardNames:

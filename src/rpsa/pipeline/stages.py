@@ -30,7 +30,7 @@ from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_ident
 from rpsa.progress import Progress, no_progress
 from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import Fisher
+from rpsa.recipe.sections import Alternatives, Fisher
 from rpsa.sharding import rank, world_size
 
 if TYPE_CHECKING:
@@ -236,6 +236,11 @@ def _fisher_settings(fisher: Fisher) -> dict[str, Any]:
     return settings
 
 
+def _alternatives_settings(alternatives: Alternatives) -> dict[str, Any]:
+    """Without those of an anchor where there is none: runs were made before there was a choice."""
+    return alternatives.model_dump(exclude=set() if alternatives.has_anchor else set(alternatives.anchoring))
+
+
 @dataclass(frozen=True)
 class FisherMapTask(Task):
     """Fig. 1 and 2 of all bases whose full Fisher is measured."""
@@ -348,10 +353,11 @@ class AlignTask(CellTask):
         if cell.alternatives:
             reference = reference_task(self.recipe, cell) if cell.alternatives.needs_reference else None
             longest = self.recipe.reference.reference_max_length
+            has_cut = cell.alternatives.projection is not None or cell.alternatives.has_anchor
             inputs |= {
-                "alternatives": cell.alternatives.model_dump(),
+                "alternatives": _alternatives_settings(cell.alternatives),
                 "reference": reference.result() if reference else None,
-                "reference_max_length": longest if cell.alternatives.projection is not None else None,
+                "reference_max_length": longest if has_cut else None,
             }
         if cell.safety.benign and cell.safety.benign_share:
             benign = source_identity(cell.safety.benign, "safety")

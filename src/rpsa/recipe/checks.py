@@ -37,6 +37,10 @@ _NOT_BELOW_ZERO = (
 )
 
 
+_BESIDE = {"penalty_strength", "anchor", "anchor_top"}
+"""Settings of alternatives that do nothing alone."""
+
+
 def recipe_problems(recipe: Recipe) -> Iterator[str]:
     """One `path: problem` line for each mistake, the cheap checks first."""
     if not recipe.bases:
@@ -130,18 +134,28 @@ def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
             continue
         if method.paradigm == "none":
             yield f"{path}.alternatives: the untouched model is not trained; take it out"
-        elif not chosen.does_something and not (chosen.model_fields_set - {"penalty_strength"}) & varied:
+        elif (
+            not chosen.does_something
+            and not (chosen.model_fields_set - {"penalty_strength", "anchor", "anchor_top"}) & varied
+        ):
             yield f"{path}.alternatives: does nothing; set penalty, projection, rehearsal_share, ... or take it out"
         elif "penalty_strength" in chosen.model_fields_set and chosen.penalty is None:
             yield f"{path}.alternatives.penalty_strength: of no penalty; set penalty, too"
+        elif (name := next(iter({"anchor", "anchor_top"} & chosen.model_fields_set), None)) and not (
+            chosen.has_anchor or {"kl", "der"} & varied
+        ):
+            yield f"{path}.alternatives.{name}: of no anchor; set kl or der, too"
     cells = [cell for cell in recipe.cells() if cell.alternatives]
     both = [
         cell.method
         for cell in cells
-        if cell.align and cell.alternatives and cell.alternatives.changes_training
+        if cell.align and cell.alternatives and cell.alternatives.replaces_freezing
     ]
     for name in dict.fromkeys(both):
-        yield f"{name}: only rehearsal_share goes together with align; take the other alternatives, or align, out"
+        yield (
+            f"{name}: only rehearsal_share, kl and der go together with align; take the other alternatives, or align, "
+            "out"
+        )
     if recipe.reference.problems is None:
         for name in dict.fromkeys(cell.method for cell in cells if cell.needs_reference and not cell.align):
             yield f"reference.problems: missing; {name} needs the model's own reasoning"

@@ -90,6 +90,8 @@ VARIANTS: dict[str, Variant] = {
     "sign_projection": _instead(
         "g_S without elements whose sign opposes g_R", (4, 1, 45), projection="signs"
     ),
+    "kl": _instead("an anchor: forward KL to the original on D_ref", (3, 1, 0), kl=1.0),
+    "der": _instead("an anchor: the original's logits on D_ref", (3, 1, 180), der=0.1),
     "interpolation": _instead("half of the way back", (6, 1, 0), interpolation=0.5),
     "restored": _instead("after training, 60% of the elements put back", (5, 0, 36), restored_ratio=0.6),
 }

@@ -234,7 +234,7 @@ def _words(hint: Any) -> Iterator[str]:
 _TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"  # a file for each, and for each group
 # What comes with the package, by kind. Anything else is a file, a folder or a Hugging Face id.
 SHIPPED = {
-    "model": ("tiny:0", "tiny:1", "tiny:2"),
+    "model": tuple(f"tiny:{base}" for base in range(6)),
     "problems": ("tiny",),
     "safety": ("tiny:refusals", "tiny:balanced"),
     "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),

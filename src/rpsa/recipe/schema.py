@@ -228,7 +228,8 @@ def concerns(key: str, method: Method) -> bool:
         return method.align is not None or bool(method.alternatives and method.alternatives.needs_fisher)
     if section == "alternatives":
         own = method.alternatives.model_fields_set if method.alternatives else set()
-        return name in own or (name == "penalty_strength" and "penalty" in own)
+        beside = {"penalty_strength": {"penalty"}, "anchor": {"kl", "der"}, "anchor_top": {"kl", "der"}}
+        return name in own or bool(beside.get(name, set()) & own)
     return section != "lora" or method.paradigm == "lora"
 
 

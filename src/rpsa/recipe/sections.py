@@ -62,7 +62,7 @@ def _thought(value: Any) -> Any:
 
 
 class Model(Section):
-    """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:2`; `matrix.bases`: several.
+    """The model to align. `name`: a Hugging Face id, a folder, or `tiny:0` to `tiny:5`; `matrix.bases`: several.
 
     `generation_dtype`: of the weights while they generate; by default bfloat16 on a GPU and `dtype` on a CPU.
     `thought`: what sets its thoughts apart from its answers, "auto" as its chat template says, "none", or the words.
@@ -159,12 +159,14 @@ class Align(Section):
 
 
 class Alternatives(Section):
-    """What a method does instead of freezing: for comparison. Only rehearsal goes together with `align`.
+    """What a method does instead of freezing, or beside it: rehearsal and an anchor go together with `align`.
 
     `penalty`: `fisher` (EWC) or `uniform` (L2-SP), on what moves away from the start. `projection`: what of the
     safety gradient opposes the reasoning gradient is taken out of it at every step. `rehearsal_share`: of the rows
     that are trained on, how many are D_ref's. After training, `interpolation` 0 is the model before it, and
-    `restored_ratio` the share k of elements, by Fisher, that goes back to where it was.
+    `restored_ratio` the share k of elements, by Fisher, that goes back to where it was. `kl` and `der` are strengths
+    of an anchor to the original model's distributions on D_ref (`anchor: reference`), on the safety data's rows that
+    comply (`benign`), or on `both`, of which `anchor_top` tokens a position are stored.
     """
 
     penalty: settings.PenaltyKind | None = settings.PENALTY.default
@@ -173,6 +175,10 @@ class Alternatives(Section):
     rehearsal_share: Annotated[float, within(settings.REHEARSAL_SHARE)] = settings.REHEARSAL_SHARE.default
     interpolation: Annotated[float, within(settings.INTERPOLATION)] = settings.INTERPOLATION.default
     restored_ratio: Annotated[float, within(settings.RESTORED_RATIO)] = settings.RESTORED_RATIO.default
+    kl: Annotated[float, within(settings.KL)] = settings.KL.default
+    der: Annotated[float, within(settings.DER)] = settings.DER.default
+    anchor: settings.AnchorRows = settings.ANCHOR.default
+    anchor_top: Annotated[int, within(settings.ANCHOR_TOP)] | None = settings.ANCHOR_TOP.default
 
     @property
     def needs_fisher(self) -> bool:
@@ -180,7 +186,17 @@ class Alternatives(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return self.projection is not None or self.rehearsal_share > 0
+        anchored = self.has_anchor and self.anchor != "benign"
+        return self.projection is not None or self.rehearsal_share > 0 or anchored
+
+    @property
+    def has_anchor(self) -> bool:
+        return self.kl > 0 or self.der > 0
+
+    @property
+    def anchoring(self) -> dict[str, Any]:
+        """The settings of the anchor, for a trainer."""
+        return self.model_dump(include={setting.name for setting in settings.ANCHORING})
 
     @property
     def does_something(self) -> bool:
@@ -189,6 +205,11 @@ class Alternatives(Section):
     @property
     def changes_training(self) -> bool:
         """Whether anything but the data is different."""
+        return self.replaces_freezing or self.has_anchor
+
+    @property
+    def replaces_freezing(self) -> bool:
+        """Whether it cannot go together with `align`."""
         changing = (settings.PENALTY, settings.PROJECTION, settings.INTERPOLATION, settings.RESTORED_RATIO)
         return any(getattr(self, setting.name) != setting.default for setting in changing)
 

@@ -1,4 +1,4 @@
-"""The embedded reasoning model: a tiny world, three trained bases, and how to train another.
+"""The embedded reasoning model: a tiny world, six trained bases, and how to train another.
 
 Everything runs on a laptop's CPU in seconds and is harmless in content: a harmful request is one for a toy plan.
 """

@@ -24,6 +24,7 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import refuse_engines
 from rpsa.training.config import (
+    AnchorArguments,
     check_own_fields,
     declared,
     refuse_order,
@@ -86,7 +87,7 @@ def rehearse(
 
 
 @dataclass
-class AlternativesArguments:
+class AlternativesArguments(AnchorArguments):
     """What `AlternativesMixin` reads; put it before any `TrainingArguments` subclass.
 
     Raises:
@@ -106,6 +107,7 @@ class AlternativesArguments:
 
     def __post_init__(self) -> None:
         check_own_fields(self, AlternativesArguments)
+        self.check_anchor()
         for setting in settings.ALTERNATIVES:
             if setting is not settings.REHEARSAL_SHARE:  # which changes the data
                 settings.check(setting, getattr(self, setting.name))
@@ -133,7 +135,8 @@ class AlternativesMixin(ReasoningMixin):
 
     Args:
         fisher: scores of the trainable parameters, or their folder; for `penalty: fisher` and `restored_ratio`.
-        reference_dataset: D_ref, or its folder; for `projection`.
+        reference_dataset: D_ref, or its folder; for `projection`, and for an anchor on it.
+        benign_dataset: as `ReasoningMixin`.
 
     The trainer's `args` must include `AlternativesArguments`.
 

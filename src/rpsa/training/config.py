@@ -33,7 +33,27 @@ def declared(setting: settings.Setting[Any]) -> Any:
 
 
 @dataclass
-class RPSAArguments:
+class AnchorArguments:
+    """What goes together with freezing and with every alternative to it: an anchor to the original model."""
+
+    kl: float = declared(settings.KL)
+    der: float = declared(settings.DER)
+    anchor: str = declared(settings.ANCHOR)
+    anchor_top: int | None = declared(settings.ANCHOR_TOP)
+
+    @property
+    def has_anchor(self) -> bool:
+        return self.kl > 0 or self.der > 0
+
+    def check_anchor(self) -> None:
+        """Raises RPSAError for what cannot be."""
+        check_fields(self, of=AnchorArguments)
+        for setting in settings.ANCHORING:
+            settings.check(setting, getattr(self, setting.name))
+
+
+@dataclass
+class RPSAArguments(AnchorArguments):
     """What `RPSAMixin` reads; put it before any `TrainingArguments` subclass, as `RPSAConfig` does with SFT's.
 
     Raises:
@@ -65,6 +85,7 @@ class RPSAArguments:
             except (ValueError, TypeError):
                 raise RPSAError(settings.FROZEN_RATIO.refused(self.frozen_ratio)) from None
         check_own_fields(self, RPSAArguments, but="frozen_ratio")
+        self.check_anchor()
         self.ratio()
         for setting in settings.FREEZING:
             settings.check(setting, getattr(self, setting.name))

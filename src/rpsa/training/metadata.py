@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import package_versions, sha256_of
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
-from rpsa.settings import INTERPOLATION, PENALTY, PROJECTION, RESTORED_RATIO
+from rpsa.settings import DER, INTERPOLATION, KL, PENALTY, PROJECTION, RESTORED_RATIO
 from rpsa.sharding import is_sharded, local
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
     }
 
 
-_DEFAULTS = {s.name: s.default for s in (PENALTY, PROJECTION, INTERPOLATION, RESTORED_RATIO)}
+_DEFAULTS = {s.name: s.default for s in (PENALTY, PROJECTION, INTERPOLATION, RESTORED_RATIO, KL, DER)}
 
 
 def alternatives_metadata(trainer: Any, names: CardNames) -> dict[str, Any] | None:
@@ -219,7 +219,8 @@ def alternatives_metadata(trainer: Any, names: CardNames) -> dict[str, Any] | No
     if settings == _DEFAULTS and not names.rehearsed:
         return None
     strength = trainer.args.penalty_strength if settings["penalty"] else None
-    return {**settings, "penalty_strength": strength, "rehearsed": names.rehearsed}
+    anchor = trainer.args.anchor if settings["kl"] or settings["der"] else None
+    return {**settings, "penalty_strength": strength, "anchor": anchor, "rehearsed": names.rehearsed}
 
 
 # The model and its training

@@ -1,6 +1,7 @@
 """Reasoning gradient: g_R of Eq. 6, computed by us and never through a trainer's `compute_loss`, which may be DPO's.
 
-`ReasoningMixin` is what every trainer that protects reasoning needs: a Fisher, D_ref, g_R, and the moment to act.
+`ReasoningMixin` is what every trainer that protects reasoning needs: a Fisher, D_ref, g_R, an anchor, and the moment
+to act.
 `warm_up` moves a LoRA adapter off its start, so that all of it has a Fisher (an option; section 3.2 measures at the
 start). There B is 0, so that the gradient of A is 0 and with it F of A: only B can be frozen. A few steps on the
 model's own responses, where the expected gradient is 0, move B without teaching the model much.
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError, check_type
@@ -22,6 +24,8 @@ from rpsa.fisher.log_probs import check_causal, evaluation_mode, response_log_pr
 from rpsa.fisher.samples import Samples, read_samples, refuse_foreign_ids
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import refuse_accelerator, refuse_model
+from rpsa.training.anchoring import Anchoring, anchor_rows
+from rpsa.training.passes import mean_backward, share_of_rank
 from rpsa.training.records import RecordsMixin, check_kept, given
 
 
@@ -30,27 +34,13 @@ def reasoning_backward(
 ) -> None:
     """Accumulate into `.grad` the gradient of the mean negative log-likelihood of a batch's response tokens.
 
-    Dropout is off and the global random state is left as it was, so that a run that measures the conflict
-    sees the same dropout as one that does not.
-
     Args:
         batch: this rank's part: `input_ids`, `attention_mask`, `labels` (B, T), right-padded, -100 = not a
             response token.
         micro_batch_size: sequences of one forward pass.
     """
     [samples] = read_samples([batch])
-    tokens = samples.response_lengths.sum().to(accelerator.device)
-    # DDP and FSDP average gradients over ranks; the token mean is over all of them: scaled by ranks / all tokens,
-    # the average of the ranks' sums is the sum over all tokens / all tokens
-    scale = accelerator.num_processes / accelerator.reduce(tokens, "sum").item()
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        evaluation_mode(model),
-    ):
-        for start in range(0, len(samples), micro_batch_size):
-            part = samples.select(range(start, min(start + micro_batch_size, len(samples))))
-            accelerator.backward(negative_log_likelihood(model, part, accelerator.device) * scale)
+    mean_backward(model, samples, negative_log_likelihood, accelerator, micro_batch_size)
 
 
 def negative_log_likelihood(model: nn.Module, samples: Samples, device: torch.device) -> torch.Tensor:
@@ -84,6 +74,9 @@ def warm_up(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rat
 class ReasoningMixin(RecordsMixin):
     """The base of `RPSAMixin` and `AlternativesMixin`: goes before a `Trainer` subclass, as they do.
 
+    Args:
+        benign_dataset: rows to be complied with, with the columns `input_ids` and `labels`; for an anchor on them.
+
     Raises:
         RPSAError: the model cannot be trained this way, or the Fisher does not fit it.
     """
@@ -95,6 +88,7 @@ class ReasoningMixin(RecordsMixin):
         *args: Any,
         fisher: FisherDiagonal | str | Path | None = None,
         reference_dataset: ReferenceDataset | str | Path | None = None,
+        benign_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         fisher, reference_dataset = _fisher(fisher), _reference(reference_dataset)
@@ -120,6 +114,10 @@ class ReasoningMixin(RecordsMixin):
             refuse_foreign_ids(self.model, "D_ref", tokens)
         self.fisher = fisher
         self.reference_dataset = reference_dataset
+        self.anchoring: Anchoring | None = None
+        if self.args.has_anchor:
+            self.anchoring = Anchoring(self, anchor_rows(self.args.anchor, reference_dataset, benign_dataset))
+            self.add_callback(self.anchoring)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._starts_elsewhere and not resume_from_checkpoint:
@@ -130,29 +128,30 @@ class ReasoningMixin(RecordsMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
+            if self.anchoring is not None:
+                self.anchoring.backward(self.state.global_step)
             self.on_gradients_complete()
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.anchoring is not None:
+            logs["alternatives/anchor"] = self.anchoring.value
+        super().log(logs, *args, **kwargs)
+
     def on_gradients_complete(self) -> None:
-        """g_S is in `.grad`, of all micro-batches and ranks; clipping and the optimizer's step come next."""
+        """g_S is in `.grad`, of all micro-batches and ranks, an anchor's part included; clipping comes next."""
         raise NotImplementedError
 
     def reasoning_backward(self, measurement: int) -> None:
         """Accumulate g_R of the `measurement`-th batch of D_ref, which has as many sequences as a step."""
         if self.reference_dataset is None:
             raise RPSAError("the reasoning gradient is measured on D_ref: give reference_dataset")
-        micro = self.args.per_device_train_batch_size
-        ours = micro * self.args.gradient_accumulation_steps
-        batch = self.reference_dataset.rotating_batch(
-            measurement, ours * self.accelerator.num_processes, self.args.reference_max_length
-        )
-        first = self.accelerator.process_index * ours
-        part = {key: batch[key][first : first + ours] for key in ("input_ids", "attention_mask", "labels")}
+        part = share_of_rank(self, self.reference_dataset, measurement)
         if measurement == 0:
-            [samples] = read_samples([part])
             with evaluation_mode(self.model_wrapped):
-                check_causal(self.model_wrapped, samples, self.accelerator.device)
-        reasoning_backward(self.model_wrapped, part, self.accelerator, micro)
+                check_causal(self.model_wrapped, part, self.accelerator.device)
+        micro = self.args.per_device_train_batch_size
+        mean_backward(self.model_wrapped, part, negative_log_likelihood, self.accelerator, micro)
 
 
 def _fisher(given: FisherDiagonal | str | Path | None) -> FisherDiagonal | None:

@@ -61,6 +61,7 @@ class RPSAMixin(ReasoningMixin):
     Args:
         fisher: scores of the model's trainable parameters, or the folder of saved ones.
         reference_dataset: D_ref, or its folder; needed unless the frozen ratio is a number.
+        benign_dataset: as `ReasoningMixin`.
 
     The trainer's `args` must include `RPSAArguments`.
 
