@@ -46,7 +46,7 @@ def test_ddp_through_the_trainer(tmp_path: Path) -> None:
     two = run_ranks(2, through_the_trainer, tmp_path / "two", tmp_path / "runs-2")
     for ours in two:
         for way, expected in zip(ours, alone, strict=True):
-            same(way, expected, 1e-9)
+            same(way, expected, 1e-8)
 
 
 SHARDED_WAYS: list[dict[str, Any]] = [
@@ -78,7 +78,7 @@ def test_fsdp2_through_the_trainer_and_resumed(tmp_path: Path) -> None:
     whole = run_ranks(2, through_fsdp2, tmp_path / "two", tmp_path / "runs-2", None)[0]
     resumed = run_ranks(2, through_fsdp2, tmp_path / "three", tmp_path / "runs-3", tmp_path / "runs-2")[0]
     for number in range(len(SHARDED_WAYS)):
-        same(whole[number], alone[number], 1e-9)
+        same(whole[number], alone[number], 1e-8)
         same(resumed[number], whole[number], 1e-12)
 
 
