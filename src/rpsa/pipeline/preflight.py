@@ -35,7 +35,7 @@ def preflight(recipe: Recipe) -> None:
         RPSAError: some of it will not work.
     """
     trained = [cell for cell in recipe.cells() if cell.paradigm != "none"]
-    settled = list(_first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives)))
+    settled = list(_first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives, _keeps(cell))))
     for cell in settled:
         _check_training(recipe, cell)
     for base in recipe.bases:
@@ -63,6 +63,10 @@ def preflight(recipe: Recipe) -> None:
             with _naming(cell):
                 _check_model(recipe, cell, scope)
     _check_analysis(recipe)
+
+
+def _keeps(cell: Cell) -> str | None:
+    return cell.safety.keep_best if cell.safety else None
 
 
 def _first_of(cells: Iterable[Cell], settings: Callable[[Cell], tuple[Any, ...]]) -> Iterator[Cell]:

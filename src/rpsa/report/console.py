@@ -10,7 +10,7 @@ from rpsa.evaluation.results import EvaluationResult, SetResult
 from rpsa.evaluation.scores import METRICS
 from rpsa.reasoning_loss import ReasoningLoss
 from rpsa.report.summaries import LOSSES, Summary
-from rpsa.report.tables import NONE, UNRELIABLE, loss_table, main_table, marked, missing_lines, percent
+from rpsa.report.tables import NONE, UNRELIABLE, loss_table, main_table, marked, missing_lines, nats, percent
 from rpsa.report.tables import Table as Entries
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import printable
@@ -241,8 +241,8 @@ def _loss_line(loss: ReasoningLoss) -> str:
     for name in LOSSES:
         value, interval = getattr(loss, name), loss_interval(loss, name)
         if value is not None:
-            bounds = f" ({interval.low:.4f} to {interval.high:.4f})" if interval else ""
-            parts.append(f"{name.upper()} {value:.4f}{bounds}")
+            bounds = f" ({nats(interval.low)} to {nats(interval.high)})" if interval else ""
+            parts.append(f"{name.upper()} {nats(value)}{bounds}")
     return f"Reasoning loss on {len(loss.traces)} held-out traces, nats per token: {', '.join(parts)}"
 
 

@@ -222,9 +222,14 @@ def _loss(summary: Summary, name: LossName) -> Entry:
     if found is None:
         return Entry(NONE)
     mean, interval = found
-    return Entry(
-        f"{mean:.4f}", note=f"{max(interval.low, 0.0):.4f} to {interval.high:.4f}" if interval else ""
-    )
+    low, high = interval or (None, None)
+    note = "" if low is None or high is None else f"{nats(max(low, 0.0))} to {nats(high)}"
+    return Entry(nats(mean), note=note)
+
+
+def nats(value: float) -> str:
+    """Three digits; float32 logits say nothing of what is below a millionth."""
+    return f"{value:.3g}" if value == 0 or value >= 1e-6 else "<1e-06"
 
 
 def rates_table(summaries: Sequence[Summary]) -> Table:
