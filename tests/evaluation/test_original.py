@@ -46,7 +46,6 @@ def test_the_original_has_a_divergence_of_0_and_another_base_has_not(traces: Pat
     assert original.kl == 0
     assert other.kl is not None
     assert other.kl > 1e-4
-    assert other.nll > original.nll
     alone = measured_loss(lambda: load_model("tiny:1", Model()), HeldOut(traces, None, 4096))
     assert alone is not None
     assert (alone.nll, alone.kl) == (other.nll, None)
