@@ -208,15 +208,10 @@ def _without_adapter(model: Any) -> Iterator[None]:
     if not hasattr(model, "peft_config"):
         yield
         return
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def put_back() -> None:
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
-            put_back()  # FSDP2 notes at the first pass what has a gradient, and keeps to it
             yield
     finally:
-        put_back()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

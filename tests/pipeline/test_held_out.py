@@ -13,7 +13,8 @@ from rpsa.pipeline import run
 from rpsa.pipeline.stages import HeldOutTask, held_out_problems, reference_problems, tasks_of
 from rpsa.recipe.sections import Reference
 from rpsa.reference import Problem, ReferenceDataset, load_held_out, load_problems
-from rpsa.tiny import FAMILIES, REFERENCE_FAMILIES
+from rpsa.tiny import FAMILIES, REFERENCE_FAMILIES, reasoning_problems
+from rpsa.tiny import held_out_problems as tiny_held_out_problems
 from rpsa.tiny.families import FRAMES
 
 WATCHING = ("train.eval_strategy=steps", "train.eval_steps=2", "safety.validation_share=0.2")
@@ -36,6 +37,15 @@ def test_held_out_problems_of_the_tiny_world_are_none_of_d_refs(seed: int) -> No
     assert not {question(problem) for problem in drawn} & {question(problem) for problem in held}
     assert not {problem.id for problem in drawn} & {problem.id for problem in held}
     assert {problem.family for problem in held} == set(REFERENCE_FAMILIES) < set(FAMILIES)
+
+
+def test_a_question_that_is_drawn_again_is_not_held_out() -> None:
+    drawn, held = (
+        reasoning_problems(1000, 0, "train", ["sort"]),
+        tiny_held_out_problems(1000, 0, 1000, ["sort"]),
+    )
+    assert len(held) == 1000
+    assert not {question(problem) for problem in drawn} & {question(problem) for problem in held}
 
 
 def test_held_out_problems_of_a_file_are_none_of_d_refs_as_far_as_there_are_any(
