@@ -45,6 +45,7 @@ _TRAINING = ("trl", "peft", "accelerate")
 _LOADING = ("models", "checkpoints", "thought", "rows", "tiny", "safety_data")
 _ASKING = ("generation", "chat", "prompts", *_LOADING)
 _MEASURING = ("fisher", "sharding", "parameters", "reference")
+_COMPARING = ("reasoning_loss", "divergence")
 _EVALUATING = ("answers", "evaluation", "-evaluation/command", *_ASKING)
 _CARD = ("training/card", "training/templates", "templates")
 _TEXTS = ("*.py", "*.txt", "*.jinja", "*.css", "*.js")
@@ -73,20 +74,29 @@ MADE_BY: dict[Stage, MadeBy] = {
         (
             # the text of a model card is not a result
             *("pipeline/stages", "pipeline/alignment", "training", *(f"-{module}" for module in _CARD)),
-            *("freezing", "alternatives", "chat", *_MEASURING, *_LOADING),
+            *("freezing", "alternatives", "chat", *_COMPARING, *_MEASURING, *_LOADING),
         ),
         ("log.json",),
     ),
     "evaluate": MadeBy(
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
-        ("pipeline/stages", *_EVALUATING),
+        (
+            "pipeline/stages",
+            *_COMPARING,
+            "sharding",
+            "reference",
+            "fisher/log_probs",
+            "fisher/samples",
+            *_EVALUATING,
+        ),
         ("responses.jsonl", "samples.jsonl", "results.json"),
     ),
     "report": MadeBy(
         ("rpsa", "numpy", "scipy", "matplotlib", "jinja2"),
         (
             *("pipeline/reporting", "report", "thought", *_CARD),
-            *("evaluation/statistics", "evaluation/scores", "evaluation/results"),
+            *("evaluation/statistics", "evaluation/scores", "evaluation/results", "evaluation/original"),
+            "reasoning_loss",
         ),
         ("results.json", "table.md", "index.html"),
     ),

@@ -55,6 +55,25 @@ def load_problems(
     return [_problem(row, str(i), prompt_style) for i, row in draw(list(enumerate(rows)), n, seed)]
 
 
+def load_held_out(
+    source: str | Path, n: int, seed: int, held_out: int, prompt_style: PromptStyle = "appendix_b"
+) -> list[Problem]:
+    """`held_out` problems drawn by `seed` from those that `load_problems` leaves, or as many as there are.
+
+    A problem that has the id or the prompt of another one comes once, and never if `load_problems` has drawn it.
+    """
+    drawn = load_problems(source, n, seed, prompt_style)
+    ids, prompts = {problem.id for problem in drawn}, {problem.prompt for problem in drawn}
+    left = []
+    for number, row in enumerate(read_rows(source, preferred_split="test")):
+        problem = _problem(row, str(number), prompt_style)
+        if problem.id not in ids and problem.prompt not in prompts:
+            left.append(problem)
+            ids.add(problem.id)
+            prompts.add(problem.prompt)
+    return draw(left, min(held_out, len(left)), seed)
+
+
 def _problem(row: Row, number: str, prompt_style: PromptStyle) -> Problem:
     if "problem" not in row.fields and "prompt" in row.fields:
         prompt = text_field(row, ["prompt"])
@@ -330,5 +349,6 @@ __all__ = [
     "ReferenceDataset",
     "Trace",
     "build_reference",
+    "load_held_out",
     "load_problems",
 ]

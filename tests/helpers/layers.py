@@ -11,6 +11,7 @@ LAYERS = [
     {"chat", "answers", "checkpoints"},
     {"generation"},
     {"reference", "safety_data"},
+    {"reasoning_loss"},
     {"training"},
     {"tiny"},
     {"recipe"},

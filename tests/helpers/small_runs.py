@@ -17,7 +17,7 @@ RPSA = [sys.executable, "-c", "from rpsa.cli import main; main()"]
 RECIPE = """
 version: 1
 name: small
-reference: {problems: tiny, n: 8, max_new_tokens: 48, batch_size: 8}
+reference: {problems: tiny, n: 8, held_out: 0, max_new_tokens: 48, batch_size: 8}
 fisher: {probes: 1, batch_size: 8}
 align: {frozen_ratio: dynamic, window: 2, every: 1}
 safety: {data: "tiny:refusals", n: 16, max_length: 128, validation_share: 0.0}

@@ -559,6 +559,7 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
         tmp_path,
         "matrix.methods=[original, fft, fft+rpsa, lora+rpsa, fft+ewc, fft+rehearsal]",
         "analysis={fisher_map: [0.6], perturb: {factors: [0.5], selections: [fisher, random], draws: 1}}",
+        *("reference.held_out=4", "train.eval_strategy=epoch", "safety.validation_share=0.2"),
     )
     for stage in STAGES:
         ran.clear()

@@ -15,7 +15,7 @@ from helpers.paths import RECIPES
 from rpsa.artifacts import folder_name
 from rpsa.errors import RPSAError
 from rpsa.pipeline.alignment import training_arguments
-from rpsa.pipeline.stages import fisher_task, tasks_of
+from rpsa.pipeline.stages import HeldOutTask, fisher_task, tasks_of
 from rpsa.provenance import STAGES
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
 from rpsa.recipe.loading import parse_yaml
@@ -450,7 +450,8 @@ def test_a_base_above_the_run_has_a_folder_in_it(tmp_path: Path) -> None:
     )
     for stage in STAGES[:-1]:
         for task in tasks_of(recipe, stage):
-            assert (recipe.folder / stage).resolve() in task.folder.resolve().parents
+            home = "held-out" if isinstance(task, HeldOutTask) else stage
+            assert (recipe.folder / home).resolve() in task.folder.resolve().parents
 
 
 @pytest.mark.parametrize(

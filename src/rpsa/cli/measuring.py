@@ -51,6 +51,14 @@ def evaluate(
             help="What sets thoughts apart: auto (the chat template), none, {open: ..., close: ...}."
         ),
     ] = "auto",
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Reasoning traces to measure the reasoning loss on (a run's held-out/)."),
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(help="The model before training, whose traces those are; of an adapter, its base."),
+    ] = None,
 ) -> None:
     """Measure one model: reasoning, attack success, over-refusal. What is stored in --out is not asked for again."""
     with readable_errors():
@@ -70,6 +78,8 @@ def evaluate(
                 tokenizer,
                 reference,
                 thought,
+                held_out,
+                original,
             )
         )
         render_evaluation(result)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rpsa.artifacts import folder_name, locked
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.original import HeldOut
 from rpsa.evaluation.results import EvaluationResult
 from rpsa.evaluation.run import (
     Subject,
@@ -24,6 +25,7 @@ from rpsa.models import check_model, said_model
 from rpsa.recipe.loading import hygiene_problems, parse_yaml
 from rpsa.recipe.problems import source_problem, validation_problems
 from rpsa.recipe.sections import Evaluate, Model
+from rpsa.settings import REFERENCE_MAX_LENGTH
 from rpsa.text import hide_credentials
 
 _QUICK = {"n": 20, "samples": 1, "max_new_tokens": 4096}
@@ -44,6 +46,8 @@ class EvaluateCommand:
     tokenizer: str | None = None
     reference: Path | None = None
     thought: str = "auto"
+    held_out: Path | None = None
+    original: str | None = None
 
 
 def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
@@ -60,6 +64,7 @@ def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
             raise RPSAError(f"--tasks: {problem}")
     if command.reference and not (command.reference / "traces.jsonl").is_file():
         raise RPSAError(f"--reference {command.reference}: holds no D_ref (there is no traces.jsonl)")
+    held_out = _held_out(command, model)
     quiet()
     reference = str(command.reference) if command.reference else None
     options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
@@ -69,8 +74,32 @@ def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
     subject = _subject(command, settings, model)
     check_evaluation(settings, options)
     with locked(out):
-        result = evaluate(subject, settings, options, out)
+        result = evaluate(subject, settings, options, out, held_out=held_out)
     return result, out
+
+
+def _held_out(command: EvaluateCommand, model: Model) -> HeldOut | None:
+    """What --held-out and --original say; an adapter's original is its base."""
+    if command.held_out is None:
+        if command.original is not None:
+            raise RPSAError("--original: give the traces to compare it on, too: --held-out FOLDER")
+        return None
+    if not all((command.held_out / name).is_file() for name in ("traces.jsonl", "manifest.json")):
+        raise RPSAError(
+            f"--held-out {command.held_out}: holds no traces (traces.jsonl, manifest.json); a run has some in held-out/"
+        )
+    original = command.original
+    if original is None and not _is_address(command.model):
+        original = adapter_base(command.model)
+    if original is not None:
+        if problem := source_problem("model", original):
+            raise RPSAError(f"--original: {problem}")
+        check_model(original, model)
+    return HeldOut(command.held_out, original, REFERENCE_MAX_LENGTH.default, model)
+
+
+def _is_address(model: str) -> bool:
+    return bool(re.match(r"https?://", model))
 
 
 def evaluate_settings(command: EvaluateCommand) -> Evaluate:
@@ -98,7 +127,7 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
 
 
 def _subject(command: EvaluateCommand, settings: Evaluate, model: Model) -> Subject:
-    if re.match(r"https?://", command.model):
+    if _is_address(command.model):
         if hide_credentials(command.model) != command.model:
             raise RPSAError(
                 f"{hide_credentials(command.model)}: put the key into RPSA_API_KEY, not into the url"

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 from rpsa.evaluation.benchmarks import Kind
+from rpsa.evaluation.original import loss_from_json, loss_to_json
 from rpsa.evaluation.scores import MAIN_METRIC, METRICS, Sample, scores_by_item, set_rates
 from rpsa.evaluation.statistics import rate
+from rpsa.reasoning_loss import ReasoningLoss
 from rpsa.thought import ThoughtFormat
 
 MOST = 0.5
@@ -162,6 +164,7 @@ class EvaluationResult:
         data_sha256: by set, what tells its items from any others.
         agreement: how far a second judge agrees with the first; None where none was asked.
         sandbox: where programs ran; None where none were run.
+        reasoning_loss: on held-out reasoning of the original; None where it was not measured.
     """
 
     sets: Sets
@@ -175,6 +178,7 @@ class EvaluationResult:
     settings: Mapping[str, Any] = field(default_factory=dict)
     agreement: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    reasoning_loss: ReasoningLoss | None = None
 
     @property
     def judge_name(self) -> str:
@@ -196,6 +200,7 @@ class EvaluationResult:
             "agreement": self.agreement,
             "sandbox": self.sandbox,
             "versions": dict(self.versions),
+            "reasoning_loss": loss_to_json(self.reasoning_loss) if self.reasoning_loss else None,
         }
 
     @classmethod
@@ -218,6 +223,7 @@ class EvaluationResult:
             judge=found["judge"],
             refusal_judge=found["refusal_judge"],
             sandbox=found["sandbox"],
+            reasoning_loss=loss_from_json(found.get("reasoning_loss")),
             **more,
         )
 

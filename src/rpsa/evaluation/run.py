@@ -52,6 +52,7 @@ from rpsa.evaluation.judges import (
     make_judge,
 )
 from rpsa.evaluation.judges.classifiers import check_access
+from rpsa.evaluation.original import HeldOut, measured_loss
 from rpsa.evaluation.results import EvaluationResult, results_by_set
 from rpsa.evaluation.scores import Response, Sample
 from rpsa.generation import Completion, Generator, Sampling, sample_id
@@ -171,13 +172,15 @@ class Subject:
     """The model under test.
 
     `identity` is what tells it from others; `make_generator` is called when a response is missing; `thought` None is
-    as the chat template says.
+    as the chat template says. `load` loads the model itself, as it is where it generates, and is None where nobody here
+    can.
     """
 
     identity: str
     tokenizer: "PreTrainedTokenizerBase"
     make_generator: Callable[[], Generator]
     thought: ThoughtFormat | None = None
+    load: Callable[[], "PreTrainedModel"] | None = None
 
 
 def evaluate(
@@ -187,8 +190,11 @@ def evaluate(
     folder: Path,
     progress: Progress | None = None,
     earlier: Sequence[Path] = (),
+    held_out: HeldOut | None = None,
 ) -> EvaluationResult:
     """Fill `folder` with `responses.jsonl`, `samples.jsonl` and `results.json`; returns the last.
+
+    With `held_out` the reasoning loss is measured, too.
 
     Responses that are stored there, or in the folders of `earlier` evaluations, are not asked for again: another
     judge costs no generation. Nor are judgements. Without `progress` a bar shows how long generation may take.
@@ -200,6 +206,8 @@ def evaluate(
     items = check_evaluation(settings, options)
     wanted = questions(items, settings, subject.tokenizer, subject.thought)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
+    free_memory()
+    loss = measured_loss(subject.load, held_out)
     free_memory()  # the judge's model needs the GPU
     carry_judgements_over(earlier, folder)
     graders = make_graders(settings, items, folder)
@@ -218,6 +226,7 @@ def evaluate(
         agreement=agreement(samples, settings, folder, wanted.thought),
         sandbox=str(graders.sandbox) if graders.sandbox else None,
         versions=versions(MADE_BY["evaluate"]),
+        reasoning_loss=loss,
     )
     atomic_write(folder / RESULTS, stable_json(result.to_json()))
     atomic_write(folder / TIMING, stable_json({"seconds": time.perf_counter() - started}))
@@ -374,7 +383,10 @@ def make_subject(key: str, base: str, adapter: str | None, model: Model, setting
             thought,
         )
 
-    return Subject(sha256_of(made_by), tokenizer, generator, thought)
+    def load() -> "PreTrainedModel":
+        return loaded_to_generate(base, adapter, model, dtype)
+
+    return Subject(sha256_of(made_by), tokenizer, generator, thought, load)
 
 
 def _tokenizer_home(base: str, adapter: str | None) -> str:

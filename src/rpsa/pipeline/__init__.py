@@ -78,6 +78,7 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
     from rpsa.pipeline.tasks import MANIFEST, write_manifest
     from rpsa.report import render_console
     from rpsa.report.console import render_sweep
+    from rpsa.report.prediction import predict
     from rpsa.report.sweeps import sweep_points
 
     report = ReportTask(recipe, without_result)
@@ -89,5 +90,7 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
         for name, points in sweep_points(list(report.results.values())).items():
             print(f"\nSweep {name}:\n")
             render_sweep(points)
+        if prediction := predict(list(report.results.values())):
+            print(f"\n{prediction.sentence}")
         print(f"\nReport: {report.folder / 'index.html'}")
     return report.missing

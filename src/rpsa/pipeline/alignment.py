@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpsa.artifacts import LOG_FILE, atomic_write, stable_json
+from rpsa.artifacts import LOG_FILE, atomic_write, read_json, stable_json
 from rpsa.chat import format_of_response
 from rpsa.checkpoints import load_adapter
 from rpsa.errors import Diverged, RPSAError
@@ -72,6 +72,7 @@ class Groundwork:
     fisher: Path | None = None
     reference: Path | None = None
     benign: "Dataset | None" = None
+    held_out: Path | None = None
 
 
 def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: Any) -> Any:
@@ -96,7 +97,24 @@ def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: A
     with refusals_of_trl(cell):
         trainer = trainer_class(model=starting_model(recipe, cell, groundwork), **common)
     trainer.remove_callback(PrinterCallback)
+    if groundwork.held_out is not None:
+        watch_reasoning(trainer, recipe, cell, groundwork.held_out)
     return trainer
+
+
+def watch_reasoning(trainer: Any, recipe: Recipe, cell: Cell, held_out: Path) -> None:
+    """Measure the reasoning loss where the trainer evaluates; it comes last, after what changes weights in the end."""
+    from rpsa.training.loss_callback import ReasoningLossCallback
+
+    assert cell.safety is not None
+    if read_json(held_out / "manifest.json")["traces"]:
+        longest = recipe.reference.reference_max_length
+        trainer.add_callback(ReasoningLossCallback(trainer, held_out, longest))
+    elif cell.safety.keep_best == "safety_and_reasoning":
+        raise RPSAError(
+            f"{cell.id}: safety.keep_best: safety_and_reasoning needs held-out reasoning, and D_ref leaves none of "
+            "reference.problems; lower reference.n"
+        )
 
 
 def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
@@ -111,6 +129,8 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
     from rpsa.training.config import RPSAConfig
 
     settings = installed_names(cell.train, SFTConfig)
+    if cell.safety is not None and cell.safety.keep_best is not None:
+        settings = _keeping_best(settings, cell.safety.keep_best)
     ours = {
         "output_dir": str(folder / CHECKPOINTS),
         "enable_jit_checkpoint": False,
@@ -130,6 +150,24 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
         assert cell.alternatives is not None
         own = cell.alternatives.model_dump(exclude={"rehearsal_share"})
         return AlternativesConfig(**arguments, **own, **longest)
+
+
+def _keeping_best(settings: Mapping[str, Any], by: str) -> dict[str, Any]:
+    """With what TRL keeps the best step by; checkpoints, unless the recipe says when, are written at evaluations."""
+    from rpsa.training.loss_callback import SAFETY_AND_REASONING
+
+    saved = {
+        f"save_{name}": settings[f"eval_{name}"]
+        for name in ("strategy", "steps")
+        if f"eval_{name}" in settings
+    }
+    return {
+        **(saved if "save_strategy" not in settings else {}),
+        **settings,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss" if by == "safety" else SAFETY_AND_REASONING,
+        "greater_is_better": False,
+    }
 
 
 def _may_be_compact(arguments: Any) -> bool:

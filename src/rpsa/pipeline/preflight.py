@@ -1,5 +1,6 @@
 """Preflight: what can be known before hours of work, such as what libraries refuse, or missing data."""
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from rpsa.evaluation.run import check_evaluation, questions
 from rpsa.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.alignment import refusals_of_trl, training_arguments, training_data
-from rpsa.pipeline.stages import full_fishers, reference_of, reference_problems
+from rpsa.pipeline.stages import HeldOutTask, full_fishers, held_out_problems, reference_problems, tasks_of
 from rpsa.pipeline.tasks import task_options
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.reference import check_ids
@@ -34,7 +35,7 @@ def preflight(recipe: Recipe) -> None:
         RPSAError: some of it will not work.
     """
     trained = [cell for cell in recipe.cells() if cell.paradigm != "none"]
-    settled = list(_first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives)))
+    settled = list(_first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives, _keeps(cell))))
     for cell in settled:
         _check_training(recipe, cell)
     for base in recipe.bases:
@@ -62,6 +63,10 @@ def preflight(recipe: Recipe) -> None:
             with _naming(cell):
                 _check_model(recipe, cell, scope)
     _check_analysis(recipe)
+
+
+def _keeps(cell: Cell) -> str | None:
+    return cell.safety.keep_best if cell.safety else None
 
 
 def _first_of(cells: Iterable[Cell], settings: Callable[[Cell], tuple[Any, ...]]) -> Iterator[Cell]:
@@ -171,16 +176,19 @@ def _check_optimizer(arguments: Any) -> None:
 
 def _check_reference(recipe: Recipe) -> None:
     settings = recipe.reference
-    if settings.problems is None or not any(cell.needs_reference for cell in recipe.cells()):
+    wanted = tasks_of(recipe, "reference")
+    if settings.problems is None or not wanted:
         return
-    problems = reference_problems(settings.problems, settings.n, settings.seed)
-    check_ids(problems)
+    problems = {"reference": reference_problems(settings.problems, settings.n, settings.seed)}
+    if any(isinstance(task, HeldOutTask) for task in wanted):
+        problems["held out"] = held_out_problems(settings)
+    for drawn in problems.values():
+        check_ids(drawn)
     for base in recipe.bases:
-        if reference_of(recipe, base):
-            tokenizer = load_tokenizer(base, recipe.model)
-            thought = thought_of(tokenizer, recipe.model)
-            for problem in problems:
-                render_prompt(tokenizer, problem.prompt, thought)
+        tokenizer = load_tokenizer(base, recipe.model)
+        thought = thought_of(tokenizer, recipe.model)
+        for problem in itertools.chain.from_iterable(problems.values()):
+            render_prompt(tokenizer, problem.prompt, thought)
 
 
 def _check_evaluation(recipe: Recipe) -> None:

@@ -93,6 +93,7 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
         point=dict(cell.grid),
         is_original=cell.paradigm == "none",
         refusing=refusing,
+        loss=found.reasoning_loss,
     )
 
 
@@ -313,5 +314,7 @@ def measured(result: RunResult) -> Measured:
         tax=result.tax,
         unreliable=next((r for kind in result.sets if (r := result.unreliable(kind))), None),
         judge=result.judge,
+        reasoning_nll=result.loss.nll if result.loss else None,
+        reasoning_kl=result.loss.kl if result.loss else None,
         samples=sum(one.samples for sets in result.sets.values() for one in sets.values()),
     )

@@ -30,13 +30,16 @@ from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_ident
 from rpsa.progress import Progress, no_progress
 from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import Alternatives, Fisher
+from rpsa.recipe.sections import Alternatives, Fisher, Reference, Safety
 from rpsa.sharding import rank, world_size
 
 if TYPE_CHECKING:
     from rpsa.pipeline.alignment import Groundwork
 
 log = logging.getLogger(__name__)
+
+_REFERENCE_COSTS = {"reference_max_length", "batch_size", "engine"}
+"""Settings of the section reference that do not change a response."""
 
 _FISHER_COSTS = {"batch_size", "activation_checkpointing"}
 """Settings of the section fisher that do not change it."""
@@ -66,21 +69,26 @@ class ReferenceTask(Task):
         settings = self.recipe.reference
         return {
             "model": _model_inputs(self.recipe, self.base),
-            "reference": settings.model_dump(exclude={"reference_max_length", "batch_size", "engine"}),
+            "reference": settings.model_dump(exclude=_REFERENCE_COSTS | {"held_out"}),
             "problems": source_identity(settings.problems or "", "problems"),
         }
 
     def run(self, folder: Path, progress: Progress) -> None:
-        from rpsa.answers import grade
-        from rpsa.generation.backends import BackendConfig, has_gpu, make_generator
-        from rpsa.reference import ReferenceConfig, build_reference
-
-        settings, model = self.recipe.reference, self.recipe.model
+        settings = self.recipe.reference
         if settings.problems is None:
             raise RPSAError(
                 "reference.problems: not given; a frozen ratio needs reasoning problems to measure on"
             )
         problems = reference_problems(settings.problems, settings.n, settings.seed)
+        self._answer(problems, folder, progress)
+
+    def _answer(self, problems: list[Any], folder: Path, progress: Progress) -> None:
+        """The base's responses to `problems`, as section reference says they are sampled."""
+        from rpsa.answers import grade
+        from rpsa.generation.backends import BackendConfig, has_gpu, make_generator
+        from rpsa.reference import ReferenceConfig, build_reference
+
+        settings, model = self.recipe.reference, self.recipe.model
         tokenizer = load_tokenizer(self.base, model)
         thought = thought_of(tokenizer, model)
         config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(model, settings.engine))
@@ -100,7 +108,7 @@ class ReferenceTask(Task):
             tokenizer,
             problems,
             ReferenceConfig(
-                problems=settings.n,
+                problems=len(problems),
                 seed=settings.seed,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
@@ -113,6 +121,54 @@ class ReferenceTask(Task):
             on_trace=on_trace,
             thought=thought,
         )
+
+
+@dataclass(frozen=True)
+class HeldOutTask(ReferenceTask):
+    """Responses like those of D_ref to other problems, on which the reasoning loss is measured.
+
+    Where no problem is left there are no traces, and the manifest says so.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"{self.base} held out"
+
+    @property
+    def place(self) -> str:
+        return f"held-out/{folder_name(self.base)}"
+
+    def inputs(self) -> dict[str, Any]:
+        settings = self.recipe.reference
+        return super().inputs() | {"reference": settings.model_dump(exclude=_REFERENCE_COSTS)}
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        problems = held_out_problems(self.recipe.reference)
+        if problems:
+            self._answer(problems, folder, progress)
+            return
+        atomic_write(folder / "traces.jsonl", "")
+        atomic_write(folder / "manifest.json", stable_json({"problems": 0, "traces": 0}))
+
+
+def held_out_problems(settings: Reference) -> list[Any]:
+    """As many as section reference asks for, none of them D_ref's; says where there are fewer."""
+    from rpsa.reference import load_held_out
+    from rpsa.tiny import REFERENCE_FAMILIES
+    from rpsa.tiny import held_out_problems as held_out_of_tiny
+
+    assert settings.problems is not None
+    if settings.problems == "tiny":
+        found = held_out_of_tiny(settings.held_out, settings.seed, settings.n, REFERENCE_FAMILIES)
+    else:
+        found = load_held_out(settings.problems, settings.n, settings.seed, settings.held_out)
+    if len(found) < settings.held_out:
+        log.warning(
+            "reference.held_out: %s has %d problems beside D_ref's, not %d%s",
+            *(settings.problems, len(found), settings.held_out),
+            "" if found else "; there is no reasoning loss",
+        )
+    return found
 
 
 def reference_problems(source: str, n: int, seed: int) -> list[Any]:
@@ -332,7 +388,8 @@ class AlignTask(CellTask):
     stage: ClassVar[Stage] = "align"
 
     def needs(self) -> list[Task]:
-        tasks = (reference_task(self.recipe, self.cell), fisher_task(self.recipe, self.cell))
+        recipe, cell = self.recipe, self.cell
+        tasks = (reference_task(recipe, cell), fisher_task(recipe, cell), watched_task(recipe, cell))
         return [task for task in tasks if task is not None]
 
     def inputs(self) -> dict[str, Any]:
@@ -346,7 +403,7 @@ class AlignTask(CellTask):
             "train": dict(cell.train),
             "lora": dict(cell.lora),
             "align": cell.align.model_dump() if cell.align else None,
-            "safety": cell.safety.model_dump(),
+            "safety": _safety_settings(cell.safety),
             "data": source_identity(cell.safety.data or "", "safety"),
             "fisher": fisher.result() if fisher else None,
         }
@@ -363,6 +420,9 @@ class AlignTask(CellTask):
             benign = source_identity(cell.safety.benign, "safety")
             # a key only where a file is read: other runs keep the inputs that they had before it counted
             inputs |= {"benign": benign} if isinstance(benign, dict) else {}
+        if cell.safety.keep_best == "safety_and_reasoning" and (watched := watched_task(self.recipe, cell)):
+            longest = self.recipe.reference.reference_max_length
+            inputs |= {"held_out": {"traces": watched.result(), "max_length": longest}}
         return inputs
 
     def run(self, folder: Path, progress: Progress) -> None:
@@ -375,8 +435,16 @@ class AlignTask(CellTask):
         """Where the results are that alignment takes."""
         from rpsa.pipeline.alignment import Groundwork
 
-        fisher, reference = fisher_task(self.recipe, self.cell), reference_task(self.recipe, self.cell)
-        return Groundwork(fisher.folder if fisher else None, reference.folder if reference else None)
+        recipe, cell = self.recipe, self.cell
+        tasks = (fisher_task(recipe, cell), reference_task(recipe, cell), watched_task(recipe, cell))
+        return Groundwork(*(task.folder if task else None for task in tasks))
+
+
+def _safety_settings(safety: Safety) -> dict[str, Any]:
+    settings = safety.model_dump()
+    if settings["keep_best"] is None:  # what runs were made with before there was a choice
+        del settings["keep_best"]
+    return settings
 
 
 @dataclass(frozen=True)
@@ -392,27 +460,37 @@ class EvaluateTask(CellTask):
         return reference_of(self.recipe, self.cell.base) if needed else None
 
     def needs(self) -> list[Task]:
-        tasks = (align_task(self.recipe, self.cell), self._left_out)
+        recipe, base = self.recipe, self.cell.base
+        tasks = (align_task(recipe, self.cell), self._left_out, held_out_task(recipe, base))
         return [task for task in tasks if task is not None]
 
     def inputs(self) -> dict[str, Any]:
         recipe, aligned, left_out = self.recipe, align_task(self.recipe, self.cell), self._left_out
+        held_out = held_out_task(recipe, self.cell.base)
+        longest = recipe.reference.reference_max_length
+        measured = {"traces": held_out.result(), "max_length": longest} if held_out else None
         return {
             "model": aligned.result() if aligned else _model_inputs(recipe, self.cell.base),
             "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
             "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
             "data_dir": recipe.data_dir,
             "reference": left_out.result() if left_out else None,
+            **({"held_out": measured} if measured else {}),
         }
 
     def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.evaluation.original import HeldOut
         from rpsa.evaluation.run import evaluate
 
         # the problems of this base's D_ref are not a test of it, whatever the method
         reference = reference_of(self.recipe, self.cell.base)
         options = task_options(self.recipe, reference.folder if reference else None)
         earlier = self.earlier_folders(folder)
-        evaluate(self.subject(), self.recipe.evaluate, options, folder, progress, earlier)
+        held_out = None
+        if task := held_out_task(self.recipe, self.cell.base):
+            longest = self.recipe.reference.reference_max_length
+            held_out = HeldOut(task.folder, self.cell.base, longest, self.recipe.model)
+        evaluate(self.subject(), self.recipe.evaluate, options, folder, progress, earlier, held_out)
 
     def subject(self) -> Any:
         """The model that the cell's alignment left, or its untouched base."""
@@ -443,7 +521,9 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
         "align": align_task,
         "evaluate": EvaluateTask,
     }
-    found = (of_cell[stage](recipe, cell) for cell in recipe.cells())
+    found = [of_cell[stage](recipe, cell) for cell in recipe.cells()]
+    if stage == "reference":
+        found += [held_out_task(recipe, base) for base in recipe.bases if _is_held_out(recipe, base)]
     return list({task.place: task for task in found if task is not None}.values())
 
 
@@ -455,6 +535,23 @@ def reference_of(recipe: Recipe, base: str) -> ReferenceTask | None:
     """The D_ref of a base, if any method of the matrix has one."""
     has_one = any(cell.needs_reference for cell in recipe.cells() if cell.base == base)
     return ReferenceTask(recipe, base) if has_one else None
+
+
+def held_out_task(recipe: Recipe, base: str) -> HeldOutTask | None:
+    """None where the recipe names no reasoning problems, or asks for no reasoning loss."""
+    settings = recipe.reference
+    return HeldOutTask(recipe, base) if settings.problems is not None and settings.held_out else None
+
+
+def watched_task(recipe: Recipe, cell: Cell) -> HeldOutTask | None:
+    """The held-out traces on which the reasoning loss is measured while the cell is trained: if it is evaluated."""
+    return held_out_task(recipe, cell.base) if cell.evaluates_in_training else None
+
+
+def _is_held_out(recipe: Recipe, base: str) -> bool:
+    """Whether anything is measured on a base's held-out traces."""
+    cells = [cell for cell in recipe.cells() if cell.base == base]
+    return bool(recipe.evaluate.tasks and cells) or any(watched_task(recipe, cell) for cell in cells)
 
 
 def fisher_task(recipe: Recipe, cell: Cell) -> FisherTask | None:

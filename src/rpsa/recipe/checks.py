@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rpsa.recipe.methods import Method
 from rpsa.recipe.problems import dataclass_problems, installed_names, source_problem, validation_problems
-from rpsa.recipe.schema import Recipe, concerns
+from rpsa.recipe.schema import Cell, Recipe, concerns
 from rpsa.recipe.sections import Align, Alternatives, Fisher, Safety, Section
 
 # Where a setting that belongs to another section is looked for by mistake.
@@ -51,6 +51,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
         yield from _name_problems(recipe)
         yield from _alternatives_problems(recipe)
         yield from _sweep_problems(recipe)
+        yield from _keep_best_problems(recipe)
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
@@ -192,6 +193,32 @@ def _sweep_problems(recipe: Recipe) -> Iterator[str]:
         for key in sweep.over:
             if not any(concerns(key, method) for method in sweep.methods.values()):
                 yield f"sweeps.{name}.over.{key}: concerns none of the sweep's methods"
+
+
+def _keep_best_problems(recipe: Recipe) -> Iterator[str]:
+    """Each once, with the first run of which it is true."""
+    found: dict[str, str] = {}
+    for cell in recipe.cells():
+        if cell.safety is not None and cell.safety.keep_best is not None:
+            for problem in _keep_best_of(recipe, cell):
+                found.setdefault(problem, cell.id)
+    yield from (f"safety.keep_best: {problem} (of {name})" for problem, name in found.items())
+
+
+def _keep_best_of(recipe: Recipe, cell: Cell) -> Iterator[str]:
+    assert cell.safety is not None
+    if cell.safety.validation_share == 0:
+        yield "nothing is held out to choose by; set safety.validation_share"
+    if (cell.train.get("eval_strategy") or "no") == "no":
+        yield "no step is evaluated; set train.eval_strategy, epoch or steps"
+    if cell.train.get("save_strategy") == "no":
+        yield "no step is saved; take train.save_strategy out, or set it to that of evaluations"
+    for name in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+        if cell.train.get(name) is not None:
+            yield f"train.{name} says what is best, too; take one of the two out"
+    needs_reasoning = cell.safety.keep_best == "safety_and_reasoning"
+    if needs_reasoning and not (recipe.reference.problems and recipe.reference.held_out):
+        yield "safety_and_reasoning needs held-out reasoning; set reference.problems, and reference.held_out above 0"
 
 
 def _launch_problems(recipe: Recipe) -> Iterator[str]:

@@ -109,6 +109,12 @@ class Cell:
         return self.train.get("learning_rate")
 
     @property
+    def evaluates_in_training(self) -> bool:
+        """Whether the held-out safety data are looked at while it is trained."""
+        asked = self.train.get("eval_strategy") or "no"
+        return asked != "no" and self.safety is not None and self.safety.validation_share > 0
+
+    @property
     def needs_fisher(self) -> bool:
         return self.align is not None or bool(self.alternatives and self.alternatives.needs_fisher)
 

@@ -80,10 +80,12 @@ class Reference(Section):
     """D_ref (section 3.1): the model's own responses to reasoning problems.
 
     `backend` "auto" is vLLM where it is installed with a GPU, else transformers; `engine` is passed to vLLM.
+    `held_out`: of as many other problems are the responses on which the reasoning loss is measured; 0: it is not.
     """
 
     problems: str | None = None
     n: PositiveInt = 100
+    held_out: NonNegativeInt = 32
     seed: Seed = 42
     temperature: Annotated[float, Field(ge=0)] = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -215,7 +217,11 @@ class Alternatives(Section):
 
 
 class Safety(Section):
-    """D_S: the safety examples to train on."""
+    """D_S: the safety examples to train on.
+
+    `validation_share` of them is held out. `keep_best` keeps the step whose loss there is lowest, or the sum of that
+    and of the reasoning NLL (`reference.held_out`); null: what `train` says.
+    """
 
     data: str | None = None
     format: Literal["auto", "direct_refusal", "safechain", "star1", "prompt_response", "messages"] = "auto"
@@ -225,6 +231,7 @@ class Safety(Section):
     benign: str | None = None
     benign_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    keep_best: Literal["safety", "safety_and_reasoning"] | None = None
 
 
 class Evaluate(Section):

@@ -40,6 +40,7 @@ def write_report(
     from rpsa.report.figures import scatter, scatter_benchmarks
     from rpsa.report.page import CAPTIONS, chosen_responses, render_page
     from rpsa.report.paper_figures import ablation
+    from rpsa.report.prediction import predict
     from rpsa.report.sweeps import sweep_figures
     from rpsa.report.tables import latex_table, table_markdown
 
@@ -48,14 +49,16 @@ def write_report(
     matrix = [result for result in results if result.sweep is None]
     summaries = with_problem_intervals(summarise(matrix))
     judged = judge_claims(matrix)
+    prediction = predict(results)
     content = {
         "runs": [r.to_json() for r in results],
         "summary": [s.to_json() for s in summaries],
         "claims": [claim.to_json() for claim in judged],
+        "prediction": prediction.to_json() if prediction else None,
         "missing": dict(missing or {}),
     }
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    atomic_write(out / "table.md", table_markdown(summaries, missing))
+    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction))
     atomic_write(out / "table.tex", latex_table(matrix))
     drawn: dict[str, Figure | None] = {
         "scatter": scatter(summaries),
@@ -78,7 +81,14 @@ def write_report(
             shown.append(Shown(name, svg, *captions[name]))
     claims = claims_table(judged)
     page = render_page(
-        summaries, matrix, [*shown, *analyses], provenance, chosen_responses(summaries), claims, missing
+        summaries,
+        matrix,
+        [*shown, *analyses],
+        provenance,
+        chosen_responses(summaries),
+        claims,
+        missing,
+        prediction,
     )
     atomic_write(out / "index.html", page)
     return summaries

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.analysis.anatomy import Anatomy, Overlap
 from rpsa.analysis.perturbation import BoundedMean, Effect
+from rpsa.evaluation.original import loss_interval
 from rpsa.evaluation.results import EvaluationResult, SetResult
 from rpsa.evaluation.scores import METRICS
-from rpsa.report.summaries import Summary
-from rpsa.report.tables import NONE, UNRELIABLE, main_table, marked, missing_lines, percent
+from rpsa.reasoning_loss import ReasoningLoss
+from rpsa.report.summaries import LOSSES, Summary
+from rpsa.report.tables import NONE, UNRELIABLE, loss_table, main_table, marked, missing_lines, nats, percent
+from rpsa.report.tables import Table as Entries
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import printable
 
@@ -46,10 +49,25 @@ def render_console(
         cells = [row[index] for index in columns]
         shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
     console.print(shown)
+    if losses := loss_table(summaries):
+        console.print()
+        console.print(_plain(losses))
     if line := audit_line([run for summary in summaries for run in summary.runs]):
         console.print(f"\nAudit: {line}.", highlight=False, markup=False)
     for line in (*missing_lines(missing), *warnings(summaries)):
         console.print(f"• {printable(line)}", highlight=False, markup=False)
+
+
+def _plain(table: "Entries") -> "Table":
+    """With each entry's note behind it."""
+    from rich.text import Text
+
+    shown = _table()
+    for index, name in enumerate(table.header):
+        shown.add_column(Text(printable(name)), justify="left" if index == 0 else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(Text(printable(f"{e.text} ({e.note})" if e.note else e.text)) for e in row))
+    return shown
 
 
 def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:
@@ -210,10 +228,22 @@ def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
                     f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
                 )
         console.print()
+    if loss := result.reasoning_loss:
+        console.print(_loss_line(loss), highlight=False, markup=False)
     console.print(f"Thoughts: {result.thought}", highlight=False, markup=False)
     console.print(f"Judge: {printable(result.judge_name)}", highlight=False, markup=False)
     if result.sandbox:
         console.print(f"Sandbox: {result.sandbox}", highlight=False, markup=False)
+
+
+def _loss_line(loss: ReasoningLoss) -> str:
+    parts = []
+    for name in LOSSES:
+        value, interval = getattr(loss, name), loss_interval(loss, name)
+        if value is not None:
+            bounds = f" ({nats(interval.low)} to {nats(interval.high)})" if interval else ""
+            parts.append(f"{name.upper()} {nats(value)}{bounds}")
+    return f"Reasoning loss on {len(loss.traces)} held-out traces, nats per token: {', '.join(parts)}"
 
 
 def _count(found: SetResult) -> str:

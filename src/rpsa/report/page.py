@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rpsa.evaluation.scores import Sample, read_samples
+from rpsa.report.prediction import Prediction
 from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
+    LOSS_NOTE,
     Table,
     benchmark_table,
     interval_note,
     label,
+    loss_table,
     main_table,
     missing_lines,
     rates_table,
@@ -75,10 +78,12 @@ def render_page(
     responses: str | None = None,
     claims: Table | None = None,
     missing: Mapping[str, str] | None = None,
+    prediction: Prediction | None = None,
 ) -> str:
     """The report as HTML (`templates/page.html.jinja`).
 
-    `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result.
+    `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result,
+    `prediction` what the reasoning loss says of accuracy.
     """
     return render(
         "rpsa.report",
@@ -93,6 +98,9 @@ def render_page(
         figures=[_figure(one) for one in figures],
         benchmarks=benchmark_table(summaries),
         shares=rates_table(summaries),
+        losses=loss_table(summaries),
+        loss_note=LOSS_NOTE,
+        prediction=prediction.sentence if prediction else None,
         responses=responses,
         provenance={str(key): _fact(value) for key, value in provenance.items()},
         long=_LONG,

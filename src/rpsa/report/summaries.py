@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Kind
+from rpsa.evaluation.original import LossName, loss_interval, loss_to_json
 from rpsa.evaluation.results import Sets
 from rpsa.evaluation.scores import read_samples
 from rpsa.evaluation.statistics import (
+    Interval,
     Problems,
     mean_interval,
     ratio_interval,
@@ -23,7 +25,9 @@ from rpsa.evaluation.statistics import (
     safety_tax_difference,
     safety_tax_interval,
 )
+from rpsa.reasoning_loss import ReasoningLoss
 
+LOSSES: tuple[LossName, ...] = ("nll", "kl")
 _COMPARED: tuple[Kind, ...] = ("reasoning", "attack")
 
 
@@ -41,6 +45,7 @@ class RunResult:
         over_refusal: share refused of each set of requests that nobody should refuse, if there is one.
         safety: name of the safety data; None for the untouched model.
         refusing: the share of the safety data that refuses, where it is known.
+        loss: on held-out reasoning of the untouched model, where it was measured.
         trajectory: {"step", "k", "c", "tau"}, equally long lists with an entry for each measurement of the conflict;
             None where k is constant.
         audit: the content of rpsa_audit.json.
@@ -72,6 +77,7 @@ class RunResult:
     point: Mapping[str, Any] = field(default_factory=dict)
     is_original: bool = False
     refusing: float | None = None
+    loss: ReasoningLoss | None = None
     tax: float | None = None
     tax_reason: str | None = None
 
@@ -99,6 +105,7 @@ class RunResult:
             "truncated": self.truncated,
             "asr": dict(self.asr),
             "over_refusal": dict(self.over_refusal),
+            "reasoning_loss": _loss_json(self.loss),
             "unreliable": _unreliable_sets([self]),
             "str": self.tax,
             "reason": self.tax_reason,
@@ -139,6 +146,20 @@ class Summary:
     def paradigm(self) -> str:
         return self.method.partition("+")[0]
 
+    def loss(self, name: LossName) -> tuple[float, Interval | None] | None:
+        """The mean over runs in nats per token, and its 95% interval: of one run over traces, of several over runs.
+
+        None where a run has none.
+        """
+        known = [getattr(run.loss, name) for run in self.runs if run.loss]
+        values = [float(value) for value in known if value is not None]
+        if len(values) < len(self.runs):
+            return None
+        first = self.runs[0].loss
+        assert first is not None
+        interval = loss_interval(first, name) if len(values) == 1 else mean_interval(values)
+        return sum(values) / len(values), interval
+
     def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
         """As `RunResult.unreliable`, of the first run of which it holds."""
         return next((reason for run in self.runs if (reason := run.unreliable(kind, name))), None)
@@ -153,6 +174,7 @@ class Summary:
             "refused": self.refused,
             "asr": dict(self.asr),
             "over_refusal": dict(self.over_refusal),
+            "reasoning_loss": {name: _bounded_json(self.loss(name)) for name in LOSSES},
             "unreliable": _unreliable_sets(self.runs),
             "str": {
                 "mean": self.tax,
@@ -162,6 +184,17 @@ class Summary:
                 "reason": self.tax_reason,
             },
         }
+
+
+def _loss_json(loss: ReasoningLoss | None) -> dict[str, Any] | None:
+    """As an evaluation has it, without the single traces."""
+    if loss is None:
+        return None
+    return {name: value for name, value in loss_to_json(loss).items() if name != "per_trace"}
+
+
+def _bounded_json(found: tuple[float, Interval | None] | None) -> dict[str, Any] | None:
+    return {"mean": found[0], "ci95": list(found[1]) if found[1] else None} if found else None
 
 
 def with_safety_tax(results: Iterable[RunResult]) -> list[RunResult]:

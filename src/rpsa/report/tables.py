@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rpsa.evaluation.benchmarks import BENCHMARKS, Kind
+from rpsa.evaluation.original import LossName
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.recipe.methods import VARIANTS
-from rpsa.report.summaries import RunResult, Summary, summarise
+from rpsa.report.prediction import Prediction
+from rpsa.report.summaries import LOSSES, RunResult, Summary, summarise
 from rpsa.templates import render
 from rpsa.text import markdown_text
 
@@ -200,6 +202,36 @@ def benchmark_table(summaries: Sequence[Summary]) -> Table:
     return Table(["Method", *(_MARKS[kind].format(name) for kind, name in columns)], rows)
 
 
+_LOSS_HEADINGS = {"nll": "Reasoning loss, NLL ↓", "kl": "KL ↓"}
+LOSS_NOTE = (
+    "In nats per response token, on held-out responses of the untouched model: their negative log-likelihood, and the "
+    "divergence KL(untouched || model). With the 95% interval: over responses for one run, over runs for three or more."
+)
+
+
+def loss_table(summaries: Sequence[Summary]) -> Table | None:
+    """The reasoning loss of each summary that has one; None where none has."""
+    rows = [
+        [Entry(label(s, summaries)), *(_loss(s, name) for name in LOSSES)] for s in summaries if s.loss("nll")
+    ]
+    return Table(["Method", *(_LOSS_HEADINGS[name] for name in LOSSES)], rows) if rows else None
+
+
+def _loss(summary: Summary, name: LossName) -> Entry:
+    found = summary.loss(name)
+    if found is None:
+        return Entry(NONE)
+    mean, interval = found
+    low, high = interval or (None, None)
+    note = "" if low is None or high is None else f"{nats(max(low, 0.0))} to {nats(high)}"
+    return Entry(nats(mean), note=note)
+
+
+def nats(value: float) -> str:
+    """Three digits; float32 logits say nothing of what is below a millionth."""
+    return f"{value:.3g}" if value == 0 or value >= 1e-6 else "<1e-06"
+
+
 def rates_table(summaries: Sequence[Summary]) -> Table:
     """For each method and set, mean shares of responses in percent; only rates that something has."""
     shares = {
@@ -224,15 +256,22 @@ def rates_table(summaries: Sequence[Summary]) -> Table:
     return Table(["Method", "Set", *(_HEADINGS[rate] for rate in rates)], rows)
 
 
-def table_markdown(summaries: Sequence[Summary], missing: Mapping[str, str] | None = None) -> str:
-    """The content of `table.md`: the main table with what it lacks, and each benchmark."""
+def table_markdown(
+    summaries: Sequence[Summary],
+    missing: Mapping[str, str] | None = None,
+    prediction: Prediction | None = None,
+) -> str:
+    """The content of `table.md`: the main table with what it lacks, each benchmark, and the reasoning loss."""
     lacking = "".join(f"- {markdown_text(line)}\n" for line in missing_lines(missing))
     return (
         markdown(main_table(summaries))
         + (f"\n{lacking}" if lacking else "")
         + "\nRates in percent, means over bases and seeds; reasoning problems that were refused are counted as wrong. "
         f"STR: mean drop in reasoning over mean drop in ASR, lower is better. {interval_note(summaries)} Bold: best of "
-        f"its group.{unreliable_note(summaries)}\n\n" + markdown(benchmark_table(summaries))
+        f"its group.{unreliable_note(summaries)}\n\n"
+        + markdown(benchmark_table(summaries))
+        + (f"\n{markdown(losses)}\n{LOSS_NOTE}\n" if (losses := loss_table(summaries)) else "")
+        + (f"\n{prediction.sentence}\n" if prediction else "")
     )
 
 

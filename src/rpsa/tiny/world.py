@@ -1,7 +1,7 @@
 """The tiny world as studies use it: reference problems, safety data, evaluation prompts, and exact scores."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,13 +43,40 @@ def reasoning_problems(
     unknown = set(families) - set(FAMILIES)
     if unknown:
         raise RPSAError(f"families: the tiny world has no {sorted(unknown)}; it has {', '.join(FAMILIES)}")
-    turns = {family: len(range(i, n, len(families))) for i, family in enumerate(families)}
+    turns = _turns(n, families)
     drawn = {family: _distinct_problems(family, count, rng, split) for family, count in turns.items()}
     return [
         Problem(id=f"tiny-{split}-{seed}-{i}", prompt=prompt, answer=solved.answer, family=solved.family)
         for i in range(n)
         for prompt, solved in [drawn[families[i % len(families)]][i // len(families)]]
     ]
+
+
+def held_out_problems(
+    n: int, seed: int, reference: int, families: Sequence[str], split: Split = "train"
+) -> list[Problem]:
+    """`n` problems, or as many as there are; none is of `reasoning_problems(reference, seed, split, families)`."""
+    rng = random.Random(f"problems {seed}")
+    taken = {
+        solved.question
+        for family, count in _turns(reference, families).items()
+        for _, solved in _distinct_problems(family, count, rng, split)
+    }
+    rng = random.Random(f"held-out problems {seed}")
+    found = [
+        (prompt, solved)
+        for family, count in _turns(n, families).items()
+        for prompt, solved in _drawn(family, count, rng, split, taken)
+    ]
+    return [
+        Problem(id=f"tiny-held-out-{seed}-{i}", prompt=prompt, answer=solved.answer, family=solved.family)
+        for i, (prompt, solved) in enumerate(found)
+    ]
+
+
+def _turns(n: int, families: Sequence[str]) -> dict[str, int]:
+    """How many of `n` problems each family has, where they take turns."""
+    return {family: len(range(i, n, len(families))) for i, family in enumerate(families)}
 
 
 def safety_examples(kind: Literal["refusals", "balanced"], n: int, seed: int) -> list[SafetyExample]:
@@ -127,18 +154,28 @@ def _distinct_problems(family: str, n: int, rng: random.Random, split: Split) ->
         raise RPSAError(
             f"the tiny world: {n} problems of the family {family}; ask for {_MOST_PROBLEMS:,} at most"
         )
+    found = _drawn(family, n, rng, split, set())
+    if len(found) < n:
+        raise RPSAError(
+            f"the tiny world: the split {split} of the family {family} has no {n} distinct problems; ask for "
+            f"{len(found)} at most"
+        )
+    return found
+
+
+def _drawn(
+    family: str, n: int, rng: random.Random, split: Split, taken: Set[str]
+) -> list[tuple[str, Solved]]:
+    """`n` problems with distinct questions that are not `taken`, or as many as come before drawing is in vain."""
     found: dict[str, tuple[str, Solved]] = {}
     in_vain = 0
-    while len(found) < n:
+    while len(found) < n and in_vain <= _DRAWS_IN_VAIN:
         solved = draw_solved(family, rng, split)
         before = len(found)
-        found.setdefault(solved.question, (rng.choice(FRAMES).format(solved.question), solved))
+        prompt = rng.choice(FRAMES).format(solved.question)
+        if solved.question not in taken:
+            found.setdefault(solved.question, (prompt, solved))
         in_vain = 0 if len(found) > before else in_vain + 1
-        if in_vain > _DRAWS_IN_VAIN:
-            raise RPSAError(
-                f"the tiny world: the split {split} of the family {family} has no {n} distinct problems; ask for "
-                f"{before} at most"
-            )
     return list(found.values())
 
 

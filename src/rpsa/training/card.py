@@ -29,6 +29,7 @@ class Measured:
         reasoning, asr, over_refusal: rates in [0, 1] by set, and their "mean".
         refused, truncated: shares in [0, 1] of the reasoning problems, and of all responses.
         tax: STR.
+        reasoning_nll, reasoning_kl: in nats per token, on held-out responses of the untouched model.
         unreliable: why a rate does not stand alone.
         samples: how many responses there were.
     """
@@ -39,6 +40,8 @@ class Measured:
     refused: float | None = None
     truncated: float | None = None
     tax: float | None = None
+    reasoning_nll: float | None = None
+    reasoning_kl: float | None = None
     unreliable: str | None = None
     judge: str | None = None
     samples: int | None = None
