@@ -16,6 +16,7 @@ LAYERS = [
     {"recipe"},
     {"models"},
     {"evaluation"},
+    {"self_data"},
     {"analysis"},
     {"report"},
     {"pipeline"},

@@ -1,4 +1,4 @@
-"""The stages of a study: reference traces, Fisher, analyses, alignment, evaluation. Each is a kind of task.
+"""The stages of a study: reference traces, Fisher, safety data, analyses, alignment, evaluation: kinds of tasks.
 
 Stages fill the folders of a run in this order. Two cells that need the same thing (a base's D_ref, a whole model's
 Fisher) have one task between them: tasks are equal where their places are.
@@ -30,7 +30,7 @@ from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_ident
 from rpsa.progress import Progress, no_progress
 from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import Fisher
+from rpsa.recipe.sections import OF_SELF_MADE, Fisher, Safety
 from rpsa.sharding import rank, world_size
 
 if TYPE_CHECKING:
@@ -236,6 +236,75 @@ def _fisher_settings(fisher: Fisher) -> dict[str, Any]:
     return settings
 
 
+def _self_made_settings(safety: Safety) -> dict[str, Any]:
+    """What decides the responses that are offered and kept; `n` and shares are drawn from these later."""
+    settings = safety.model_dump(include={"benign", *OF_SELF_MADE})
+    is_tiny = "tiny" in (safety.prompts, safety.benign)
+    return settings | ({"n": safety.n} if is_tiny else {})
+
+
+@dataclass(frozen=True)
+class SafetyTask(Task):
+    """A base's own safety data: its responses to requests, filtered (ThinkSafe, arXiv 2601.23143).
+
+    They are sampled as D_ref is, by the section reference, and with the `seed` that draws safety data.
+    """
+
+    base: str
+    settings: Safety
+    seed: int
+
+    stage: ClassVar[Stage] = "safety"
+
+    @property
+    def name(self) -> str:
+        return f"{self.base} seed{self.seed}{self._own}"
+
+    @property
+    def place(self) -> str:
+        return f"safety/{folder_name(self.base)}/seed{self.seed}{self._own}"
+
+    @property
+    def _own(self) -> str:
+        """What tells data of a method's own settings from those of the recipe's in a folder's name."""
+        settings = [_self_made_settings(one) for one in (self.settings, self.recipe.safety)]
+        return "" if settings[0] == settings[1] else f"-{sha256_of(settings[0])[:8]}"
+
+    def inputs(self) -> dict[str, Any]:
+        own, sampled = (
+            _self_made_settings(self.settings),
+            {"temperature", "top_p", "max_new_tokens", "backend"},
+        )
+        return {
+            "model": _model_inputs(self.recipe, self.base),
+            "safety": own,
+            "seed": self.seed,
+            "sampling": self.recipe.reference.model_dump(include=sampled),
+            "data": source_identity(self.settings.prompts or "", "prompts"),
+            "benign": source_identity(self.settings.benign, "prompts") if self.settings.benign else None,
+        }
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.evaluation.run import make_subject
+        from rpsa.generation import Sampling
+        from rpsa.self_data.making import SelfDataConfig, make_self_data
+        from rpsa.self_data.offers import prompts_of
+
+        settings, sampled = self.settings, self.recipe.reference
+        subject = make_subject(
+            sha256_of(identity(self.base, self.recipe.model)), self.base, None, self.recipe.model, sampled
+        )
+        config = SelfDataConfig(
+            Sampling(sampled.temperature, sampled.top_p, sampled.max_new_tokens, self.seed),
+            settings.steer,
+            settings.per_prompt,
+            settings.filter,
+            settings.filter_settings,
+        )
+        asked = prompts_of(settings, self.seed)
+        make_self_data(subject, asked, config, folder, progress, self.earlier_folders(folder))
+
+
 @dataclass(frozen=True)
 class FisherMapTask(Task):
     """Fig. 1 and 2 of all bases whose full Fisher is measured."""
@@ -327,7 +396,11 @@ class AlignTask(CellTask):
     stage: ClassVar[Stage] = "align"
 
     def needs(self) -> list[Task]:
-        tasks = (reference_task(self.recipe, self.cell), fisher_task(self.recipe, self.cell))
+        tasks = (
+            reference_task(self.recipe, self.cell),
+            fisher_task(self.recipe, self.cell),
+            safety_task(self.recipe, self.cell),
+        )
         return [task for task in tasks if task is not None]
 
     def inputs(self) -> dict[str, Any]:
@@ -341,7 +414,8 @@ class AlignTask(CellTask):
             "train": dict(cell.train),
             "lora": dict(cell.lora),
             "align": cell.align.model_dump() if cell.align else None,
-            "safety": cell.safety.model_dump(),
+            # runs on other data keep the inputs that they had before these settings were there
+            "safety": cell.safety.model_dump(exclude=set(OF_SELF_MADE)),
             "data": source_identity(cell.safety.data or "", "safety"),
             "fisher": fisher.result() if fisher else None,
         }
@@ -353,7 +427,10 @@ class AlignTask(CellTask):
                 "reference": reference.result() if reference else None,
                 "reference_max_length": longest if cell.alternatives.projection is not None else None,
             }
-        if cell.safety.benign and cell.safety.benign_share:
+        own_data = safety_task(self.recipe, cell)
+        if own_data is not None:
+            inputs |= {"self_made": own_data.result()}
+        elif cell.safety.benign and cell.safety.benign_share:
             benign = source_identity(cell.safety.benign, "safety")
             # a key only where a file is read: other runs keep the inputs that they had before it counted
             inputs |= {"benign": benign} if isinstance(benign, dict) else {}
@@ -370,7 +447,12 @@ class AlignTask(CellTask):
         from rpsa.pipeline.alignment import Groundwork
 
         fisher, reference = fisher_task(self.recipe, self.cell), reference_task(self.recipe, self.cell)
-        return Groundwork(fisher.folder if fisher else None, reference.folder if reference else None)
+        own_data = safety_task(self.recipe, self.cell)
+        return Groundwork(
+            fisher.folder if fisher else None,
+            reference.folder if reference else None,
+            own_data.folder if own_data else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -434,6 +516,7 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
     of_cell: dict[Stage, Callable[[Recipe, Cell], Task | None]] = {
         "reference": reference_task,
         "fisher": fisher_task,
+        "safety": safety_task,
         "align": align_task,
         "evaluate": EvaluateTask,
     }
@@ -455,6 +538,13 @@ def fisher_task(recipe: Recipe, cell: Cell) -> FisherTask | None:
     if not cell.needs_fisher:
         return None
     return FisherTask(recipe, cell.base, cell.fisher, cell if cell.paradigm == "lora" else None)
+
+
+def safety_task(recipe: Recipe, cell: Cell) -> SafetyTask | None:
+    """Where the cell's safety data are the model's own."""
+    if cell.safety is None or not cell.safety.is_self_made:
+        return None
+    return SafetyTask(recipe, cell.base, cell.safety, cell.safety.drawing_seed(cell.seed))
 
 
 def align_task(recipe: Recipe, cell: Cell) -> AlignTask | None:

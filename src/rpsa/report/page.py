@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rpsa.evaluation.scores import Sample, read_samples
 from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
+    PERPLEXITY_NOTE,
     Table,
     benchmark_table,
     interval_note,
@@ -22,6 +23,7 @@ from rpsa.report.tables import (
     main_table,
     missing_lines,
     rates_table,
+    safety_data_table,
     unreliable_note,
 )
 from rpsa.report.warnings import audit_line, warnings
@@ -35,6 +37,13 @@ class Shown(NamedTuple):
     svg: bytes
     title: str
     caption: str
+
+
+class OwnDataShown(NamedTuple):
+    """Safety data in the models' own words: counts, and a few prompts and responses of each outcome, by a title."""
+
+    counts: Table
+    examples: Mapping[str, Sequence[tuple[str, str]]]
 
 
 CAPTIONS: dict[str, tuple[str, str]] = {
@@ -75,10 +84,12 @@ def render_page(
     responses: str | None = None,
     claims: Table | None = None,
     missing: Mapping[str, str] | None = None,
+    own_data: OwnDataShown | None = None,
 ) -> str:
     """The report as HTML (`templates/page.html.jinja`).
 
-    `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result.
+    `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a
+    result, `own_data` what the models have said for their own safety data.
     """
     return render(
         "rpsa.report",
@@ -93,6 +104,9 @@ def render_page(
         figures=[_figure(one) for one in figures],
         benchmarks=benchmark_table(summaries),
         shares=rates_table(summaries),
+        safety_data=safety_data_table(results),
+        perplexity_note=PERPLEXITY_NOTE,
+        own_data=own_data,
         responses=responses,
         provenance={str(key): _fact(value) for key, value in provenance.items()},
         long=_LONG,

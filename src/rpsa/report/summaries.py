@@ -41,6 +41,8 @@ class RunResult:
         over_refusal: share refused of each set of requests that nobody should refuse, if there is one.
         safety: name of the safety data; None for the untouched model.
         refusing: the share of the safety data that refuses, where it is known.
+        examples, perplexity: how many safety examples were trained on, and how foreign their responses were to the
+            model before training, likewise.
         trajectory: {"step", "k", "c", "tau"}, equally long lists with an entry for each measurement of the conflict;
             None where k is constant.
         audit: the content of rpsa_audit.json.
@@ -72,6 +74,8 @@ class RunResult:
     point: Mapping[str, Any] = field(default_factory=dict)
     is_original: bool = False
     refusing: float | None = None
+    examples: int | None = None
+    perplexity: float | None = None
     tax: float | None = None
     tax_reason: str | None = None
 
@@ -92,6 +96,7 @@ class RunResult:
             "seed": self.seed,
             "lr": self.lr,
             "safety": self.safety,
+            "perplexity": self.perplexity,
             "sweep": self.sweep,
             "point": dict(self.point),
             "reasoning": dict(self.reasoning),
