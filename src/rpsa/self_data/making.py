@@ -66,14 +66,14 @@ class SelfDataConfig:
         return 1 if self.sampling.temperature == 0 else self.per_prompt
 
 
-def check_filter(name: str, settings: Mapping[str, Any]) -> None:
-    """Raises RPSAError if there is no such judge, setting or model of it."""
+def check_filter(name: str, settings: Mapping[str, Any], said: str = "safety.filter") -> None:
+    """Raises RPSAError, naming where it was `said`, if there is no such judge, setting or model of it."""
     try:
         check_judge(name, settings)
         if (model := judge_model(name, settings)) is not None:
             check_access(model, settings.get("revision"))
     except RPSAError as error:
-        raise RPSAError(f"safety.filter: {error}") from error
+        raise RPSAError(f"{said}: {error}") from error
 
 
 def rendered(

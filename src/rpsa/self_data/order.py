@@ -50,7 +50,7 @@ def safety_data_command(command: SafetyDataCommand) -> tuple[Made, Path]:
             raise RPSAError(f"{option}: {problem}")
     model = said_model(command.thought, dtype="auto")
     quiet()
-    check_filter(safety.filter, safety.filter_settings)
+    check_filter(safety.filter, safety.filter_settings, "--filter")
     asked = prompts_of(safety, sampled.seed)
     subject = subject_of(command.model, command.served, command.tokenizer, model, sampled)
     config = SelfDataConfig(
