@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from rpsa.artifacts import package_versions, sha256_of
 
-Stage = Literal["reference", "fisher", "analyse", "align", "evaluate", "report"]
+Stage = Literal["reference", "fisher", "safety", "analyse", "align", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 TIMING = "timing.json"
@@ -61,6 +61,11 @@ MADE_BY: dict[Stage, MadeBy] = {
         ("pipeline/stages", "training/reasoning", "chat", *_MEASURING, *_LOADING),
         ("manifest.json",),
     ),
+    "safety": MadeBy(
+        (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
+        ("pipeline/stages", "self_data", "-self_data/order", *_EVALUATING),
+        ("examples.jsonl", "rejected.jsonl", "responses.jsonl", "manifest.json"),
+    ),
     "analyse": MadeBy(
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING, "scipy", "matplotlib"),
         (
@@ -74,7 +79,7 @@ MADE_BY: dict[Stage, MadeBy] = {
         (
             # the text of a model card is not a result
             *("pipeline/stages", "pipeline/alignment", "training", *(f"-{module}" for module in _CARD)),
-            *("freezing", "alternatives", "chat", *_COMPARING, *_MEASURING, *_LOADING),
+            *("freezing", "alternatives", "chat", "self_data/stored", *_COMPARING, *_MEASURING, *_LOADING),
         ),
         ("log.json",),
     ),
@@ -94,7 +99,7 @@ MADE_BY: dict[Stage, MadeBy] = {
     "report": MadeBy(
         ("rpsa", "numpy", "scipy", "matplotlib", "jinja2"),
         (
-            *("pipeline/reporting", "report", "thought", *_CARD),
+            *("pipeline/reporting", "report", "self_data/stored", "thought", *_CARD),
             *("evaluation/statistics", "evaluation/scores", "evaluation/results", "evaluation/original"),
             "reasoning_loss",
         ),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from rpsa.chat import IGNORED_LABEL, Example, format_of_response, read_thought, render_example, split_response
 from rpsa.errors import RPSAError
@@ -238,9 +238,12 @@ def without_thoughts(examples: Sequence[SafetyExample]) -> list[SafetyExample]:
     ]
 
 
+OneExample = TypeVar("OneExample", bound=SafetyExample)
+
+
 def hold_out(
-    examples: Sequence[SafetyExample], share: float = 0.05, seed: int = 42
-) -> tuple[list[SafetyExample], list[SafetyExample]]:
+    examples: Sequence[OneExample], share: float = 0.05, seed: int = 42
+) -> tuple[list[OneExample], list[OneExample]]:
     """(training, held-out) examples: a seeded `share` held out, at least one of each, order kept.
 
     Raises RPSAError if `share` is not in (0, 1) or there are fewer than two examples.

@@ -17,6 +17,7 @@ LAYERS = [
     {"recipe"},
     {"models"},
     {"evaluation"},
+    {"self_data"},
     {"analysis"},
     {"report"},
     {"pipeline"},

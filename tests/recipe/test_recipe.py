@@ -238,6 +238,29 @@ MISTAKES = [
     ("matrix.grid.train.learning_rate=[a]", "matrix.grid.train.learning_rate: expected a number, not 'a'"),
     ("safety.data=tiny:refusal", "safety.data: 'tiny:refusal' is unknown; did you mean 'tiny:refusals'?"),
     ("safety.data=null", "safety.data: missing"),
+    ("safety.data=self", "safety.prompts: missing; for data: self name the harmful requests"),
+    (
+        "safety.prompts=tiny",
+        "safety.prompts: only data that the model makes itself has it; set safety.data=self",
+    ),
+    ("safety.steer=x", "safety.steer: only data that the model makes itself has it"),
+    ("safety.filter=refusal", "safety.filter: only data that the model makes itself has it"),
+    (
+        "matrix.methods.fft.safety.per_prompt=2",
+        "matrix.methods.fft.safety.per_prompt: only data that the model",
+    ),
+    ("matrix.grid.safety.per_prompt=[2, 4]", "matrix.grid.safety.per_prompt: only data that the model makes"),
+    ("safety.per_prompt=0", "safety.per_prompt: 0 is not greater than 0"),
+    ("safety.promts=tiny", "safety.promts: unknown key; did you mean 'prompts'?"),
+    ("safety.benign=self", "safety.benign: 'self' is for safety.data; name a file or a dataset"),
+    (
+        "safety={data: self, prompts: nowhere/x.jsonl}",
+        "safety.prompts: no such file or folder: 'nowhere/x.jsonl'",
+    ),
+    (
+        "safety={data: self, prompts: tiny, benign: 'tiny:x'}",
+        "safety.benign: 'tiny:x' is unknown; did you mean 'tiny'?",
+    ),
     (
         "safety.data=nowhere/x.jsonl",
         "safety.data: no such file or folder: 'nowhere/x.jsonl'; there is no nowhere",

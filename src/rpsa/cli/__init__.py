@@ -6,6 +6,7 @@ import typer
 
 from rpsa.cli.inspection import audit, schema, tiny_app, verify
 from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
+from rpsa.cli.safety import safety_data
 from rpsa.cli.study import plan, run, sweep
 
 __all__ = ["app", "main"]
@@ -47,6 +48,7 @@ app.command()(sweep)
 app.command()(plan)
 app.command()(evaluate)
 app.command("tasks-path")(tasks_path)
+app.command("safety-data")(safety_data)
 app.command()(schema)
 app.command()(verify)
 app.command()(audit)

@@ -24,7 +24,7 @@ from rpsa.evaluation.run import (
 from rpsa.models import check_model, said_model
 from rpsa.recipe.loading import hygiene_problems, parse_yaml
 from rpsa.recipe.problems import source_problem, validation_problems
-from rpsa.recipe.sections import Evaluate, Model
+from rpsa.recipe.sections import Evaluate, Model, Reference
 from rpsa.settings import REFERENCE_MAX_LENGTH
 from rpsa.text import hide_credentials
 
@@ -71,7 +71,7 @@ def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
     out = command.out or Path("evaluations") / folder_name(
         f"{command.model} quick" if command.quick else command.model
     )
-    subject = _subject(command, settings, model)
+    subject = subject_of(command.model, command.served, command.tokenizer, model, settings)
     check_evaluation(settings, options)
     with locked(out):
         result = evaluate(subject, settings, options, out, held_out=held_out)
@@ -106,7 +106,20 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
     """The command's settings, checked like a recipe's section `evaluate`."""
     raw: dict[str, Any] = {"tasks": [task.strip() for task in command.tasks], "judge": command.judge}
     raw |= _QUICK if command.quick else {}
-    for setting in command.settings:
+    set_from(command.settings, raw)
+    try:
+        return Evaluate.model_validate(raw)
+    except ValidationError as error:
+        raise RPSAError(f"--set {validation_problems(error, Evaluate)[0]}") from None
+
+
+def set_from(settings: Sequence[str], raw: dict[str, Any]) -> None:
+    """Put what was said as `key=value`, or `key.name=value`, into `raw`.
+
+    Raises:
+        RPSAError: it is not of that form, or has no place in a recipe.
+    """
+    for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise RPSAError(f"--set {key.strip()}: write it as key=value")
@@ -120,22 +133,23 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
             raw[section] = value
     if problem := next(hygiene_problems(raw), None):
         raise RPSAError(f"--set {problem}")
-    try:
-        return Evaluate.model_validate(raw)
-    except ValidationError as error:
-        raise RPSAError(f"--set {validation_problems(error, Evaluate)[0]}") from None
 
 
-def _subject(command: EvaluateCommand, settings: Evaluate, model: Model) -> Subject:
-    if _is_address(command.model):
-        if hide_credentials(command.model) != command.model:
-            raise RPSAError(
-                f"{hide_credentials(command.model)}: put the key into RPSA_API_KEY, not into the url"
-            )
-        if command.served is None:
-            raise RPSAError(f"{command.model}: give the name of the model there with --served-model")
-        return server_subject(command.model, command.served, command.tokenizer or command.served, model)
-    if problem := source_problem("model", command.model):
+def subject_of(
+    name: str, served: str | None, tokenizer: str | None, model: Model, settings: Evaluate | Reference
+) -> Subject:
+    """The model that a command line names: a folder, a hub id, an adapter, a shipped base, or a server's url.
+
+    Raises:
+        RPSAError: there is none, or what a server needs to be told is missing.
+    """
+    if _is_address(name):
+        if hide_credentials(name) != name:
+            raise RPSAError(f"{hide_credentials(name)}: put the key into RPSA_API_KEY, not into the url")
+        if served is None:
+            raise RPSAError(f"{name}: give the name of the model there with --served-model")
+        return server_subject(name, served, tokenizer or served, model)
+    if problem := source_problem("model", name):
         raise RPSAError(problem)
-    check_model(adapter_base(command.model) or command.model, model)
-    return model_subject(command.model, model, settings)
+    check_model(adapter_base(name) or name, model)
+    return model_subject(name, model, settings)

@@ -71,7 +71,7 @@ from rpsa.models import (
 from rpsa.progress import Progress
 from rpsa.provenance import MADE_BY, RESPONDING, TIMING, MadeBy, sources, versions
 from rpsa.recipe.problems import source_problem
-from rpsa.recipe.sections import Evaluate, Model
+from rpsa.recipe.sections import Evaluate, Model, Reference
 from rpsa.thought import ThoughtFormat
 
 if TYPE_CHECKING:
@@ -121,14 +121,15 @@ def make_graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Gra
         else (REFUSAL, {})
     )
     return Graders(
-        _judge(name, given, folder),
-        _judge(refusal, own, folder),
+        stored_judge(name, given, folder),
+        stored_judge(refusal, own, folder),
         settings.judge_traces,
         sandbox_for(items, settings),
     )
 
 
-def _judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
+def stored_judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
+    """A judge by name, whose judgements are kept in `folder`."""
     judge = make_judge(name, **settings)
     return judge if name == REFUSAL else CachedJudge(judge, folder / JUDGEMENTS / _code())
 
@@ -158,7 +159,7 @@ def agreement(
     ]
     if settings.second_judge is None or not judged:
         return None
-    second = _judge(settings.second_judge, settings.second_judge_settings, folder)
+    second = stored_judge(settings.second_judge, settings.second_judge_settings, folder)
     found = dict(judge_responses(second, [(s.prompt, s.response) for s in judged], "answer", thought))
     first = [Judgement(**sample.details["answer"]) for sample in judged]
     other = [found[i] for i in range(len(judged))]
@@ -296,7 +297,7 @@ def _ask(
     given = (wanted.prompts, wanted.sampling, wanted.ids)
     for folder in earlier:
         carry_over(folder / RESPONSES, path, *given, subject.identity)
-    generator = _WhenNeeded(subject.make_generator)
+    generator = WhenNeeded(subject.make_generator)
     label = None if progress else "responses"
     found = {}
     for position, completion in generate_resumable(generator, *given, path, subject.identity, label):
@@ -307,7 +308,7 @@ def _ask(
     return wanted.responses(found)
 
 
-class _WhenNeeded:
+class WhenNeeded:
     """A `Generator` that is made when the first response is asked for: where all are stored, no model is loaded."""
 
     def __init__(self, make: Callable[[], Generator]) -> None:
@@ -349,14 +350,17 @@ def _data_hashes(items: Sequence[Item]) -> dict[str, str]:
     return {name: sha256_of(found) for name, found in rows.items()}
 
 
-def model_subject(name: str, model: Model, settings: Evaluate) -> Subject:
+def model_subject(name: str, model: Model, settings: Evaluate | Reference) -> Subject:
     """A model or an adapter by its folder, hub id or shipped name."""
     base = adapter_base(name)
     key = sha256_of([identity(one, model) for one in (name, base) if one])
     return make_subject(key, base or name, name if base else None, model, settings)
 
 
-def make_subject(key: str, base: str, adapter: str | None, model: Model, settings: Evaluate) -> Subject:
+def make_subject(
+    key: str, base: str, adapter: str | None, model: Model, settings: Evaluate | Reference
+) -> Subject:
+    """A base, or an adapter on it; `settings` say which backend generates, and how."""
     tokenizer = load_tokenizer(_tokenizer_home(base, adapter), model)
     thought = thought_of(tokenizer, model)
     engine = vllm_engine(model, settings.engine)

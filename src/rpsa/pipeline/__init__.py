@@ -79,6 +79,7 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
     from rpsa.report import render_console
     from rpsa.report.console import render_sweep
     from rpsa.report.prediction import predict
+    from rpsa.report.self_made import render_self_made
     from rpsa.report.sweeps import sweep_points
 
     report = ReportTask(recipe, without_result)
@@ -87,6 +88,7 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
             summaries = report.write(new)
             write_manifest(new, report.stage, report.inputs(), report.place)
         render_console(summaries, missing=report.missing)
+        render_self_made(report.made)
         for name, points in sweep_points(list(report.results.values())).items():
             print(f"\nSweep {name}:\n")
             render_sweep(points)

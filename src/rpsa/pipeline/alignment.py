@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -38,6 +38,7 @@ from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
 from rpsa.safety_data import (
+    OneExample,
     SafetyExample,
     TokenCounts,
     contamination,
@@ -48,12 +49,14 @@ from rpsa.safety_data import (
     tokenize_safety_data,
     without_thoughts,
 )
+from rpsa.self_data.stored import drawn, load_self_data, tokenized
 from rpsa.sharding import local, on_any_rank, rank, world_size
 from rpsa.thought import NO_THOUGHT, ThoughtFormat
 from rpsa.tiny import safety_examples
 from rpsa.training.alternatives import rehearse
 from rpsa.training.card import write_card
 from rpsa.training.metadata import CardNames, model_metadata
+from rpsa.training.perplexity import PerplexityCallback
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,12 +70,16 @@ _TIMES = ("runtime", "per_second")
 
 @dataclass(frozen=True)
 class Groundwork:
-    """Folders of what was measured on a cell's base, and what else its trainer takes; None where it needs it not."""
+    """Folders of what a cell's base was measured by and said; None where the cell does not need it.
+
+    `benign` are rows to be complied with, for an anchor on them.
+    """
 
     fisher: Path | None = None
     reference: Path | None = None
-    benign: "Dataset | None" = None
     held_out: Path | None = None
+    safety: Path | None = None
+    benign: "Dataset | None" = None
 
 
 def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: Any) -> Any:
@@ -215,7 +222,7 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
     transformers.set_seed(cell.seed)
     tokenizer = load_tokenizer(cell.base, recipe.model)
     thought = thought_of(tokenizer, recipe.model)
-    data = training_data(cell, tokenizer, thought)
+    data = training_data(cell, tokenizer, thought, groundwork.safety)
     dataset = data.dataset
     rehearsal = None
     if cell.alternatives and cell.alternatives.rehearsal_share:
@@ -234,6 +241,8 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
+    perplexity = PerplexityCallback(trainer, data.dataset, folder / CHECKPOINTS / "perplexity.json")
+    trainer.add_callback(perplexity)
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     with stopped_by_sigterm(trainer) as asked:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -249,7 +258,8 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
         return
     tokenizer.save_pretrained(folder)
     rehearsed = rehearsal.rehearsed if rehearsal else 0
-    write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed, data.refusing)))
+    about = {"refusing": data.refusing, "perplexity": perplexity.value}
+    write_card(folder, model_metadata(trainer, card_names(recipe, cell, rehearsed, about)))
     history = [_figures(entry) for entry in trainer.state.log_history]
     times = [_figures(entry, times=True) for entry in trainer.state.log_history]
     seconds = time.perf_counter() - started + trainer.records.seconds_before
@@ -262,7 +272,7 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
                 "history": history,
                 "steps": trainer.state.global_step,
                 "processes": trainer.accelerator.num_processes,
-                "safety_data": asdict(data.counts) | {"refusing": data.refusing},
+                "safety_data": asdict(data.counts) | about,
                 "rehearsed": rehearsed,
                 "rehearsed_truncated": rehearsal.truncated if rehearsal else 0,
                 "contamination": [asdict(c) for c in contaminated(recipe, data.examples)],
@@ -301,26 +311,48 @@ def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
 class TrainingData(NamedTuple):
     """What is trained on: the examples, tokenised, and those held out; `refusing` is the share that refuses."""
 
-    examples: list[SafetyExample]
+    examples: Sequence[SafetyExample]
     dataset: "Dataset"
     counts: TokenCounts
     validation: "Dataset | None"
     refusing: float
 
 
-def training_data(cell: Cell, tokenizer: Any, thought: ThoughtFormat) -> TrainingData:
-    """D_S of a cell, without what rehearsal adds.
+def training_data(
+    cell: Cell, tokenizer: Any, thought: ThoughtFormat, own: Path | None = None
+) -> TrainingData:
+    """D_S of a cell, without what rehearsal adds; `own` is the folder of the base's own safety data.
 
     Raises:
         RPSAError: it cannot be read, or an example does not fit the model's template.
     """
+    safety = cell.safety
+    assert safety is not None
+    if not safety.is_self_made:
+        return _prepared(
+            cell,
+            safety_data(safety, cell.seed, thought),
+            lambda some: tokenize_safety_data(some, tokenizer, safety.max_length, thought),
+            thought,
+        )
+    assert own is not None
+    chosen = drawn(load_self_data(own), safety.n, safety.benign_share, safety.drawing_seed(cell.seed))
+    return _prepared(cell, chosen, lambda some: tokenized(some, safety.max_length), thought)
+
+
+def _prepared(
+    cell: Cell,
+    examples: list[OneExample],
+    tokenize: Callable[[list[OneExample]], tuple["Dataset", TokenCounts]],
+    thought: ThoughtFormat,
+) -> TrainingData:
+    """The examples as rows, those apart that are held out."""
     assert cell.safety is not None
-    examples = safety_data(cell.safety, cell.seed, thought)
-    held: list[SafetyExample] = []
+    held: list[OneExample] = []
     if cell.safety.validation_share:
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
-    dataset, counts = tokenize_safety_data(examples, tokenizer, cell.safety.max_length, thought)
-    validation = tokenize_safety_data(held, tokenizer, cell.safety.max_length, thought)[0] if held else None
+    dataset, counts = tokenize(examples)
+    validation = tokenize(held)[0] if held else None
     return TrainingData(examples, dataset, counts, validation, refusing_share(examples, thought))
 
 
@@ -350,8 +382,8 @@ def _refuses(example: SafetyExample, thought: ThoughtFormat) -> bool:
     return is_refusal(example.response, format_of_response(example.response, thought) or NO_THOUGHT)
 
 
-def card_names(recipe: Recipe, cell: Cell, rehearsed: int, refusing: float) -> CardNames:
-    """The recipe's own names, for the model card."""
+def card_names(recipe: Recipe, cell: Cell, rehearsed: int, about: Mapping[str, float | None]) -> CardNames:
+    """The recipe's own names, for the model card; `about` has `refusing` and `perplexity` of the safety data."""
     assert cell.safety is not None
     return CardNames(
         model=cell.id.replace("/", "-"),
@@ -359,7 +391,8 @@ def card_names(recipe: Recipe, cell: Cell, rehearsed: int, refusing: float) -> C
         dataset=cell.safety.data,
         problems=recipe.reference.problems,
         rehearsed=rehearsed,
-        refusing=refusing,
+        refusing=about["refusing"],
+        perplexity=about["perplexity"],
     )
 
 
@@ -398,13 +431,12 @@ def save_whole(trainer: Any, folder: Path) -> None:
 
 
 def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[SafetyExample]:
-    """D_S as the recipe describes it, for a model with this format.
-
-    Unless the recipe fixes a seed, each seed of the matrix draws its own.
-    """
+    """D_S as the recipe describes it, for a model with this format."""
     if safety.data is None:
-        raise RPSAError("safety.data: not given; name a file, a dataset, tiny:refusals or tiny:balanced")
-    seed = safety.seed if "seed" in safety.model_fields_set else cell_seed
+        raise RPSAError(
+            "safety.data: not given; name a file, a dataset, tiny:refusals, tiny:balanced or self"
+        )
+    seed = safety.drawing_seed(cell_seed)
     if safety.data.startswith("tiny:"):
         kind: Any = safety.data.removeprefix("tiny:")
         examples = safety_examples(kind, safety.n or 256, seed)
@@ -416,7 +448,7 @@ def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[
     return examples if thought.has_thoughts else without_thoughts(examples)
 
 
-def contaminated(recipe: Recipe, examples: list[SafetyExample]) -> list[Any]:
+def contaminated(recipe: Recipe, examples: Sequence[SafetyExample]) -> list[Any]:
     """Training examples that the evaluation asks about, too."""
     found = contamination(examples, _prompts(tuple(recipe.evaluate.tasks), task_options(recipe)))
     if found:

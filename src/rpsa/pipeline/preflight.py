@@ -22,8 +22,11 @@ from rpsa.pipeline.alignment import refusals_of_trl, training_arguments, trainin
 from rpsa.pipeline.stages import HeldOutTask, full_fishers, held_out_problems, reference_problems, tasks_of
 from rpsa.pipeline.tasks import task_options
 from rpsa.recipe.schema import Cell, Recipe
+from rpsa.recipe.sections import Safety
 from rpsa.reference import check_ids
 from rpsa.safety_data import ALL_REFUSE, REFUSALS_ALONE
+from rpsa.self_data.making import check_filter, rendered
+from rpsa.self_data.offers import prompts_of
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +51,10 @@ def preflight(recipe: Recipe) -> None:
     refusals_alone: dict[str, float] = {}
     for cell in _first_of(trained, lambda cell: (cell.base, cell.safety)):
         with _naming(cell):
-            tokenizer = load_tokenizer(cell.base, recipe.model)
-            data = training_data(cell, tokenizer, thought_of(tokenizer, recipe.model))
             assert cell.safety is not None
-            if data.refusing >= ALL_REFUSE:
-                refusals_alone[str(cell.safety.data)] = data.refusing
+            refusing = _check_safety_data(recipe, cell, cell.safety)
+            if refusing >= ALL_REFUSE:
+                refusals_alone[str(cell.safety.data)] = refusing
     for name, share in refusals_alone.items():
         log.warning("%s (%.0f%%): %s", name, 100 * share, REFUSALS_ALONE)
     for cell in _first_of(
@@ -76,6 +78,18 @@ def _first_of(cells: Iterable[Cell], settings: Callable[[Cell], tuple[Any, ...]]
         if (own := settings(cell)) not in seen:
             seen.append(own)
             yield cell
+
+
+def _check_safety_data(recipe: Recipe, cell: Cell, safety: Safety) -> float:
+    """Every example, or where the model is to write them every request and the judge; the share that refuses."""
+    tokenizer = load_tokenizer(cell.base, recipe.model)
+    thought = thought_of(tokenizer, recipe.model)
+    if not safety.is_self_made:
+        return training_data(cell, tokenizer, thought).refusing
+    check_filter(safety.filter, safety.filter_settings)
+    asked = prompts_of(safety, safety.drawing_seed(cell.seed))
+    rendered(asked, safety.steer, tokenizer, thought)
+    return 0.0 if any(one.kind == "benign" for one in asked) else 1.0
 
 
 @contextmanager

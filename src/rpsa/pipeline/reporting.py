@@ -14,13 +14,21 @@ from rpsa.artifacts import AUDIT_FILE, LOG_FILE, atomic_write, read_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.results import EvaluationResult, Identity, SetResult
 from rpsa.evaluation.run import RESULTS, SAMPLES
-from rpsa.pipeline.stages import EvaluateTask, align_task, analysis_tasks, fisher_task, reference_task
+from rpsa.pipeline.stages import (
+    EvaluateTask,
+    align_task,
+    analysis_tasks,
+    fisher_task,
+    reference_task,
+    tasks_of,
+)
 from rpsa.pipeline.tasks import Task, read_manifest
 from rpsa.progress import Progress
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult, Shown, with_safety_tax, write_report
 from rpsa.report.summaries import Summary
+from rpsa.self_data.stored import Made, look_at
 from rpsa.training.card import CARD, Measured, card_with_results
 
 _ANALYSES = {
@@ -66,9 +74,9 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
     _require(evaluated, without_result)
     found = _evaluation(evaluated)
     aligned = align_task(recipe, cell)
-    audit, refusing = None, None
+    audit, trained_on = None, {}
     if aligned is not None:
-        refusing = read_json(aligned.folder / LOG_FILE)["safety_data"].get("refusing")
+        trained_on = read_json(aligned.folder / LOG_FILE)["safety_data"]
     if aligned is not None and (aligned.folder / AUDIT_FILE).is_file():
         audit = read_json(aligned.folder / AUDIT_FILE)
     reasoning = found.sets["reasoning"]
@@ -92,8 +100,10 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
         sweep=cell.sweep,
         point=dict(cell.grid),
         is_original=cell.paradigm == "none",
-        refusing=refusing,
         loss=found.reasoning_loss,
+        refusing=trained_on.get("refusing"),
+        examples=trained_on.get("examples"),
+        perplexity=trained_on.get("perplexity"),
     )
 
 
@@ -159,7 +169,7 @@ class ReportTask(Task):
         """The report and the models' cards; returns the rows of its table."""
         results, (figures, _) = self.results, self._figures
         told = provenance(self.recipe, results)
-        summaries = write_report(list(results.values()), folder, told, figures, self.missing)
+        summaries = write_report(list(results.values()), folder, told, figures, self.missing, self.made)
         write_cards(self.recipe, results, folder / "cards")
         return summaries
 
@@ -172,6 +182,12 @@ class ReportTask(Task):
     def missing(self) -> dict[str, str]:
         """Why the other cells, and figures, are not there."""
         return self._collected[1] | self._figures[1]
+
+    @cached_property
+    def made(self) -> list[Made]:
+        """What became of the safety data that the bases were to make themselves, as far as it is known."""
+        tasks = [task for task in tasks_of(self.recipe, "safety") if not task.why_not()]
+        return [look_at(task.folder, task.name) for task in tasks]
 
     @cached_property
     def _collected(self) -> tuple[dict[str, RunResult], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The stages of a study: reference traces, Fisher, analyses, alignment, evaluation. Each is a kind of task.
+"""The stages of a study: reference traces, Fisher, safety data, analyses, alignment, evaluation: kinds of tasks.
 
 Stages fill the folders of a run in this order. Two cells that need the same thing (a base's D_ref, a whole model's
 Fisher) have one task between them: tasks are equal where their places are.
@@ -30,7 +30,7 @@ from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_ident
 from rpsa.progress import Progress, no_progress
 from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import Alternatives, Fisher, Reference, Safety
+from rpsa.recipe.sections import OF_SELF_MADE, Alternatives, Fisher, Reference, Safety
 from rpsa.sharding import rank, world_size
 
 if TYPE_CHECKING:
@@ -297,6 +297,75 @@ def _alternatives_settings(alternatives: Alternatives) -> dict[str, Any]:
     return alternatives.model_dump(exclude=set() if alternatives.has_anchor else set(alternatives.anchoring))
 
 
+def _self_made_settings(safety: Safety) -> dict[str, Any]:
+    """What decides the responses that are offered and kept; `n` and shares are drawn from these later."""
+    settings = safety.model_dump(include={"benign", *OF_SELF_MADE})
+    is_tiny = "tiny" in (safety.prompts, safety.benign)
+    return settings | ({"n": safety.n} if is_tiny else {})
+
+
+@dataclass(frozen=True)
+class SafetyTask(Task):
+    """A base's own safety data: its responses to requests, filtered (ThinkSafe, arXiv 2601.23143).
+
+    They are sampled as D_ref is, by the section reference, and with the `seed` that draws safety data.
+    """
+
+    base: str
+    settings: Safety
+    seed: int
+
+    stage: ClassVar[Stage] = "safety"
+
+    @property
+    def name(self) -> str:
+        return f"{self.base} seed{self.seed}{self._own}"
+
+    @property
+    def place(self) -> str:
+        return f"safety/{folder_name(self.base)}/seed{self.seed}{self._own}"
+
+    @property
+    def _own(self) -> str:
+        """What tells data of a method's own settings from those of the recipe's in a folder's name."""
+        settings = [_self_made_settings(one) for one in (self.settings, self.recipe.safety)]
+        return "" if settings[0] == settings[1] else f"-{sha256_of(settings[0])[:8]}"
+
+    def inputs(self) -> dict[str, Any]:
+        own, sampled = (
+            _self_made_settings(self.settings),
+            {"temperature", "top_p", "max_new_tokens", "backend"},
+        )
+        return {
+            "model": _model_inputs(self.recipe, self.base),
+            "safety": own,
+            "seed": self.seed,
+            "sampling": self.recipe.reference.model_dump(include=sampled),
+            "data": source_identity(self.settings.prompts or "", "prompts"),
+            "benign": source_identity(self.settings.benign, "prompts") if self.settings.benign else None,
+        }
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.evaluation.run import make_subject
+        from rpsa.generation import Sampling
+        from rpsa.self_data.making import SelfDataConfig, make_self_data
+        from rpsa.self_data.offers import prompts_of
+
+        settings, sampled = self.settings, self.recipe.reference
+        subject = make_subject(
+            sha256_of(identity(self.base, self.recipe.model)), self.base, None, self.recipe.model, sampled
+        )
+        config = SelfDataConfig(
+            Sampling(sampled.temperature, sampled.top_p, sampled.max_new_tokens, self.seed),
+            settings.steer,
+            settings.per_prompt,
+            settings.filter,
+            settings.filter_settings,
+        )
+        asked = prompts_of(settings, self.seed)
+        make_self_data(subject, asked, config, folder, progress, self.earlier_folders(folder))
+
+
 @dataclass(frozen=True)
 class FisherMapTask(Task):
     """Fig. 1 and 2 of all bases whose full Fisher is measured."""
@@ -388,8 +457,8 @@ class AlignTask(CellTask):
     stage: ClassVar[Stage] = "align"
 
     def needs(self) -> list[Task]:
-        recipe, cell = self.recipe, self.cell
-        tasks = (reference_task(recipe, cell), fisher_task(recipe, cell), watched_task(recipe, cell))
+        of_cell = (reference_task, fisher_task, watched_task, safety_task)
+        tasks = (task(self.recipe, self.cell) for task in of_cell)
         return [task for task in tasks if task is not None]
 
     def inputs(self) -> dict[str, Any]:
@@ -416,7 +485,10 @@ class AlignTask(CellTask):
                 "reference": reference.result() if reference else None,
                 "reference_max_length": longest if has_cut else None,
             }
-        if cell.safety.benign and cell.safety.benign_share:
+        own_data = safety_task(self.recipe, cell)
+        if own_data is not None:
+            inputs |= {"self_made": own_data.result()}
+        elif cell.safety.benign and cell.safety.benign_share:
             benign = source_identity(cell.safety.benign, "safety")
             # a key only where a file is read: other runs keep the inputs that they had before it counted
             inputs |= {"benign": benign} if isinstance(benign, dict) else {}
@@ -436,12 +508,14 @@ class AlignTask(CellTask):
         from rpsa.pipeline.alignment import Groundwork
 
         recipe, cell = self.recipe, self.cell
-        tasks = (fisher_task(recipe, cell), reference_task(recipe, cell), watched_task(recipe, cell))
+        of_cell = (fisher_task, reference_task, watched_task, safety_task)
+        tasks = (task(recipe, cell) for task in of_cell)
         return Groundwork(*(task.folder if task else None for task in tasks))
 
 
 def _safety_settings(safety: Safety) -> dict[str, Any]:
-    settings = safety.model_dump()
+    # runs on other data keep the inputs that they had before these settings were there
+    settings = safety.model_dump(exclude=set(OF_SELF_MADE))
     if settings["keep_best"] is None:  # what runs were made with before there was a choice
         del settings["keep_best"]
     return settings
@@ -518,6 +592,7 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
     of_cell: dict[Stage, Callable[[Recipe, Cell], Task | None]] = {
         "reference": reference_task,
         "fisher": fisher_task,
+        "safety": safety_task,
         "align": align_task,
         "evaluate": EvaluateTask,
     }
@@ -558,6 +633,13 @@ def fisher_task(recipe: Recipe, cell: Cell) -> FisherTask | None:
     if not cell.needs_fisher:
         return None
     return FisherTask(recipe, cell.base, cell.fisher, cell if cell.paradigm == "lora" else None)
+
+
+def safety_task(recipe: Recipe, cell: Cell) -> SafetyTask | None:
+    """Where the cell's safety data are the model's own."""
+    if cell.safety is None or not cell.safety.is_self_made:
+        return None
+    return SafetyTask(recipe, cell.base, cell.safety, cell.safety.drawing_seed(cell.seed))
 
 
 def align_task(recipe: Recipe, cell: Cell) -> AlignTask | None:

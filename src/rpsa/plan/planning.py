@@ -51,6 +51,7 @@ from rpsa.plan.time import (
     generation_seconds,
     launch_seconds,
     never_dynamic_warning,
+    own_responses,
     prompt_tokens,
     reference_responses,
     safety_tokens,
@@ -162,6 +163,11 @@ def _single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
         prompt = prompt_tokens(recipe.reference.problems)
         yield _generation(
             base, "reference", [reference_responses(recipe)], recipe.reference.batch_size, prompt
+        )
+    own = next((one for cell in base.cells if (one := own_responses(recipe, cell))), None)
+    if own:
+        yield _generation(
+            base, "safety", [own], recipe.reference.batch_size, prompt_tokens(recipe.safety.prompts)
         )
     for paradigm in ("fft", "lora"):
         of_it = [cell for cell in frozen if cell.paradigm == paradigm]
@@ -420,5 +426,5 @@ def _warnings(methods: list[MethodPlan], stages: dict[str, list[SingleGpuStage]]
 def _advice(stage: str) -> str:
     if stage.startswith("Fisher"):
         return ": set fisher.activation_checkpointing, a smaller fisher.batch_size or reference.reference_max_length"
-    section = "reference" if stage.startswith("reference") else "evaluate"
+    section = "reference" if stage.startswith(("reference", "safety")) else "evaluate"
     return f": lower {section}.batch_size or {section}.max_new_tokens"

@@ -21,7 +21,8 @@ from rpsa.evaluation.items import expanded, load_task
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.recipe.problems import SHIPPED
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import Evaluate
+from rpsa.recipe.sections import Evaluate, Safety
+from rpsa.self_data.offers import Asked, prompts_of
 from rpsa.thought import THINK, ThoughtFormat
 
 CHARACTERS_PER_TOKEN = 4
@@ -79,6 +80,8 @@ def safety_tokens(
     safety = cell.safety
     assert safety is not None
     limit = safety.max_length or 1 << 20
+    if safety.is_self_made:
+        return _self_made_tokens(safety, cell.seed, limit)
     is_here = safety.data is not None and (safety.data in SHIPPED["safety"] or Path(safety.data).is_file())
     if is_here and (safety.benign is None or Path(safety.benign).is_file()):
         examples = safety_data(safety, cell.seed, thought)
@@ -95,6 +98,37 @@ def safety_tokens(
     # of DirectRefusal it is known without a look
     share = 1.0 - safety.benign_share if safety.format == "direct_refusal" else None
     return SafetyTokens(count, min(limit, expected), limit, False, share)
+
+
+def _self_made_tokens(safety: Safety, seed: int, limit: int) -> SafetyTokens:
+    """What the model would write if every request got a response that is kept."""
+    asked = own_requests(safety, seed)
+    tokens = RESPONSE_TOKENS["tiny" if safety.prompts == "tiny" else "request"]
+    count = None if asked is None else min(len(asked), safety.n or len(asked))
+    if count is not None and safety.validation_share:
+        count -= max(1, round(safety.validation_share * count))
+    refusing = None if asked is None else sum(one.kind == "harmful" for one in asked) / len(asked)
+    return SafetyTokens(count, min(limit, prompt_tokens(safety.prompts) + tokens), limit, False, refusing)
+
+
+def own_requests(safety: Safety, seed: int) -> list[Asked] | None:
+    """What the model is asked for its own safety data; None where a file is not here: nothing is fetched."""
+    sources = [source for source in (safety.prompts, safety.benign) if source is not None]
+    if not all(source in SHIPPED["prompts"] or Path(source).is_file() for source in sources):
+        return None
+    return prompts_of(safety, safety.drawing_seed(seed))
+
+
+def own_responses(recipe: Recipe, cell: Cell) -> ResponseTokens | None:
+    """What one base samples for its own safety data; None where that is not known, or there are others."""
+    if cell.safety is None or not cell.safety.is_self_made:
+        return None
+    asked, settings = own_requests(cell.safety, cell.seed), recipe.reference
+    if asked is None:
+        return None
+    count = len(asked) * (1 if settings.temperature == 0 else cell.safety.per_prompt)
+    expected = RESPONSE_TOKENS["tiny" if cell.safety.prompts == "tiny" else "request"]
+    return ResponseTokens("safety", count, min(expected, settings.max_new_tokens), settings.max_new_tokens)
 
 
 def with_rehearsal(safety: SafetyTokens, cell: Cell, recipe: Recipe) -> SafetyTokens:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rpsa.recipe.methods import Method
 from rpsa.recipe.problems import dataclass_problems, installed_names, source_problem, validation_problems
 from rpsa.recipe.schema import Cell, Recipe, concerns
-from rpsa.recipe.sections import Align, Alternatives, Fisher, Safety, Section
+from rpsa.recipe.sections import OF_SELF_MADE, SELF_MADE, Align, Alternatives, Fisher, Safety, Section
 
 # Where a setting that belongs to another section is looked for by mistake.
 _SET_ELSEWHERE = {
@@ -52,6 +52,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
         yield from _alternatives_problems(recipe)
         yield from _sweep_problems(recipe)
         yield from _keep_best_problems(recipe)
+        yield from _self_made_problems(recipe)
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
@@ -244,32 +245,55 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
     yield from check("reference.problems", "problems", recipe.reference.problems)
     for name in recipe.evaluate.tasks:
         yield from check("evaluate.tasks", "task", name)
-    methods = [
-        *recipe.matrix.methods.values(),
-        *(method for sweep in recipe.sweeps.values() for method in sweep.methods.values()),
-    ]
+    methods = [method for _, method in _methods(recipe)]
     if recipe.reference.problems is None and any(method.align is not None for method in methods):
         yield "reference.problems: missing; freezing needs reasoning problems to measure on"
-    places: list[tuple[str, Safety | None]] = [
-        ("safety", recipe.safety),
-        ("matrix.paradigms.fft.safety", recipe.matrix.paradigms.fft.safety),
-        ("matrix.paradigms.lora.safety", recipe.matrix.paradigms.lora.safety),
-        *((f"matrix.methods.{name}.safety", method.safety) for name, method in recipe.matrix.methods.items()),
-        *(
-            (f"sweeps.{sweep}.methods.{name}.safety", method.safety)
-            for sweep, swept in recipe.sweeps.items()
-            for name, method in swept.methods.items()
-        ),
-        *(
-            (f"{where}.safety", Safety(data=s))
-            for where, grid in _grids(recipe)
-            for s in grid.get("safety.data", [])
-            if isinstance(s, str)
-        ),
-    ]
+    places = [*_safety_sections(recipe), *_safety_points(recipe)]
+    # what the model answers itself needs prompts alone
+    benign = "prompts" if any(safety.data == SELF_MADE for _, safety in places) else "safety"
     for path, safety in places:
-        if safety is not None:
-            yield from check(f"{path}.data", "safety", safety.data)
-            yield from check(f"{path}.benign", "safety", safety.benign)
-    if not any(safety and safety.data for _, safety in places) and any(m.paradigm != "none" for m in methods):
+        yield from check(f"{path}.data", "safety", safety.data)
+        yield from check(f"{path}.prompts", "prompts", safety.prompts)
+        if safety.benign == SELF_MADE:
+            yield f"{path}.benign: 'self' is for safety.data; name a file or a dataset"
+        else:
+            yield from check(f"{path}.benign", benign, safety.benign)
+    if not any(safety.data for _, safety in places) and any(m.paradigm != "none" for m in methods):
         yield "safety.data: missing; name the safety examples to train on"
+
+
+def _safety_sections(recipe: Recipe) -> Iterator[tuple[str, Safety]]:
+    """Every section safety as it is written down, with its place."""
+    paradigms = recipe.matrix.paradigms
+    places = [
+        ("safety", recipe.safety),
+        ("matrix.paradigms.fft.safety", paradigms.fft.safety),
+        ("matrix.paradigms.lora.safety", paradigms.lora.safety),
+        *((f"{where}.safety", method.safety) for where, method in _methods(recipe)),
+    ]
+    yield from ((path, safety) for path, safety in places if safety is not None)
+
+
+def _safety_points(recipe: Recipe) -> Iterator[tuple[str, Safety]]:
+    """What grids and sweeps set of it, value by value."""
+    for where, grid in _grids(recipe):
+        for key, values in grid.items():
+            section, _, name = key.partition(".")
+            if section == "safety" and name in ("data", "benign", *OF_SELF_MADE):
+                for value in values:
+                    if isinstance(value, str) or name not in ("data", "benign", "prompts"):
+                        yield f"{where}.safety", Safety.model_construct(**{name: value})
+
+
+def _self_made_problems(recipe: Recipe) -> Iterator[str]:
+    """Data that the model is to make itself without requests, and settings of it where there are other data."""
+    sections = [cell.safety for cell in recipe.cells() if cell.safety is not None]
+    made = [safety for safety in sections if safety.is_self_made]
+    if any(safety.prompts is None for safety in made):
+        yield "safety.prompts: missing; for data: self name the harmful requests that the model answers"
+    if made:
+        return
+    for path, safety in [*_safety_sections(recipe), *_safety_points(recipe)]:
+        for name in OF_SELF_MADE:
+            if name in safety.model_fields_set:
+                yield f"{path}.{name}: only data that the model makes itself has it; set safety.data=self"

@@ -236,7 +236,8 @@ _TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"  # a file for each, 
 SHIPPED = {
     "model": tuple(f"tiny:{base}" for base in range(6)),
     "problems": ("tiny",),
-    "safety": ("tiny:refusals", "tiny:balanced"),
+    "safety": ("tiny:refusals", "tiny:balanced", "self"),
+    "prompts": ("tiny",),
     "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),
 }
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -216,11 +216,20 @@ class Alternatives(Section):
         return any(getattr(self, setting.name) != setting.default for setting in changing)
 
 
+SELF_MADE = "self"
+"""Safety data in the model's own words."""
+OF_SELF_MADE = ("prompts", "steer", "filter", "filter_settings", "per_prompt")
+"""Settings of the section safety that say something of no other data."""
+
+
 class Safety(Section):
     """D_S: the safety examples to train on.
 
     `validation_share` of them is held out. `keep_best` keeps the step whose loss there is lowest, or the sum of that
     and of the reasoning NLL (`reference.held_out`); null: what `train` says.
+
+    `data: self` are the model's own responses: to the harmful requests of `prompts`, with `steer` before each while
+    it answers, those that refuse and that the judge `filter` calls safe; to those of `benign`, those that do not.
     """
 
     data: str | None = None
@@ -232,6 +241,19 @@ class Safety(Section):
     benign_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     keep_best: Literal["safety", "safety_and_reasoning"] | None = None
+    prompts: str | None = None
+    steer: str | None = None
+    filter: str = "refusal"
+    filter_settings: dict[str, Any] = {}
+    per_prompt: PositiveInt = 4
+
+    @property
+    def is_self_made(self) -> bool:
+        return self.data == SELF_MADE
+
+    def drawing_seed(self, cell_seed: int) -> int:
+        """Unless the recipe fixes a seed, each seed of the matrix draws its own."""
+        return self.seed if "seed" in self.model_fields_set else cell_seed
 
 
 class Evaluate(Section):

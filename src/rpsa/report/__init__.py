@@ -9,6 +9,7 @@ from rpsa.artifacts import atomic_write
 from rpsa.report.console import render_console
 from rpsa.report.page import Shown
 from rpsa.report.summaries import RunResult, Summary, summarise, with_problem_intervals, with_safety_tax
+from rpsa.self_data.stored import Made
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ def write_report(
     provenance: Mapping[str, Any],
     analyses: Sequence[Shown] = (),
     missing: Mapping[str, str] | None = None,
+    made: Sequence[Made] = (),
 ) -> list[Summary]:
     """Write the report of all evaluated cells into `out_dir`, which is created if it is missing.
 
@@ -30,7 +32,7 @@ def write_report(
     sweep, each figure as SVG too, and `index.html` with all of it. STR is computed here, against the untouched model
     of the same base. Cells of a sweep are in `results.json` and in its figure alone. `provenance` is JSON-able and
     shown as it is; its "name" is the title. `analyses` are figures that are there already (Fig. 1 to 3), `missing` the
-    runs without a result, each with the reason.
+    runs without a result, each with the reason, `made` the safety data in the bases' own words.
 
     Returns:
         The summaries that the tables show.
@@ -41,6 +43,7 @@ def write_report(
     from rpsa.report.page import CAPTIONS, chosen_responses, render_page
     from rpsa.report.paper_figures import ablation
     from rpsa.report.prediction import predict
+    from rpsa.report.self_made import shown_data
     from rpsa.report.sweeps import sweep_figures
     from rpsa.report.tables import latex_table, table_markdown
 
@@ -80,15 +83,17 @@ def write_report(
             svg = drawing.write_figure(figure, out, name)
             shown.append(Shown(name, svg, *captions[name]))
     claims = claims_table(judged)
+    responses, own_data = chosen_responses(summaries), shown_data(made)
     page = render_page(
         summaries,
         matrix,
         [*shown, *analyses],
         provenance,
-        chosen_responses(summaries),
+        responses,
         claims,
         missing,
         prediction,
+        own_data,
     )
     atomic_write(out / "index.html", page)
     return summaries

@@ -10,20 +10,31 @@ from rpsa.evaluation.results import EvaluationResult, SetResult
 from rpsa.evaluation.scores import METRICS
 from rpsa.reasoning_loss import ReasoningLoss
 from rpsa.report.summaries import LOSSES, Summary
-from rpsa.report.tables import NONE, UNRELIABLE, loss_table, main_table, marked, missing_lines, nats, percent
-from rpsa.report.tables import Table as Entries
+from rpsa.report.tables import (
+    NONE,
+    PERPLEXITY_NOTE,
+    UNRELIABLE,
+    Table,
+    loss_table,
+    main_table,
+    marked,
+    missing_lines,
+    nats,
+    percent,
+    safety_data_table,
+)
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 
-def _table() -> "Table":
+def _table() -> "RichTable":
     """Without rules: what prints here is read beside the log, and copied."""
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    return Table(box=None, pad_edge=False, header_style="bold")
+    return RichTable(box=None, pad_edge=False, header_style="bold")
 
 
 def render_console(
@@ -50,24 +61,35 @@ def render_console(
         shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
     console.print(shown)
     if losses := loss_table(summaries):
-        console.print()
-        console.print(_plain(losses))
-    if line := audit_line([run for summary in summaries for run in summary.runs]):
+        print_table(losses, console)
+    runs = [run for summary in summaries for run in summary.runs]
+    if data := safety_data_table(runs):
+        print_table(data, console)
+        console.print(PERPLEXITY_NOTE, highlight=False, markup=False)
+    if line := audit_line(runs):
         console.print(f"\nAudit: {line}.", highlight=False, markup=False)
     for line in (*missing_lines(missing), *warnings(summaries)):
         console.print(f"• {printable(line)}", highlight=False, markup=False)
 
 
-def _plain(table: "Entries") -> "Table":
-    """With each entry's note behind it."""
+def print_table(table: Table, console: Any = None) -> None:
+    """Print a report's table to a rich console (default: stdout)."""
+    from rich.console import Console
     from rich.text import Text
 
+    console = console or Console(highlight=False)
     shown = _table()
     for index, name in enumerate(table.header):
-        shown.add_column(Text(printable(name)), justify="left" if index == 0 else "right", no_wrap=True)
+        numeric = all(_is_number(row[index].text) for row in table.rows)
+        shown.add_column(Text(printable(name)), justify="right" if numeric else "left")
     for row in table.rows:
         shown.add_row(*(Text(printable(f"{e.text} ({e.note})" if e.note else e.text)) for e in row))
-    return shown
+    console.print()
+    console.print(shown)
+
+
+def _is_number(text: str) -> bool:
+    return text == NONE or text.replace(",", "").replace(".", "").isdigit()
 
 
 def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:

@@ -17,6 +17,7 @@ from rpsa.report.prediction import Prediction
 from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
     LOSS_NOTE,
+    PERPLEXITY_NOTE,
     Table,
     benchmark_table,
     interval_note,
@@ -25,6 +26,7 @@ from rpsa.report.tables import (
     main_table,
     missing_lines,
     rates_table,
+    safety_data_table,
     unreliable_note,
 )
 from rpsa.report.warnings import audit_line, warnings
@@ -38,6 +40,13 @@ class Shown(NamedTuple):
     svg: bytes
     title: str
     caption: str
+
+
+class OwnDataShown(NamedTuple):
+    """Safety data in the models' own words: counts, and a few prompts and responses of each outcome, by a title."""
+
+    counts: Table
+    examples: Mapping[str, Sequence[tuple[str, str]]]
 
 
 CAPTIONS: dict[str, tuple[str, str]] = {
@@ -79,11 +88,13 @@ def render_page(
     claims: Table | None = None,
     missing: Mapping[str, str] | None = None,
     prediction: Prediction | None = None,
+    own_data: OwnDataShown | None = None,
 ) -> str:
     """The report as HTML (`templates/page.html.jinja`).
 
     `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result,
-    `prediction` what the reasoning loss says of accuracy.
+    `prediction` what the reasoning loss says of accuracy, `own_data` what the models have said for their own safety
+    data.
     """
     return render(
         "rpsa.report",
@@ -101,6 +112,9 @@ def render_page(
         losses=loss_table(summaries),
         loss_note=LOSS_NOTE,
         prediction=prediction.sentence if prediction else None,
+        safety_data=safety_data_table(results),
+        perplexity_note=PERPLEXITY_NOTE,
+        own_data=own_data,
         responses=responses,
         provenance={str(key): _fact(value) for key, value in provenance.items()},
         long=_LONG,

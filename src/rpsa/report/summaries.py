@@ -46,6 +46,8 @@ class RunResult:
         safety: name of the safety data; None for the untouched model.
         refusing: the share of the safety data that refuses, where it is known.
         loss: on held-out reasoning of the untouched model, where it was measured.
+        examples, perplexity: how many safety examples were trained on, and how foreign their responses were to the
+            model before training, likewise.
         trajectory: {"step", "k", "c", "tau"}, equally long lists with an entry for each measurement of the conflict;
             None where k is constant.
         audit: the content of rpsa_audit.json.
@@ -78,6 +80,8 @@ class RunResult:
     is_original: bool = False
     refusing: float | None = None
     loss: ReasoningLoss | None = None
+    examples: int | None = None
+    perplexity: float | None = None
     tax: float | None = None
     tax_reason: str | None = None
 
@@ -98,6 +102,7 @@ class RunResult:
             "seed": self.seed,
             "lr": self.lr,
             "safety": self.safety,
+            "perplexity": self.perplexity,
             "sweep": self.sweep,
             "point": dict(self.point),
             "reasoning": dict(self.reasoning),

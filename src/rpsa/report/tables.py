@@ -40,6 +40,10 @@ class Table:
 
 _MINOR = frozenset({"LR", "Runs", "Refused reasoning ↓", "95% interval"})
 
+PERPLEXITY_NOTE = (
+    "Perplexity: of the responses under the model before training. A low one: they are not foreign to it."
+)
+
 Reader = Callable[[Summary], float | None]
 
 
@@ -105,6 +109,40 @@ def main_table(summaries: Sequence[Summary]) -> Table:
         rows.append(row)
     on_a_grid = len({s.lr for s in summaries}) > 3
     return Table(header, rows, _MINOR - ({"LR"} if on_a_grid else set()))
+
+
+def safety_data_table(results: Sequence[RunResult]) -> Table | None:
+    """What was trained on, means over runs: how much, how much of it refuses, how foreign it was; None if not known.
+
+    A row for each safety data set and base.
+    """
+    groups: dict[tuple[str, str], list[RunResult]] = {}
+    for run in results:
+        if run.safety is not None and run.perplexity is not None:
+            groups.setdefault((run.safety, run.base), []).append(run)
+    if not groups:
+        return None
+    rows = [
+        [
+            Entry(safety),
+            Entry(base),
+            Entry(_mean_of([run.examples for run in runs], ",.0f")),
+            Entry(percent(_known_mean([run.refusing for run in runs]))),
+            Entry(_mean_of([run.perplexity for run in runs], ".2f")),
+        ]
+        for (safety, base), runs in groups.items()
+    ]
+    return Table(["Safety data", "Base", "Examples", "Refusing", "Perplexity"], rows)
+
+
+def _mean_of(values: Sequence[float | None], form: str) -> str:
+    mean = _known_mean(values)
+    return NONE if mean is None else format(mean, form)
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def missing_lines(missing: Mapping[str, str] | None) -> list[str]:

@@ -131,6 +131,7 @@ def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
     losses = {"training": training["loss"], "evaluation": training["eval_loss"]}
     return {
+        "perplexity": metadata["safety_data"].get("perplexity"),
         "refusals_alone": refusing if refusing >= ALL_REFUSE else None,
         "what_refusals_do": WHAT_REFUSALS_DO,
         "mean_frozen": frozen_steps,

@@ -45,6 +45,7 @@ class CardNames:
         problems: the reasoning problems of D_ref, likewise.
         rehearsed: rows of the safety data that are D_ref's.
         refusing: the share of the safety data that refuses.
+        perplexity: of its responses under the model before training.
         tags: more tags.
         front_matter: fields of the card's YAML; they win over derived ones.
     """
@@ -55,6 +56,7 @@ class CardNames:
     problems: str | None = None
     rehearsed: int = 0
     refusing: float | None = None
+    perplexity: float | None = None
     tags: tuple[str, ...] = ()
     front_matter: Mapping[str, Any] = field(default_factory=dict)
 
@@ -203,7 +205,8 @@ def model_metadata(trainer: Any, names: CardNames) -> dict[str, Any]:
         **measured,
         **frozen,
         "alternatives": alternatives_metadata(trainer, names),
-        "safety_data": _safety_data(trainer.train_dataset, names.dataset) | {"refusing": names.refusing},
+        "safety_data": _safety_data(trainer.train_dataset, names.dataset)
+        | {"refusing": names.refusing, "perplexity": names.perplexity},
         "training": _training(trainer, model),
         "results": None,
         "versions": package_versions(),
