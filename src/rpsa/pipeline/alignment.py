@@ -152,12 +152,13 @@ def refusals_of_trl(cell: Cell) -> Iterator[None]:
 
 
 def starting_model(recipe: Recipe, cell: Cell, groundwork: Groundwork) -> Any:
-    """The base, under LoRA with the adapter on which the Fisher was measured."""
+    """The base, under LoRA with the adapter on which the Fisher was measured, or with a fresh one."""
     model: Any = load_model(cell.base, recipe.model, alignment_dtype(cell, recipe.model))
     if cell.paradigm != "lora":
         return model
-    if groundwork.fisher is None:
+    if not cell.starts_from_fisher:
         return add_adapter(model, cell)
+    assert groundwork.fisher is not None
     folder = groundwork.fisher / ADAPTER
     return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
 

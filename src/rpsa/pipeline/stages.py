@@ -454,7 +454,7 @@ def reference_of(recipe: Recipe, base: str) -> ReferenceTask | None:
 def fisher_task(recipe: Recipe, cell: Cell) -> FisherTask | None:
     if not cell.needs_fisher:
         return None
-    return FisherTask(recipe, cell.base, cell.fisher, cell if cell.paradigm == "lora" else None)
+    return FisherTask(recipe, cell.base, cell.fisher, cell if cell.starts_from_fisher else None)
 
 
 def align_task(recipe: Recipe, cell: Cell) -> AlignTask | None:

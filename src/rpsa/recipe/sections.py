@@ -161,10 +161,10 @@ class Align(Section):
 class Alternatives(Section):
     """What a method does instead of freezing: for comparison. Only rehearsal goes together with `align`.
 
-    `penalty`: `fisher` (EWC) or `uniform` (L2-SP), on what moves away from the start. `projection`: what of the
-    safety gradient opposes the reasoning gradient is taken out of it at every step. `rehearsal_share`: of the rows
-    that are trained on, how many are D_ref's. After training, `interpolation` 0 is the model before it, and
-    `restored_ratio` the share k of elements, by Fisher, that goes back to where it was.
+    `penalty`: `fisher` (EWC), `uniform` (L2-SP) or, in LoRA, `product` (EWC on B A), on what moves away from the
+    start. `projection`: what of the safety gradient opposes the reasoning gradient is taken out of it at every step.
+    `rehearsal_share`: of the rows that are trained on, how many are D_ref's. After training, `interpolation` 0 is the
+    model before it, and `restored_ratio` the share k of elements, by Fisher, that goes back to where it was.
     """
 
     penalty: settings.PenaltyKind | None = settings.PENALTY.default
@@ -176,7 +176,7 @@ class Alternatives(Section):
 
     @property
     def needs_fisher(self) -> bool:
-        return self.penalty == "fisher" or self.restored_ratio > 0
+        return self.penalty in ("fisher", "product") or self.restored_ratio > 0
 
     @property
     def needs_reference(self) -> bool:
