@@ -20,7 +20,7 @@ MovingRatio = Literal["dynamic", "noise"]
 MaskKind = Literal["fisher", "random", "random_nonzero", "random_per_tensor", "magnitude", "inverse"]
 FrozenMoments = Literal["zero", "raw"]
 ZeroFisher = Literal["trainable", "frozen"]
-PenaltyKind = Literal["fisher", "uniform"]
+PenaltyKind = Literal["fisher", "uniform", "product"]
 ProjectionKind = Literal["agem", "signs"]
 AnchorRows = Literal["reference", "benign", "both"]
 
@@ -192,7 +192,7 @@ AUDIT = Setting("audit", True, "Checksum the frozen set, and write rpsa_audit.js
 PENALTY: Setting[PenaltyKind | None] = Setting(
     "penalty",
     None,
-    "fisher (EWC) or uniform (L2-SP): what moves away from the start costs.",
+    "fisher (EWC), uniform (L2-SP) or product (EWC on a LoRA adapter's B A): what moves away from the start costs.",
     choices=get_args(PenaltyKind),
     optional=True,
 )

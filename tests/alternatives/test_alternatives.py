@@ -14,6 +14,7 @@ from torch import nn
 from helpers.alternatives_runs import make_trainer, opposed, safety_rows, trained, weights_of
 from helpers.examples import examples
 from helpers.rank_runs import reference
+from helpers.small_alternatives import recipe
 from rpsa.alternatives.after_training import interpolate, restore, starting_weights
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.alternatives.projection import Projection
@@ -432,34 +433,6 @@ def test_what_is_missing_or_impossible_is_one_line(tmp_path: Path) -> None:
 # In a recipe
 
 
-RECIPE = """
-version: 1
-name: small
-reference: {problems: tiny, n: 8, max_new_tokens: 48, batch_size: 8}
-fisher: {probes: 1, batch_size: 8}
-safety: {data: "tiny:refusals", n: 16, max_length: 128, validation_share: 0.0}
-train:
-  per_device_train_batch_size: 4
-  learning_rate: 1e-3
-  num_train_epochs: 1
-  use_cpu: true
-  bf16: false
-  save_strategy: no
-  report_to: none
-  activation_checkpointing: false
-evaluate: {tasks: [tiny], n: 1, temperature: 0.0, max_new_tokens: 8, batch_size: 64}
-matrix: {bases: ["tiny:0"], seeds: [0], methods: [fft]}
-"""
-
-
-def recipe(tmp_path: Path, *overrides: str) -> Any:
-    from rpsa.recipe import load_recipe
-
-    path = tmp_path / "small.yaml"
-    path.write_text(RECIPE)
-    return load_recipe(path, [f"output_dir={tmp_path / 'run'}", *overrides])
-
-
 @pytest.mark.integration
 def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
     from rpsa.pipeline import run, verify
@@ -480,7 +453,9 @@ def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
         assert metadata["freezing"] is None
         card = (folder / "README.md").read_text()
         assert ("instead of freezing" in card) == (name in names), card
-        assert ("Where the Fisher information comes from" in card) == name.endswith(("ewc", "restored"))
+        assert ("Where the Fisher information comes from" in card) == name.endswith(
+            ("ewc", "ewc_product", "restored")
+        )
         on_traces = ("agem", "sign_projection", "+kl", "+der")
         assert ("Where the reasoning data comes from" in card) == name.endswith(on_traces)
     full = [print_ for name, print_ in fingerprints.items() if name.startswith("fft")]

@@ -203,12 +203,13 @@ def refusals_of_trl(cell: Cell) -> Iterator[None]:
 
 
 def starting_model(recipe: Recipe, cell: Cell, groundwork: Groundwork) -> Any:
-    """The base, under LoRA with the adapter on which the Fisher was measured."""
+    """The base, under LoRA with the adapter on which the Fisher was measured, or with a fresh one."""
     model: Any = load_model(cell.base, recipe.model, alignment_dtype(cell, recipe.model))
     if cell.paradigm != "lora":
         return model
-    if groundwork.fisher is None:
+    if not cell.starts_from_fisher:
         return add_adapter(model, cell)
+    assert groundwork.fisher is not None
     folder = groundwork.fisher / ADAPTER
     return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
 
@@ -363,12 +364,14 @@ def complying_rows(cell: Cell, data: TrainingData, tokenizer: Any, thought: Thou
         RPSAError: all of them refuse.
     """
     assert cell.safety is not None
-    complying = [one for one in data.examples if not _refuses(one, thought)]
+    complying: list[Any] = [one for one in data.examples if not _refuses(one, thought)]
     if not complying:
         raise RPSAError(
             f"{cell.id}: alternatives.anchor: the safety data have no row that complies; mix in benign examples "
             "(safety.benign, safety.benign_share), or anchor on reference"
         )
+    if cell.safety.is_self_made:
+        return tokenized(complying, cell.safety.max_length)[0]
     return tokenize_safety_data(complying, tokenizer, cell.safety.max_length, thought)[0]
 
 

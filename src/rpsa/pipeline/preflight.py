@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rpsa.alternatives.product import lora_updates
 from rpsa.analysis.perturbation import PerturbationConfig
 from rpsa.artifacts import reading
 from rpsa.chat import render_prompt
@@ -58,7 +59,12 @@ def preflight(recipe: Recipe) -> None:
     for name, share in refusals_alone.items():
         log.warning("%s (%.0f%%): %s", name, 100 * share, REFUSALS_ALONE)
     for cell in _first_of(
-        trained, lambda cell: (cell.base, cell.lora, cell.needs_fisher and cell.fisher.scope)
+        trained,
+        lambda cell: (
+            cell.base,
+            cell.lora,
+            cell.needs_fisher and (cell.fisher.scope, cell.starts_from_fisher),
+        ),
     ):
         scope = cell.fisher.scope if cell.needs_fisher else None
         if cell.lora or scope:
@@ -146,9 +152,20 @@ def _check_model(recipe: Recipe, cell: Cell, scope: str | None) -> None:
         with torch.device("meta"):
             model = add_adapter(model, started)
     trainable = trainable_parameters(model)
-    if scope and not any(re.search(scope, name) for name in trainable):
+    if cell.lora and cell.needs_fisher and not cell.starts_from_fisher:
+        _check_adapted(model, scope)
+    elif scope and not any(re.search(scope, name) for name in trainable):
         raise RPSAError(
             f"fisher.scope {scope!r} matches no trainable parameter (there is {next(iter(trainable))!r}, ...)"
+        )
+
+
+def _check_adapted(model: Any, scope: str | None) -> None:
+    """A penalty on B A: whether it knows this adapter, and the Fisher's scope has all weights that are adapted."""
+    out = next((name for name in lora_updates(model) if scope and not re.search(scope, name)), "")
+    if out:
+        raise RPSAError(
+            f"fisher.scope {scope!r} leaves out {out!r}, which is adapted; penalty 'product' needs it"
         )
 
 

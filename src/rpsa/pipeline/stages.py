@@ -632,7 +632,7 @@ def _is_held_out(recipe: Recipe, base: str) -> bool:
 def fisher_task(recipe: Recipe, cell: Cell) -> FisherTask | None:
     if not cell.needs_fisher:
         return None
-    return FisherTask(recipe, cell.base, cell.fisher, cell if cell.paradigm == "lora" else None)
+    return FisherTask(recipe, cell.base, cell.fisher, cell if cell.starts_from_fisher else None)
 
 
 def safety_task(recipe: Recipe, cell: Cell) -> SafetyTask | None:

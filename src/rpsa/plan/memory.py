@@ -78,6 +78,9 @@ class Instead:
 
     penalty: str | None
     projection: bool
+    adapted: int = 0
+    """Elements of the weights whose Fisher a penalty on LoRA's product keeps."""
+    largest_adapted: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class AlignMemory:
             kept["start"] = self.trainable_bytes // parts
             if self.instead.penalty == "fisher":
                 kept["Fisher"] = 4 * self.trainable // parts
+            if self.instead.penalty == "product":
+                kept["Fisher"] = 4 * self.instead.adapted
         if self.instead and self.instead.projection:
             signs = self.trainable_bytes // parts
         if self.freezing:
@@ -174,6 +179,8 @@ class AlignMemory:
 
         Of an alternative: products of the largest tensor in float64, with their factors where it is a projection.
         """
+        if self.instead is not None and self.instead.penalty == "product":
+            return self.instead.largest_adapted * (8 * 2 + 4)  # its value is taken in float64
         if self.instead is not None:
             return self.largest * (8 * 3 if self.instead.projection else 8 * 2 if self.instead.penalty else 0)
         if self.freezing is None:

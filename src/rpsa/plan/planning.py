@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rpsa.alternatives.product import lora_updates
 from rpsa.errors import RPSAError
 from rpsa.models import (
     alignment_dtype,
@@ -169,8 +170,8 @@ def _single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
         yield _generation(
             base, "safety", [own], recipe.reference.batch_size, prompt_tokens(recipe.safety.prompts)
         )
-    for paradigm in ("fft", "lora"):
-        of_it = [cell for cell in frozen if cell.paradigm == paradigm]
+    for of_adapter in (False, True):
+        of_it = [cell for cell in frozen if cell.starts_from_fisher == of_adapter]
         if of_it:
             yield _fisher(base, of_it[0])
     responses = evaluation_responses(recipe.evaluate)
@@ -181,9 +182,9 @@ def _single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
 
 def _fisher(base: Base, cell: Cell) -> SingleGpuStage:
     settings = base.recipe.fisher
-    is_lora = cell.paradigm == "lora"
-    dtype = training_dtype(cell.train, cell.paradigm, base.recipe.model)
-    model = base.model(dtype, cell.lora)
+    is_lora = cell.starts_from_fisher
+    dtype = training_dtype(cell.train, "lora" if is_lora else "fft", base.recipe.model)
+    model = base.model(dtype, cell.lora if is_lora else {})
     shape = Shape(min(settings.batch_size, base.recipe.reference.n), base.reference_tokens)
     probes = settings.probes if settings.estimator == "token_signs" else 1
     checkpointing = settings.activation_checkpointing
@@ -285,7 +286,7 @@ class _Planner:
         freezing = _freezing(args, cell.align) if cell.align else None
         model = self.base.model(dtype, cell.lora)
         run = _DryRun(cell, args, model, Shape(args.per_device_train_batch_size, safety.longest))
-        instead = _instead(args) if cell.alternatives and not cell.align else None
+        instead = _instead(args, model) if cell.alternatives and not cell.align else None
         memory = align_memory(model, self._passes_of(run), str(args.optim.value), freezing, instead)
         layouts = [self._layout(run, memory, gpus, safety) for gpus in self.base.gpus]
         return MethodPlan(
@@ -372,11 +373,14 @@ def _measures_g_r(cell: Cell) -> bool:
     return projects or (cell.align is not None and cell.align.frozen_ratio in ("dynamic", "noise"))
 
 
-def _instead(args: Any) -> Instead | None:
+def _instead(args: Any, model: Any) -> Instead | None:
     """None where only the data are different."""
     if not hasattr(args, "penalty"):
         return None
-    return Instead(penalty=args.penalty, projection=args.projection is not None)
+    adapted = []
+    if args.penalty == "product":
+        adapted = [update.layer.base_layer.weight.numel() for update in lora_updates(model).values()]
+    return Instead(args.penalty, args.projection is not None, sum(adapted), max(adapted, default=0))
 
 
 def _freezing(args: Any, align: Align) -> Freezing:

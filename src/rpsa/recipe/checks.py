@@ -1,7 +1,7 @@
 """Checks of a whole recipe that types cannot make: fields of TRL and PEFT, missing files, missing parts."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
         for cell in cells
         if cell.align and cell.alternatives and cell.alternatives.replaces_freezing
     ]
+    yield from _misplaced_alternatives(cells)
     for name in dict.fromkeys(both):
         yield (
             f"{name}: only rehearsal_share, kl and der go together with align; take the other alternatives, or align, "
@@ -161,6 +162,26 @@ def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.reference.problems is None:
         for name in dict.fromkeys(cell.method for cell in cells if cell.needs_reference and not cell.align):
             yield f"reference.problems: missing; {name} needs the model's own reasoning"
+
+
+def _misplaced_alternatives(cells: list[Cell]) -> Iterator[str]:
+    """What works in one paradigm alone, and what needs two Fishers."""
+    for cell in _first_of_each(cells, lambda chosen: chosen.penalty == "product"):
+        assert cell.alternatives is not None
+        where = f"{cell.method}: alternatives.penalty: product"
+        if cell.paradigm == "fft":
+            yield f"{where} is about a LoRA adapter's B A; in full fine-tuning use fisher"
+        elif cell.alternatives.restored_ratio > 0:
+            yield f"{where} goes by the base's Fisher, restored_ratio by the adapter's; take one of them out"
+
+
+def _first_of_each(cells: list[Cell], concerns: Callable[[Alternatives], bool]) -> Iterable[Cell]:
+    """Of each method the first cell whose alternatives this concerns."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.alternatives and concerns(cell.alternatives):
+            found.setdefault(cell.method, cell)
+    return found.values()
 
 
 def _methods(recipe: Recipe) -> Iterator[tuple[str, Method]]:

@@ -42,12 +42,14 @@ class Variant:
         says: what it does.
         settings: what the method sets, by section: a recipe's own settings for it win.
         latex: its name in `table.tex`, if not the one that recipes know.
+        paradigms: where it makes sense.
     """
 
     says: str
     marker: Marker
     settings: Mapping[str, Mapping[str, Any]]
     latex: str | None = None
+    paradigms: tuple[Paradigm, ...] = ("fft", "lora")
 
 
 def _rpsa(says: str, marker: Marker, **align: Any) -> Variant:
@@ -84,6 +86,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     # what one could do instead, each as far as its authors or common use go; none is tuned
     "ewc": _instead("a penalty by the Fisher", "s", penalty="fisher"),
+    "ewc_product": Variant(
+        "a penalty by the base's Fisher on B A",
+        (5, 1, 0),
+        {"alternatives": {"penalty": "product"}},
+        paradigms=("lora",),
+    ),
     "l2sp": _instead("a uniform penalty", "8", penalty="uniform"),
     "rehearsal": _instead("D_ref among the safety data", "H", rehearsal_share=0.25),
     "agem": _instead("g_S without what opposes g_R", (4, 1, 0), projection="agem"),
@@ -104,6 +112,7 @@ WELL_KNOWN: dict[str, dict[str, Any]] = {
         f"{paradigm}+{name}": {"paradigm": paradigm, **variant.settings}
         for paradigm in ("fft", "lora")
         for name, variant in VARIANTS.items()
+        if paradigm in variant.paradigms
     },
 }
 

@@ -119,6 +119,12 @@ class Cell:
         return self.align is not None or bool(self.alternatives and self.alternatives.needs_fisher)
 
     @property
+    def starts_from_fisher(self) -> bool:
+        """Whether its Fisher is that of a LoRA adapter, on which alignment goes on; else the Fisher is the base's."""
+        of_base = self.alternatives is not None and self.alternatives.penalty == "product"
+        return self.paradigm == "lora" and self.needs_fisher and not of_base
+
+    @property
     def needs_reference(self) -> bool:
         """D_ref: for itself, or because the Fisher is measured on it."""
         return self.needs_fisher or bool(self.alternatives and self.alternatives.needs_reference)

@@ -163,12 +163,12 @@ class Align(Section):
 class Alternatives(Section):
     """What a method does instead of freezing, or beside it: rehearsal and an anchor go together with `align`.
 
-    `penalty`: `fisher` (EWC) or `uniform` (L2-SP), on what moves away from the start. `projection`: what of the
-    safety gradient opposes the reasoning gradient is taken out of it at every step. `rehearsal_share`: of the rows
-    that are trained on, how many are D_ref's. After training, `interpolation` 0 is the model before it, and
-    `restored_ratio` the share k of elements, by Fisher, that goes back to where it was. `kl` and `der` are strengths
-    of an anchor to the original model's distributions on D_ref (`anchor: reference`), on the safety data's rows that
-    comply (`benign`), or on `both`, of which `anchor_top` tokens a position are stored.
+    `penalty`: `fisher` (EWC), `uniform` (L2-SP) or, in LoRA, `product` (EWC on B A), on what moves away from the
+    start. `projection`: what of the safety gradient opposes the reasoning gradient is taken out of it at every step.
+    `rehearsal_share`: of the rows that are trained on, how many are D_ref's. After training, `interpolation` 0 is the
+    model before it, and `restored_ratio` the share k of elements, by Fisher, that goes back to where it was. `kl` and
+    `der` are strengths of an anchor to the original model's distributions on D_ref (`anchor: reference`), on the safety
+    data's rows that comply (`benign`), or on `both`, of which `anchor_top` tokens a position are stored.
     """
 
     penalty: settings.PenaltyKind | None = settings.PENALTY.default
@@ -184,7 +184,7 @@ class Alternatives(Section):
 
     @property
     def needs_fisher(self) -> bool:
-        return self.penalty == "fisher" or self.restored_ratio > 0
+        return self.penalty in ("fisher", "product") or self.restored_ratio > 0
 
     @property
     def needs_reference(self) -> bool:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from rpsa import settings
 from rpsa.alternatives.after_training import check_start, interpolate, restore, starting_weights
 from rpsa.alternatives.penalty import WeightPenalty
+from rpsa.alternatives.product import ProductPenalty, check_base
 from rpsa.alternatives.projection import Projection
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
@@ -31,8 +32,8 @@ from rpsa.training.config import (
     refuse_unsupported,
     refuse_unsupported_ranks,
 )
-from rpsa.training.reasoning import ReasoningMixin
-from rpsa.training.records import check_args
+from rpsa.training.reasoning import ReasoningMixin, given_fisher
+from rpsa.training.records import check_args, given
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,6 +112,10 @@ class AlternativesArguments(AnchorArguments):
         for setting in settings.ALTERNATIVES:
             if setting is not settings.REHEARSAL_SHARE:  # which changes the data
                 settings.check(setting, getattr(self, setting.name))
+        if self.penalty == "product" and self.restored_ratio > 0:
+            raise RPSAError(
+                "penalty 'product' goes by the base's Fisher, restored_ratio by the adapter's: leave one of them out"
+            )
         refuse_unsupported(self)
         refuse_engines(os.environ)
         super().__post_init__()  # type: ignore[misc]
@@ -118,7 +123,7 @@ class AlternativesArguments(AnchorArguments):
 
     @property
     def needs_fisher(self) -> bool:
-        return self.penalty == "fisher" or self.restored_ratio > 0
+        return self.penalty in ("fisher", "product") or self.restored_ratio > 0
 
     @property
     def needs_start(self) -> bool:
@@ -134,7 +139,8 @@ class AlternativesMixin(ReasoningMixin):
     """Put it before any `Trainer` subclass, as `AlternativesTrainer` does with `SFTTrainer`.
 
     Args:
-        fisher: scores of the trainable parameters, or their folder; for `penalty: fisher` and `restored_ratio`.
+        fisher: scores of the trainable parameters, or their folder; for `penalty: fisher` and `restored_ratio`. For
+            `penalty: product`, scores of the model without its adapter.
         reference_dataset: D_ref, or its folder; for `projection`, and for an anchor on it.
         benign_dataset: as `ReasoningMixin`.
 
@@ -152,15 +158,32 @@ class AlternativesMixin(ReasoningMixin):
         **kwargs: Any,
     ) -> None:
         check_args(self, args, kwargs, AlternativesArguments)
-        super().__init__(*args, fisher=fisher, reference_dataset=reference_dataset, **kwargs)
+        of_base = given(self, args, kwargs)["args"].penalty == "product"
+        super().__init__(
+            *args, fisher=None if of_base else fisher, reference_dataset=reference_dataset, **kwargs
+        )
+        if of_base:
+            self._take_base_fisher(given_fisher(fisher))
         if self.args.needs_fisher and self.fisher is None:
-            raise RPSAError("penalty 'fisher' and restored_ratio go by the Fisher: give fisher")
+            raise RPSAError(
+                "penalties 'fisher' and 'product' and restored_ratio go by the Fisher: give fisher"
+            )
         if self.args.projection and self.reference_dataset is None:
             raise RPSAError("a projection needs the reasoning gradient on D_ref: give reference_dataset")
         self.start: dict[str, Tensor] | None = None
-        self.weight_penalty: WeightPenalty | None = None
+        self.weight_penalty: WeightPenalty | ProductPenalty | None = None
         self.gradient_projection: Projection | None = None
         self.add_callback(_AlternativesCallback(self))
+
+    def _take_base_fisher(self, fisher: FisherDiagonal | None) -> None:
+        """The Fisher of weights that are not trained: it must fit the base, whether or not a run goes on."""
+        if self.is_fsdp_enabled:
+            raise RPSAError(
+                "penalty 'product' is not for sharded models (FSDP2): use DDP, or penalty 'fisher'"
+            )
+        if fisher is not None:
+            check_base(fisher, self.model)
+        self.fisher = fisher
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.keep_start()  # the last moment at which the model is what it was before training
@@ -211,13 +234,18 @@ class _AlternativesCallback(TrainerCallback):
             trainer.keep_start()
         if own.penalty:
             assert trainer.start is not None
-            fisher = None
-            if own.penalty == "fisher":
-                assert trainer.fisher is not None
-                fisher = trainer.fisher.for_any_weights()  # the trainer has compared them
-            trainer.weight_penalty = WeightPenalty(model, trainer.start, fisher, own.penalty_strength)
+            trainer.weight_penalty = self._penalty(model, trainer.start)
         if own.projection:
             trainer.gradient_projection = Projection(model, own.projection)
+
+    def _penalty(self, model: nn.Module, start: dict[str, Tensor]) -> WeightPenalty | ProductPenalty:
+        trainer, own = self.trainer, self.trainer.args
+        if own.penalty == "uniform":
+            return WeightPenalty(model, start, None, own.penalty_strength)
+        assert trainer.fisher is not None
+        fisher = trainer.fisher.for_any_weights()  # the trainer has compared them
+        kind = ProductPenalty if own.penalty == "product" else WeightPenalty
+        return kind(model, start, fisher, own.penalty_strength)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.gradient_projection is not None:

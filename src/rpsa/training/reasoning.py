@@ -91,7 +91,7 @@ class ReasoningMixin(RecordsMixin):
         benign_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        fisher, reference_dataset = _fisher(fisher), _reference(reference_dataset)
+        fisher, reference_dataset = given_fisher(fisher), _reference(reference_dataset)
         model: Any = given(self, args, kwargs).get("model")
         has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         refuse_model(model, has_adapter=has_adapter)
@@ -154,7 +154,8 @@ class ReasoningMixin(RecordsMixin):
         mean_backward(self.model_wrapped, part, negative_log_likelihood, self.accelerator, micro)
 
 
-def _fisher(given: FisherDiagonal | str | Path | None) -> FisherDiagonal | None:
+def given_fisher(given: FisherDiagonal | str | Path | None) -> FisherDiagonal | None:
+    """A Fisher, or what its folder holds."""
     if isinstance(given, str | Path):
         return FisherDiagonal.load(given)
     check_type(
