@@ -7,7 +7,7 @@ import typer
 from rpsa.cli.inspection import audit, schema, tiny_app, verify
 from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
-from rpsa.cli.study import plan, run, sweep
+from rpsa.cli.study import bench, plan, run, sweep
 
 __all__ = ["app", "main"]
 
@@ -45,6 +45,7 @@ def _options(
 # In the order of `rpsa --help`
 app.command()(run)
 app.command()(sweep)
+app.command()(bench)
 app.command()(plan)
 app.command()(evaluate)
 app.command("tasks-path")(tasks_path)

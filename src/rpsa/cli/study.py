@@ -1,4 +1,4 @@
-"""The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa plan`."""
+"""The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa bench`, `rpsa plan`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +66,30 @@ def sweep(
         from rpsa import pipeline
 
         pipeline.run(swept, keep_finished=keep_finished)
+
+
+def bench(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe with a section bench, a YAML file.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
+    ] = None,
+    keep_finished: Annotated[
+        bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
+    ] = False,
+) -> None:
+    """Compare many methods: settings are chosen on some bases, and measured on others.
+
+    Stopped at any point, the same command goes on. The leaderboard is bench/bench.html in the run's folder.
+    """
+    with readable_errors():
+        from rpsa.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides or [])
+        from rpsa.pipeline.bench import run_bench
+
+        run_bench(checked, keep_finished=keep_finished)
 
 
 def plan(

@@ -9,6 +9,7 @@ from pathlib import Path
 from rpsa.artifacts import atomic_directory, locked
 from rpsa.errors import RPSAError
 from rpsa.pipeline.verification import verify
+from rpsa.provenance import Stage
 from rpsa.recipe.schema import Recipe
 
 __all__ = ["run", "verify"]
@@ -31,10 +32,8 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
 
     if only is not None and only not in STAGES:
         raise RPSAError(f"--only: there is no stage {only!r}{did_you_mean(only, STAGES)}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING if launch.is_first() else logging.ERROR, format="%(message)s")
     stages = [stage for stage in STAGES if only in (None, stage)]
-    launch.check(recipe, stages)
+    prepare(recipe, stages)
     with _alone_in(recipe):
         work = Run(recipe, keep_finished)
         with launch.joined(recipe):
@@ -46,6 +45,15 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
         name, why = next(iter(missing.items()))
         raise RPSAError(f"the report lacks {len(missing)} results; the first: {name}: {why}")
     return recipe.folder
+
+
+def prepare(recipe: Recipe, stages: list[Stage]) -> None:
+    """What a process that runs a recipe sets up for itself. Raises RPSAError if it cannot be launched as it says."""
+    from rpsa.pipeline import launch
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING if launch.is_first() else logging.ERROR, format="%(message)s")
+    launch.check(recipe, stages)
 
 
 @contextmanager

@@ -270,15 +270,16 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.reference.problems is None and any(method.align is not None for method in methods):
         yield "reference.problems: missing; freezing needs reasoning problems to measure on"
     places = [*_safety_sections(recipe), *_safety_points(recipe)]
-    # what the model answers itself needs prompts alone
-    benign = "prompts" if any(safety.data == SELF_MADE for _, safety in places) else "safety"
+    has_self_made = any(safety.data == SELF_MADE for _, safety in places)
     for path, safety in places:
+        # what the model answers itself needs prompts alone
+        of_prompts = safety.data == SELF_MADE if safety.data else has_self_made
         yield from check(f"{path}.data", "safety", safety.data)
         yield from check(f"{path}.prompts", "prompts", safety.prompts)
         if safety.benign == SELF_MADE:
             yield f"{path}.benign: 'self' is for safety.data; name a file or a dataset"
         else:
-            yield from check(f"{path}.benign", benign, safety.benign)
+            yield from check(f"{path}.benign", "prompts" if of_prompts else "safety", safety.benign)
     if not any(safety.data for _, safety in places) and any(m.paradigm != "none" for m in methods):
         yield "safety.data: missing; name the safety examples to train on"
 
@@ -291,6 +292,7 @@ def _safety_sections(recipe: Recipe) -> Iterator[tuple[str, Safety]]:
         ("matrix.paradigms.fft.safety", paradigms.fft.safety),
         ("matrix.paradigms.lora.safety", paradigms.lora.safety),
         *((f"{where}.safety", method.safety) for where, method in _methods(recipe)),
+        *((f"bench.data.{name}", data) for name, data in (recipe.bench.data if recipe.bench else {}).items()),
     ]
     yield from ((path, safety) for path, safety in places if safety is not None)
 
@@ -316,5 +318,5 @@ def _self_made_problems(recipe: Recipe) -> Iterator[str]:
         return
     for path, safety in [*_safety_sections(recipe), *_safety_points(recipe)]:
         for name in OF_SELF_MADE:
-            if name in safety.model_fields_set:
+            if name in safety.model_fields_set and not safety.is_self_made:
                 yield f"{path}.{name}: only data that the model makes itself has it; set safety.data=self"

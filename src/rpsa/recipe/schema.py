@@ -31,6 +31,7 @@ from rpsa.recipe.sections import (
     Align,
     Alternatives,
     Analysis,
+    Bench,
     Evaluate,
     Fisher,
     Launch,
@@ -148,6 +149,7 @@ class Recipe(Section):
     sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sweep] = {}
     analysis: Analysis = Analysis()
     launch: Launch | None = None
+    bench: Bench | None = None
     output_dir: str | None = None
     data_dir: str | None = None
 

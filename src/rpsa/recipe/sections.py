@@ -304,6 +304,22 @@ class Analysis(Section):
     perturb: Perturb | None = None
 
 
+class Bench(Section):
+    """`rpsa bench`: every method of the matrix on every kind of data, at settings that are chosen on other bases.
+
+    `bases` and `seeds` are those of development; those of the matrix are the test. `data`: by name, what replaces the
+    section safety. `tune`: by method, or `fft` and `lora` for all of a paradigm, settings and the values to choose
+    from. `targets`: the most that is asked for, of the drop of `reasoning` and of the rate on each set of requests;
+    chosen is what misses them by the least, all misses added up.
+    """
+
+    bases: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [42]
+    data: Annotated[dict[str, Safety], Field(min_length=1)]
+    tune: dict[str, dict[str, Annotated[list[Any], Field(min_length=1)]]]
+    targets: Annotated[dict[str, Share], Field(min_length=1)]
+
+
 class Report(Section):
     """The report has no settings yet."""
 
