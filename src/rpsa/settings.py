@@ -21,7 +21,8 @@ MaskKind = Literal["fisher", "random", "random_nonzero", "random_per_tensor", "m
 FrozenMoments = Literal["zero", "raw"]
 ZeroFisher = Literal["trainable", "frozen"]
 PenaltyKind = Literal["fisher", "uniform", "product"]
-ProjectionKind = Literal["agem", "signs"]
+GradientProjection = Literal["agem", "signs"]
+ProjectionKind = Literal[GradientProjection, "nullspace"]
 
 T = TypeVar("T")
 
@@ -205,9 +206,18 @@ PENALTY_STRENGTH = Setting(
 PROJECTION: Setting[ProjectionKind | None] = Setting(
     "projection",
     None,
-    "agem or signs: what is taken out of g_S where it opposes g_R, at every step.",
+    "agem or signs: what is taken out of g_S where it opposes g_R; nullspace: out of what has moved, where the "
+    "inputs of layers on D_ref lie. At every step.",
     choices=get_args(ProjectionKind),
     optional=True,
+)
+NULLSPACE_ENERGY = Setting(
+    "nullspace_energy",
+    0.95,
+    "Of the energy of each layer's inputs on D_ref, the share in whose directions nullspace lets no weight move.",
+    above=0,
+    at_most=1,
+    refusal="{name} {value!r} is not above 0 and at most 1",
 )
 REHEARSAL_SHARE = Setting(
     "rehearsal_share",
@@ -239,5 +249,5 @@ FREEZING: tuple[Setting[Any], ...] = (
     FROZEN_RATIO, WINDOW, EVERY, SIGMA_SCALE, MASK, GRADIENT_ONLY, FROZEN_MOMENTS, ZERO_FISHER, COMPACT, AUDIT,
 )  # fmt: skip
 ALTERNATIVES: tuple[Setting[Any], ...] = (
-    PENALTY, PENALTY_STRENGTH, PROJECTION, REHEARSAL_SHARE, INTERPOLATION, RESTORED_RATIO,
+    PENALTY, PENALTY_STRENGTH, PROJECTION, NULLSPACE_ENERGY, REHEARSAL_SHARE, INTERPOLATION, RESTORED_RATIO,
 )  # fmt: skip

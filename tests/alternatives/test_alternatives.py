@@ -454,7 +454,9 @@ def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
         assert ("Where the Fisher information comes from" in card) == name.endswith(
             ("ewc", "ewc_product", "restored")
         )
-        assert ("Where the reasoning data comes from" in card) == name.endswith(("agem", "sign_projection"))
+        assert ("Where the reasoning data comes from" in card) == name.endswith(
+            ("agem", "sign_projection", "nullspace")
+        )
     full = [print_ for name, print_ in fingerprints.items() if name.startswith("fft")]
     assert len(set(full)) == len(full)
     # in LoRA, whose A has no Fisher at the start, and whose B starts at 0, every one does something, too

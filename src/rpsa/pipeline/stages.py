@@ -30,7 +30,7 @@ from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_ident
 from rpsa.progress import Progress, no_progress
 from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import Fisher
+from rpsa.recipe.sections import Alternatives, Fisher
 from rpsa.sharding import rank, world_size
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ class AlignTask(CellTask):
             reference = reference_task(self.recipe, cell) if cell.alternatives.needs_reference else None
             longest = self.recipe.reference.reference_max_length
             inputs |= {
-                "alternatives": cell.alternatives.model_dump(),
+                "alternatives": _alternatives_settings(cell.alternatives),
                 "reference": reference.result() if reference else None,
                 "reference_max_length": longest if cell.alternatives.projection is not None else None,
             }
@@ -371,6 +371,13 @@ class AlignTask(CellTask):
 
         fisher, reference = fisher_task(self.recipe, self.cell), reference_task(self.recipe, self.cell)
         return Groundwork(fisher.folder if fisher else None, reference.folder if reference else None)
+
+
+def _alternatives_settings(alternatives: Alternatives) -> dict[str, Any]:
+    settings = alternatives.model_dump()
+    if settings["projection"] != "nullspace":  # the inputs of others are what they were before there was one
+        del settings["nullspace_energy"]
+    return settings
 
 
 @dataclass(frozen=True)

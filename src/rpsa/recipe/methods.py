@@ -98,6 +98,12 @@ VARIANTS: dict[str, Variant] = {
     "sign_projection": _instead(
         "g_S without elements whose sign opposes g_R", (4, 1, 45), projection="signs"
     ),
+    "nullspace": Variant(
+        "no weight moves where layers' inputs on D_ref lie",
+        (7, 1, 0),
+        {"alternatives": {"projection": "nullspace"}},
+        paradigms=("fft",),
+    ),
     "interpolation": _instead("half of the way back", (6, 1, 0), interpolation=0.5),
     "restored": _instead("after training, 60% of the elements put back", (5, 0, 36), restored_ratio=0.6),
 }

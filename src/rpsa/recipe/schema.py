@@ -234,6 +234,12 @@ def concerns(key: str, method: Method) -> bool:
         return method.align is not None or bool(method.alternatives and method.alternatives.needs_fisher)
     if section == "alternatives":
         own = method.alternatives.model_fields_set if method.alternatives else set()
+        if (
+            name == "nullspace_energy"
+            and method.alternatives
+            and method.alternatives.projection == "nullspace"
+        ):
+            return True
         return name in own or (name == "penalty_strength" and "penalty" in own)
     return section != "lora" or method.paradigm == "lora"
 

@@ -219,7 +219,13 @@ def alternatives_metadata(trainer: Any, names: CardNames) -> dict[str, Any] | No
     if settings == _DEFAULTS and not names.rehearsed:
         return None
     strength = trainer.args.penalty_strength if settings["penalty"] else None
-    return {**settings, "penalty_strength": strength, "rehearsed": names.rehearsed}
+    energy = trainer.args.nullspace_energy if settings["projection"] == "nullspace" else None
+    return {
+        **settings,
+        "penalty_strength": strength,
+        "nullspace_energy": energy,
+        "rehearsed": names.rehearsed,
+    }
 
 
 # The model and its training
