@@ -13,6 +13,7 @@ from torch import nn
 
 from rpsa import settings
 from rpsa.alternatives.after_training import interpolate
+from rpsa.alternatives.nullspace import NullSpace
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.alternatives.projection import Projection
 from rpsa.errors import RPSAError
@@ -57,6 +58,7 @@ LIBRARY: dict[str, Callable[[Any], Any]] = {
     "zero_fisher": lambda v: CompactFreezer(nn.Linear(2, 2), fisher(), zero_fisher=v),
     "penalty_strength": lambda v: WeightPenalty(nn.Linear(2, 2), {}, strength=v),
     "projection": lambda v: Projection(nn.Linear(2, 2), v),
+    "nullspace_energy": lambda v: NullSpace(nn.Linear(2, 2), {}, [], v),
     "rehearsal_share": lambda v: rehearse(None, None, v, None),  # type: ignore[arg-type]
     "interpolation": lambda v: interpolate(nn.Linear(2, 2), {}, v),
     "restored_ratio": lambda v: fisher().threshold(v),

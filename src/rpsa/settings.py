@@ -21,8 +21,9 @@ MaskKind = Literal["fisher", "random", "random_nonzero", "random_per_tensor", "m
 FrozenMoments = Literal["zero", "raw"]
 ZeroFisher = Literal["trainable", "frozen"]
 PenaltyKind = Literal["fisher", "uniform", "product"]
-ProjectionKind = Literal["agem", "signs"]
 AnchorRows = Literal["reference", "benign", "both"]
+GradientProjection = Literal["agem", "signs"]
+ProjectionKind = Literal[GradientProjection, "nullspace"]
 
 T = TypeVar("T")
 
@@ -206,9 +207,18 @@ PENALTY_STRENGTH = Setting(
 PROJECTION: Setting[ProjectionKind | None] = Setting(
     "projection",
     None,
-    "agem or signs: what is taken out of g_S where it opposes g_R, at every step.",
+    "agem or signs: what is taken out of g_S where it opposes g_R; nullspace: out of what has moved, where the "
+    "inputs of layers on D_ref lie. At every step.",
     choices=get_args(ProjectionKind),
     optional=True,
+)
+NULLSPACE_ENERGY = Setting(
+    "nullspace_energy",
+    0.95,
+    "Of the energy of each layer's inputs on D_ref, the share in whose directions nullspace lets no weight move.",
+    above=0,
+    at_most=1,
+    refusal="{name} {value!r} is not above 0 and at most 1",
 )
 REHEARSAL_SHARE = Setting(
     "rehearsal_share",
@@ -270,5 +280,6 @@ FREEZING: tuple[Setting[Any], ...] = (
 ANCHORING: tuple[Setting[Any], ...] = (KL, DER, ANCHOR, ANCHOR_TOP)
 """Goes together with freezing."""
 ALTERNATIVES: tuple[Setting[Any], ...] = (
-    PENALTY, PENALTY_STRENGTH, PROJECTION, REHEARSAL_SHARE, INTERPOLATION, RESTORED_RATIO, *ANCHORING,
+    PENALTY, PENALTY_STRENGTH, PROJECTION, NULLSPACE_ENERGY, REHEARSAL_SHARE, INTERPOLATION, RESTORED_RATIO,
+    *ANCHORING,
 )  # fmt: skip

@@ -456,7 +456,7 @@ def test_each_alternative_through_a_recipe(tmp_path: Path) -> None:
         assert ("Where the Fisher information comes from" in card) == name.endswith(
             ("ewc", "ewc_product", "restored")
         )
-        on_traces = ("agem", "sign_projection", "+kl", "+der")
+        on_traces = ("agem", "sign_projection", "nullspace", "+kl", "+der")
         assert ("Where the reasoning data comes from" in card) == name.endswith(on_traces)
     full = [print_ for name, print_ in fingerprints.items() if name.startswith("fft")]
     assert len(set(full)) == len(full)

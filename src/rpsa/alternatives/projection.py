@@ -1,12 +1,13 @@
 """Projection: what of the safety gradient opposes the reasoning gradient is taken out of it at every step."""
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from rpsa.parameters import trainable_parameters
-from rpsa.settings import PROJECTION, ProjectionKind, check
+from rpsa.settings import PROJECTION, GradientProjection, check
 from rpsa.sharding import is_sharded, local, sum_over_shards
 
 
@@ -26,8 +27,9 @@ class Projection:
     Only gradients change: weight decay and momentum still act everywhere.
     """
 
-    def __init__(self, model: nn.Module, kind: ProjectionKind) -> None:
-        check(replace(PROJECTION, optional=False), kind)  # a setting may be None, this class not
+    def __init__(self, model: nn.Module, kind: GradientProjection) -> None:
+        # a setting may be None or nullspace, this class not
+        check(replace(PROJECTION, optional=False, choices=get_args(GradientProjection)), kind)
         self.kind = kind
         self.cosine = 0.0
         """Between g_S and g_R, when they were last compared."""

@@ -292,11 +292,6 @@ def _fisher_settings(fisher: Fisher) -> dict[str, Any]:
     return settings
 
 
-def _alternatives_settings(alternatives: Alternatives) -> dict[str, Any]:
-    """Without those of an anchor where there is none: runs were made before there was a choice."""
-    return alternatives.model_dump(exclude=set() if alternatives.has_anchor else set(alternatives.anchoring))
-
-
 def _self_made_settings(safety: Safety) -> dict[str, Any]:
     """What decides the responses that are offered and kept; `n` and shares are drawn from these later."""
     settings = safety.model_dump(include={"benign", *OF_SELF_MADE})
@@ -519,6 +514,13 @@ def _safety_settings(safety: Safety) -> dict[str, Any]:
     if settings["keep_best"] is None:  # what runs were made with before there was a choice
         del settings["keep_best"]
     return settings
+
+
+def _alternatives_settings(alternatives: Alternatives) -> dict[str, Any]:
+    """Without what says nothing here: the inputs of others are what they were before there was a choice."""
+    unused = set() if alternatives.has_anchor else set(alternatives.anchoring)
+    unused |= set() if alternatives.projection == "nullspace" else {"nullspace_energy"}
+    return alternatives.model_dump(exclude=unused)
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,13 @@ class Instead:
 
     penalty: str | None
     projection: bool
+    """Of gradients."""
     adapted: int = 0
     """Elements of the weights whose Fisher a penalty on LoRA's product keeps."""
     largest_adapted: int = 0
+    directions: int = 0
+    """Elements of the directions that a null space keeps, at most: where inputs fill all of a layer's space."""
+    largest_directions: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ class AlignMemory:
                 kept["Fisher"] = 4 * self.trainable // parts
             if self.instead.penalty == "product":
                 kept["Fisher"] = 4 * self.instead.adapted
+        if self.instead and self.instead.directions:
+            kept["start"] = self.trainable_bytes // parts
+            kept["directions"] = 4 * self.instead.directions
         if self.instead and self.instead.projection:
             signs = self.trainable_bytes // parts
         if self.freezing:
@@ -181,6 +188,8 @@ class AlignMemory:
         """
         if self.instead is not None and self.instead.penalty == "product":
             return self.instead.largest_adapted * (8 * 2 + 4)  # its value is taken in float64
+        if self.instead is not None and self.instead.directions:
+            return max(4 * 2 * self.largest, 8 * 3 * self.instead.largest_directions)
         if self.instead is not None:
             return self.largest * (8 * 3 if self.instead.projection else 8 * 2 if self.instead.penalty else 0)
         if self.freezing is None:

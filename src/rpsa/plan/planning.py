@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from rpsa.alternatives.product import lora_updates
 from rpsa.errors import RPSAError
 from rpsa.models import (
@@ -369,7 +371,7 @@ class _Planner:
 
 
 def _measures_g_r(cell: Cell) -> bool:
-    projects = cell.alternatives is not None and cell.alternatives.projection is not None
+    projects = cell.alternatives is not None and cell.alternatives.measures_g_r
     return projects or (cell.align is not None and cell.align.frozen_ratio in ("dynamic", "noise"))
 
 
@@ -377,10 +379,17 @@ def _instead(args: Any, model: Any) -> Instead | None:
     """None where only the data are different."""
     if not hasattr(args, "penalty"):
         return None
-    adapted = []
+    adapted, squares = [], []
     if args.penalty == "product":
         adapted = [update.layer.base_layer.weight.numel() for update in lora_updates(model).values()]
-    return Instead(args.penalty, args.projection is not None, sum(adapted), max(adapted, default=0))
+    if args.projection == "nullspace":
+        squares = [layer.in_features**2 for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return Instead(
+        args.penalty,
+        args.projection in ("agem", "signs"),
+        *(sum(adapted), max(adapted, default=0)),
+        *(sum(squares), max(squares, default=0)),
+    )
 
 
 def _freezing(args: Any, align: Align) -> Freezing:

@@ -31,14 +31,13 @@ _SECTIONS: dict[str, type[Section]] = {
     "fisher": Fisher,
     "safety": Safety,
 }
+_OF_ANCHORS = {"anchor", "anchor_top"}
+_OF_OTHERS = {"penalty_strength", "nullspace_energy", *_OF_ANCHORS}
+"""Of the alternatives, what does nothing by itself."""
 _NOT_BELOW_ZERO = (
     *("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"),
     *("logging_steps", "eval_steps", "save_steps"),
 )
-
-
-_BESIDE = {"penalty_strength", "anchor", "anchor_top"}
-"""Settings of alternatives that do nothing alone."""
 
 
 def recipe_problems(recipe: Recipe) -> Iterator[str]:
@@ -136,14 +135,13 @@ def _alternatives_problems(recipe: Recipe) -> Iterator[str]:
             continue
         if method.paradigm == "none":
             yield f"{path}.alternatives: the untouched model is not trained; take it out"
-        elif (
-            not chosen.does_something
-            and not (chosen.model_fields_set - {"penalty_strength", "anchor", "anchor_top"}) & varied
-        ):
+        elif not chosen.does_something and not (chosen.model_fields_set - _OF_OTHERS) & varied:
             yield f"{path}.alternatives: does nothing; set penalty, projection, rehearsal_share, ... or take it out"
         elif "penalty_strength" in chosen.model_fields_set and chosen.penalty is None:
             yield f"{path}.alternatives.penalty_strength: of no penalty; set penalty, too"
-        elif (name := next(iter({"anchor", "anchor_top"} & chosen.model_fields_set), None)) and not (
+        elif "nullspace_energy" in chosen.model_fields_set and chosen.projection != "nullspace":
+            yield f"{path}.alternatives.nullspace_energy: of no null space; set projection: nullspace, too"
+        elif (name := next(iter(_OF_ANCHORS & chosen.model_fields_set), None)) and not (
             chosen.has_anchor or {"kl", "der"} & varied
         ):
             yield f"{path}.alternatives.{name}: of no anchor; set kl or der, too"
@@ -173,6 +171,12 @@ def _misplaced_alternatives(cells: list[Cell]) -> Iterator[str]:
             yield f"{where} is about a LoRA adapter's B A; in full fine-tuning use fisher"
         elif cell.alternatives.restored_ratio > 0:
             yield f"{where} goes by the base's Fisher, restored_ratio by the adapter's; take one of them out"
+    for cell in _first_of_each(cells, lambda chosen: chosen.projection == "nullspace"):
+        if cell.paradigm == "lora":
+            yield (
+                f"{cell.method}: alternatives.projection: nullspace is for full fine-tuning, where weights move by "
+                "themselves; in LoRA use agem or signs"
+            )
 
 
 def _first_of_each(cells: list[Cell], concerns: Callable[[Alternatives], bool]) -> Iterable[Cell]:

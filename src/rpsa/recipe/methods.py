@@ -100,6 +100,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     "kl": _instead("an anchor: forward KL to the original on D_ref", (3, 1, 0), kl=1.0),
     "der": _instead("an anchor: the original's logits on D_ref", (3, 1, 180), der=0.1),
+    "nullspace": Variant(
+        "no weight moves where layers' inputs on D_ref lie",
+        (7, 1, 0),
+        {"alternatives": {"projection": "nullspace"}},
+        paradigms=("fft",),
+    ),
     "interpolation": _instead("half of the way back", (6, 1, 0), interpolation=0.5),
     "restored": _instead("after training, 60% of the elements put back", (5, 0, 36), restored_ratio=0.6),
 }

@@ -243,6 +243,8 @@ def concerns(key: str, method: Method) -> bool:
     if section == "alternatives":
         own = method.alternatives.model_fields_set if method.alternatives else set()
         beside = {"penalty_strength": {"penalty"}, "anchor": {"kl", "der"}, "anchor_top": {"kl", "der"}}
+        if name == "nullspace_energy" and method.alternatives:
+            return method.alternatives.projection == "nullspace"
         return name in own or bool(beside.get(name, set()) & own)
     return section != "lora" or method.paradigm == "lora"
 

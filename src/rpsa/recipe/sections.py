@@ -164,7 +164,9 @@ class Alternatives(Section):
     """What a method does instead of freezing, or beside it: rehearsal and an anchor go together with `align`.
 
     `penalty`: `fisher` (EWC), `uniform` (L2-SP) or, in LoRA, `product` (EWC on B A), on what moves away from the
-    start. `projection`: what of the safety gradient opposes the reasoning gradient is taken out of it at every step.
+    start. `projection`: what of the safety gradient opposes the reasoning gradient is taken out of it at every step;
+    `nullspace`, in full fine-tuning: weights move only where the layers' inputs on D_ref have at most 1 -
+    `nullspace_energy` of their energy.
     `rehearsal_share`: of the rows that are trained on, how many are D_ref's. After training, `interpolation` 0 is the
     model before it, and `restored_ratio` the share k of elements, by Fisher, that goes back to where it was. `kl` and
     `der` are strengths of an anchor to the original model's distributions on D_ref (`anchor: reference`), on the safety
@@ -174,6 +176,7 @@ class Alternatives(Section):
     penalty: settings.PenaltyKind | None = settings.PENALTY.default
     penalty_strength: Annotated[float, within(settings.PENALTY_STRENGTH)] = settings.PENALTY_STRENGTH.default
     projection: settings.ProjectionKind | None = settings.PROJECTION.default
+    nullspace_energy: Annotated[float, within(settings.NULLSPACE_ENERGY)] = settings.NULLSPACE_ENERGY.default
     rehearsal_share: Annotated[float, within(settings.REHEARSAL_SHARE)] = settings.REHEARSAL_SHARE.default
     interpolation: Annotated[float, within(settings.INTERPOLATION)] = settings.INTERPOLATION.default
     restored_ratio: Annotated[float, within(settings.RESTORED_RATIO)] = settings.RESTORED_RATIO.default
@@ -199,6 +202,11 @@ class Alternatives(Section):
     def anchoring(self) -> dict[str, Any]:
         """The settings of the anchor, for a trainer."""
         return self.model_dump(include={setting.name for setting in settings.ANCHORING})
+
+    @property
+    def measures_g_r(self) -> bool:
+        """The reasoning gradient, at every step."""
+        return self.projection in ("agem", "signs")
 
     @property
     def does_something(self) -> bool:

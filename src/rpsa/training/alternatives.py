@@ -9,7 +9,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rpsa import settings
 from rpsa.alternatives.after_training import check_start, interpolate, restore, starting_weights
+from rpsa.alternatives.nullspace import NullSpace
 from rpsa.alternatives.penalty import WeightPenalty
 from rpsa.alternatives.product import ProductPenalty, check_base
 from rpsa.alternatives.projection import Projection
@@ -98,6 +99,7 @@ class AlternativesArguments(AnchorArguments):
     penalty: str | None = declared(settings.PENALTY)
     penalty_strength: float = declared(settings.PENALTY_STRENGTH)
     projection: str | None = declared(settings.PROJECTION)
+    nullspace_energy: float = declared(settings.NULLSPACE_ENERGY)
     interpolation: float = declared(settings.INTERPOLATION)
     restored_ratio: float = declared(settings.RESTORED_RATIO)
     reference_max_length: int | None = declared(settings.REFERENCE_MAX_LENGTH)
@@ -127,7 +129,12 @@ class AlternativesArguments(AnchorArguments):
 
     @property
     def needs_start(self) -> bool:
-        return self.penalty is not None or self.interpolation < 1 or self.restored_ratio > 0
+        return self.needs_start_often or self.interpolation < 1 or self.restored_ratio > 0
+
+    @property
+    def needs_start_often(self) -> bool:
+        """At every step, and so where the model is."""
+        return self.penalty is not None or self.projection == "nullspace"
 
 
 @dataclass
@@ -169,10 +176,18 @@ class AlternativesMixin(ReasoningMixin):
                 "penalties 'fisher' and 'product' and restored_ratio go by the Fisher: give fisher"
             )
         if self.args.projection and self.reference_dataset is None:
-            raise RPSAError("a projection needs the reasoning gradient on D_ref: give reference_dataset")
+            raise RPSAError("a projection goes by the model's own reasoning, D_ref: give reference_dataset")
+        if self.args.projection == "nullspace" and (
+            hasattr(self.model, "peft_config") or self.is_fsdp_enabled
+        ):
+            raise RPSAError(
+                "projection 'nullspace' is for full fine-tuning of models that are not sharded: use it without an "
+                "adapter and without FSDP2, or use 'agem' or 'signs'"
+            )
         self.start: dict[str, Tensor] | None = None
         self.weight_penalty: WeightPenalty | ProductPenalty | None = None
         self.gradient_projection: Projection | None = None
+        self.null_space: NullSpace | None = None
         self.add_callback(_AlternativesCallback(self))
 
     def _take_base_fisher(self, fisher: FisherDiagonal | None) -> None:
@@ -192,13 +207,27 @@ class AlternativesMixin(ReasoningMixin):
     def keep_start(self) -> None:
         """Remember the present weights (of a sharded model, this rank's shards) as those before training."""
         if self.args.needs_start and self.start is None:
-            on = None if self.args.penalty else "cpu"  # the others need them only once
+            on = None if self.args.needs_start_often else "cpu"  # the others need them only once
             self.start = starting_weights(self.accelerator.unwrap_model(self.model_wrapped), on)
             if self.args.interpolation < 1:
                 check_start(self.start)
+            if self.args.projection == "nullspace":
+                self.null_space = self._find_null_space(self.start)
+
+    def _find_null_space(self, start: dict[str, Tensor]) -> NullSpace:
+        assert self.reference_dataset is not None
+        batches = self.reference_dataset.batches(
+            self.args.per_device_train_batch_size, self.args.reference_max_length
+        )
+        # a model that goes on is not yet wrapped so that it casts by itself
+        with self.accelerator.autocast():
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            found = NullSpace(model, start, batches, self.args.nullspace_energy)
+        log.info("null space: %.1f%% of the dimensions of linear layers may move", 100 * found.free_share)
+        return found
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.start = None
+        self.start, self.null_space = None, None
         return super().train(*args, **kwargs)
 
     def on_gradients_complete(self) -> None:
@@ -224,6 +253,7 @@ class _AlternativesCallback(TrainerCallback):
 
     def __init__(self, trainer: AlternativesMixin) -> None:
         self.trainer = trainer
+        self._after_step: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -235,8 +265,20 @@ class _AlternativesCallback(TrainerCallback):
         if own.penalty:
             assert trainer.start is not None
             trainer.weight_penalty = self._penalty(model, trainer.start)
-        if own.projection:
+        if own.projection in get_args(settings.GradientProjection):
             trainer.gradient_projection = Projection(model, own.projection)
+        self._release()
+        if trainer.null_space is not None:
+            optimizer = kwargs["optimizer"]
+            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            null_space = trainer.null_space
+            self._after_step = inner.register_step_post_hook(lambda *_: null_space.project())
+
+    def _release(self) -> None:
+        """Let go of the optimizer, also of one whose training ended in an exception."""
+        if self._after_step is not None:
+            self._after_step.remove()
+            self._after_step = None
 
     def _penalty(self, model: nn.Module, start: dict[str, Tensor]) -> WeightPenalty | ProductPenalty:
         trainer, own = self.trainer, self.trainer.args
@@ -254,6 +296,7 @@ class _AlternativesCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer, own = self.trainer, self.trainer.args
+        self._release()
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         if own.restored_ratio > 0:
             assert trainer.start is not None

@@ -223,7 +223,14 @@ def alternatives_metadata(trainer: Any, names: CardNames) -> dict[str, Any] | No
         return None
     strength = trainer.args.penalty_strength if settings["penalty"] else None
     anchor = trainer.args.anchor if settings["kl"] or settings["der"] else None
-    return {**settings, "penalty_strength": strength, "anchor": anchor, "rehearsed": names.rehearsed}
+    energy = trainer.args.nullspace_energy if settings["projection"] == "nullspace" else None
+    return {
+        **settings,
+        "penalty_strength": strength,
+        "nullspace_energy": energy,
+        "anchor": anchor,
+        "rehearsed": names.rehearsed,
+    }
 
 
 # The model and its training
