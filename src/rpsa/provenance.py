@@ -99,7 +99,7 @@ MADE_BY: dict[Stage, MadeBy] = {
     "report": MadeBy(
         ("rpsa", "numpy", "scipy", "matplotlib", "jinja2"),
         (
-            *("pipeline/reporting", "report", "self_data/stored", "thought", *_CARD),
+            *("pipeline/reporting", "report", "self_data/stored", "rows", "thought", *_CARD),
             *("evaluation/statistics", "evaluation/scores", "evaluation/results", "evaluation/original"),
             "reasoning_loss",
         ),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.command_line import invoke
 from helpers.completions_server import MODEL, CompletionsServer
+from helpers.paths import ROOT
 from rpsa.artifacts import locked
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.tiny import tiny_model_dir
@@ -96,3 +97,13 @@ def test_an_unknown_model(tmp_path: Path) -> None:
     done = invoke("safety-data", "tiny:9", "--prompts", "tiny", "--out", str(tmp_path / "own"))
     assert done.exit_code == 2
     assert "'tiny:9' is unknown" in done.stderr
+
+
+@pytest.mark.integration
+def test_the_page_shows_what_the_command_prints(tmp_path: Path) -> None:
+    """The example of docs/safety-data.md."""
+    settings = [*TINY[:-1], "8", "--set", "max_new_tokens=48", "--out", str(tmp_path / "own")]
+    done = invoke("safety-data", "tiny:0", *settings)
+    assert done.exit_code == 0, done.output
+    table = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines()[:3])
+    assert table in (ROOT / "docs" / "safety-data.md").read_text()

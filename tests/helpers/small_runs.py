@@ -34,6 +34,11 @@ evaluate: {tasks: [tiny], n: 2, temperature: 0.0, max_new_tokens: 48, batch_size
 matrix: {methods: [original, fft, fft+rpsa, lora+rpsa], bases: ["tiny:0"], seeds: [0], parallel: 1}
 """
 
+OWN_WORDS = (
+    'own: {paradigm: fft, safety: {data: self, prompts: tiny, benign: tiny, steer: "", per_prompt: 8}}'
+)
+"""A method that trains on the model's own safety data."""
+
 
 def small(recipe_file: Path, *overrides: str) -> Recipe:
     return load_recipe(recipe_file, [f"output_dir={recipe_file.parent / 'run'}", *overrides])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.small_runs import RECIPE, hidden
+from helpers.small_runs import OWN_WORDS, RECIPE, hidden
 from rpsa.artifacts import LOCK
 from rpsa.pipeline import verify
 from rpsa.provenance import STAGES, TIMING
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 KILLS, SEED = 40, 0
 SETTINGS = [
     "output_dir=run",
-    "matrix.methods=[original, fft, fft+rpsa, lora+rpsa]",
+    f"matrix.methods={{original: , fft: , fft+rpsa: , lora+rpsa: , {OWN_WORDS}}}",
     *(
         "train.save_strategy=steps",
         "train.save_steps=3",

@@ -69,7 +69,10 @@ def test_two_processes_leave_what_one_leaves(recipe_file: Path) -> None:
         assert found["c"] == pytest.approx(one["c"], abs=1e-3)
     for method in ("fft+rpsa", "lora+rpsa"):
         log = json.loads((folder / "align" / method / "tiny-0" / "seed0" / "log.json").read_text())
+        one = json.loads((alone / "align" / "lora+rpsa" / "tiny-0" / "seed0" / "log.json").read_text())
         assert log["processes"] == 2
+        # of the base, whatever is trained then
+        assert log["safety_data"]["perplexity"] == pytest.approx(one["safety_data"]["perplexity"], rel=1e-5)
     AutoModelForCausalLM.from_pretrained(folder / "align" / "fft+rpsa" / "tiny-0" / "seed0")
     stages = written(folder)
     again = written(run(small(recipe_file, "launch.num_processes=2", halved, same, other)))

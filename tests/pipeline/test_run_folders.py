@@ -20,7 +20,7 @@ import pytest
 import typer
 
 import rpsa
-from helpers.small_runs import RECIPE, copied, hidden, leave, written
+from helpers.small_runs import OWN_WORDS, RECIPE, copied, hidden, leave, written
 from rpsa import provenance
 from rpsa.artifacts import locked, read_json
 from rpsa.cli.parsing import readable_errors
@@ -557,7 +557,7 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
             importlib.import_module(module.name)  # what an import runs is not the stage's own
     asked = recipe(
         tmp_path,
-        "matrix.methods=[original, fft, fft+rpsa, lora+rpsa, fft+ewc, fft+rehearsal]",
+        f"matrix.methods={{original: , fft: , fft+rpsa: , lora+rpsa: , fft+ewc: , fft+rehearsal: , {OWN_WORDS}}}",
         "analysis={fisher_map: [0.6], perturb: {factors: [0.5], selections: [fisher, random], draws: 1}}",
         *("reference.held_out=4", "train.eval_strategy=epoch", "safety.validation_share=0.2"),
     )

@@ -19,6 +19,7 @@ from rpsa.models import sharded
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.alignment import save_whole
 from rpsa.sharding import full, is_sharded
+from rpsa.training.perplexity import PerplexityCallback
 
 CASES = [("llama", "float32"), ("qwen2", "float64"), ("llama+lora", "float64")]
 SETTINGS = {"gradient_accumulation_steps": 2}
@@ -74,6 +75,35 @@ def test_two_ranks_train_as_one_process_and_resume(cases: list[tuple[str, str]],
         weights = trainable_parameters(saved_model(kind, dtype, final))
         for name, weight in whole[number]["weights"].items():
             assert torch.equal(weights[name], weight), name
+
+
+def train_measured(folder: Path, fisher: Path, is_measured: bool, is_sharded: bool) -> dict[str, Any]:
+    if is_sharded:
+        shard_on_cpus()
+    trainer = make_trainer("llama", "float64", folder, fisher)
+    perplexity = PerplexityCallback(trainer, trainer.train_dataset, folder / "perplexity.json")
+    if is_measured:
+        trainer.add_callback(perplexity)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {n: full(p).detach().clone() for n, p in trainable_parameters(model).items()}
+    return {"perplexity": perplexity.value, "weights": weights}
+
+
+@pytest.mark.integration
+def test_perplexity_is_that_of_one_process_and_changes_nothing(tmp_path: Path) -> None:
+    fisher = save_fisher("llama", "float64", tmp_path)
+
+    def trained(name: str, ranks: int, is_measured: bool) -> dict[str, Any]:
+        given = (tmp_path / name, fisher, is_measured, ranks > 1)
+        return run_ranks(ranks, train_measured, tmp_path / f"ranks-{name}", *given)[0]
+
+    one, two, unmeasured = trained("one", 1, True), trained("two", 2, True), trained("unmeasured", 2, False)
+    assert one["perplexity"] > 1
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-9)
+    assert unmeasured["perplexity"] is None
+    for name, weight in unmeasured["weights"].items():
+        assert torch.equal(two["weights"][name], weight), name
 
 
 def saved_model(kind: str, dtype: str, folder: Path) -> Any:

@@ -128,7 +128,7 @@ def safety_data_table(results: Sequence[RunResult]) -> Table | None:
             Entry(base),
             Entry(_mean_of([run.examples for run in runs], ",.0f")),
             Entry(percent(_known_mean([run.refusing for run in runs]))),
-            Entry(_mean_of([run.perplexity for run in runs], ".2f")),
+            Entry(_mean_of([run.perplexity for run in runs], ".3f")),
         ]
         for (safety, base), runs in groups.items()
     ]
