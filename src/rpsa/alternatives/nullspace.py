@@ -1,8 +1,8 @@
 """Null space: weights move only in directions in which a layer's inputs on D_ref have no part, or little.
 
-Projecting gradients, as one may under plain SGD (Saha et al., 2021), is not enough under Adam: its scaling, momentum and
-weight decay turn the step back. Wang et al. (2021) project Adam's step; here it is the whole movement since the start,
-after every step, so that weight decay and rounding count, too.
+Projecting gradients, as one may under plain SGD (Saha et al., 2021), is not enough under Adam: its scaling, momentum
+and weight decay turn the step back. Wang et al. (2021) project Adam's step; here it is the whole movement since the
+start, after every step, so that weight decay and rounding count, too.
 
 Shapes: a linear layer's weight W is (out, in); B sequences, T positions of each, N of them tokens and not padding;
 r directions.
