@@ -180,6 +180,9 @@ def test_resuming_is_bit_identical(kind: str, tmp_path: Path) -> None:
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(before[name], plain[name]) for name in before)
+    assert [e["alternatives/free_share"] for e in whole.state.log_history if "loss" in e] == 4 * [
+        whole.null_space.free_share
+    ]
     start = weights_of(make_trainer(tmp_path, kind))
     assert all(torch.equal(before[n], start[n]) for n in before if before[n].ndim < 2)
     for name, basis in whole.null_space.bases.items():

@@ -449,7 +449,8 @@ def test_every_tiny_recipe_has_a_plan(recipe: str) -> None:
 def test_rehearsal_and_projection_cost_what_they_do(tmp_path: Path) -> None:
     """Steps as the trainer makes them: a quarter more rows and a reasoning gradient at every step."""
     recipe = load_recipe(
-        RECIPES / "tiny" / "demo.yaml", [*TINY, "matrix.methods=[fft, fft+rehearsal, fft+agem]"]
+        RECIPES / "tiny" / "demo.yaml",
+        [*TINY, "matrix.methods=[fft, fft+rehearsal, fft+agem, fft+nullspace]"],
     )
     plans = {method.method: method for method in make_plan(recipe, gpus=[1]).methods}
     plain, rehearsal, agem = (plans[name].layouts[0].steps for name in ("fft", "fft+rehearsal", "fft+agem"))
@@ -461,6 +462,18 @@ def test_rehearsal_and_projection_cost_what_they_do(tmp_path: Path) -> None:
     assert (plain.measurements, rehearsal.measurements, agem.measurements) == (0, 0, 96)
     assert plans["fft"].measurement_cost is None
     assert plans["fft+agem"].measurement_cost is not None
+    null_space = plans["fft+nullspace"]
+    assert null_space.layouts[0].steps == plain
+    assert null_space.measurement_cost is None
+    assert null_space.layouts[0].memory.kept["start"] == 4 * null_space.trainable
+
+
+def test_a_penalty_on_the_product_needs_the_whole_models_fisher() -> None:
+    recipe = load_recipe(RECIPES / "tiny" / "demo.yaml", [*TINY, "matrix.methods=[lora+ewc_product]"])
+    plan = make_plan(recipe, gpus=[1])
+    assert [stage.stage for stage in plan.stages["tiny:0"] if "Fisher" in stage.stage] == ["Fisher, full"]
+    [method] = plan.methods
+    assert method.layouts[0].memory.kept["Fisher"] > 4 * method.trainable
 
 
 def test_the_papers_own_setting_never_leaves_a_half(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def count_steps(args: Any, examples: int, gpus: int) -> Steps:
     updates = max(1, math.ceil(batches_per_gpu / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
-    if getattr(args, "projection", None):
+    if getattr(args, "projection", None) in ("agem", "signs"):
         return Steps(sequences, steps, steps, None)
     ratio = args.ratio() if hasattr(args, "ratio") else None
     if not isinstance(ratio, ConflictRatio):

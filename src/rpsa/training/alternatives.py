@@ -222,9 +222,7 @@ class AlternativesMixin(ReasoningMixin):
         # a model that goes on is not yet wrapped so that it casts by itself
         with self.accelerator.autocast():
             model = self.accelerator.unwrap_model(self.model_wrapped)
-            found = NullSpace(model, start, batches, self.args.nullspace_energy)
-        log.info("null space: %.1f%% of the dimensions of linear layers may move", 100 * found.free_share)
-        return found
+            return NullSpace(model, start, batches, self.args.nullspace_energy)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.start, self.null_space = None, None
@@ -241,6 +239,8 @@ class AlternativesMixin(ReasoningMixin):
             logs["alternatives/penalty"] = self.weight_penalty.loss()
         if "loss" in logs and self.gradient_projection is not None:
             logs["alternatives/cosine"] = self.gradient_projection.cosine
+        if "loss" in logs and self.null_space is not None:
+            logs["alternatives/free_share"] = self.null_space.free_share
         super().log(logs, *args, **kwargs)
 
 
