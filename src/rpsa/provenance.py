@@ -47,29 +47,30 @@ _ASKING = ("generation", "chat", "prompts", *_LOADING)
 _MEASURING = ("fisher", "sharding", "parameters", "reference")
 _COMPARING = ("reasoning_loss", "divergence")
 _EVALUATING = ("answers", "evaluation", "-evaluation/command", *_ASKING)
+_TASKS = ("pipeline/stages", "pipeline/groundwork")
 _CARD = ("training/card", "training/templates", "templates")
 _TEXTS = ("*.py", "*.txt", "*.jinja", "*.css", "*.js")
 
 MADE_BY: dict[Stage, MadeBy] = {
     "reference": MadeBy(
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
-        ("pipeline/stages", "reference", "answers", *_ASKING),
+        (*_TASKS, "reference", "answers", *_ASKING),
         ("traces.jsonl", "manifest.json"),
     ),
     "fisher": MadeBy(
         (*_PACKAGES, *_DATA, "peft", "accelerate"),
-        ("pipeline/stages", "training/reasoning", "chat", *_MEASURING, *_LOADING),
+        (*_TASKS, "training/reasoning", "chat", *_MEASURING, *_LOADING),
         ("manifest.json",),
     ),
     "safety": MadeBy(
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
-        ("pipeline/stages", "self_data", "-self_data/order", *_EVALUATING),
+        (*_TASKS, "self_data", "-self_data/order", *_EVALUATING),
         ("examples.jsonl", "rejected.jsonl", "responses.jsonl", "manifest.json"),
     ),
     "analyse": MadeBy(
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING, "scipy", "matplotlib"),
         (
-            *("pipeline/stages", "pipeline/analyses", "analysis", "freezing/masks"),
+            *(*_TASKS, "pipeline/analyses", "analysis", "freezing/masks"),
             *("report/paper_figures", "report/drawing"),
             *(*_MEASURING, *_EVALUATING),
         ),
@@ -78,7 +79,13 @@ MADE_BY: dict[Stage, MadeBy] = {
         (*_PACKAGES, *_DATA, *_TRAINING),
         (
             # the text of a model card is not a result
-            *("pipeline/stages", "pipeline/alignment", "training", *(f"-{module}" for module in _CARD)),
+            *(
+                "pipeline/stages",
+                "pipeline/groundwork",
+                "pipeline/alignment",
+                "training",
+                *(f"-{module}" for module in _CARD),
+            ),
             *("freezing", "alternatives", "chat", "self_data/stored", *_COMPARING, *_MEASURING, *_LOADING),
         ),
         ("log.json",),
@@ -87,6 +94,7 @@ MADE_BY: dict[Stage, MadeBy] = {
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
         (
             "pipeline/stages",
+            "pipeline/groundwork",
             *_COMPARING,
             "sharding",
             "reference",

@@ -20,7 +20,7 @@ from rpsa.fisher.probes import signed_probes
 from rpsa.fisher.samples import read_samples
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
-from rpsa.pipeline.stages import _fisher_settings
+from rpsa.pipeline.groundwork import _fisher_settings
 from rpsa.recipe.sections import Fisher
 
 BATCH = ragged_batch([(3, 7), (2, 4), (5, 1), (1, 9)])

@@ -10,7 +10,8 @@ from helpers.small_runs import RECIPE, small, unfinished
 from rpsa.artifacts import read_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline import run
-from rpsa.pipeline.stages import HeldOutTask, held_out_problems, reference_problems, tasks_of
+from rpsa.pipeline.groundwork import HeldOutTask, held_out_problems, reference_problems
+from rpsa.pipeline.stages import tasks_of
 from rpsa.recipe.sections import Reference
 from rpsa.reference import Problem, ReferenceDataset, load_held_out, load_problems
 from rpsa.tiny import FAMILIES, REFERENCE_FAMILIES, reasoning_problems

@@ -572,7 +572,7 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
                     assert attempt(task) is None
         rooms = {room.removeprefix("-") for room in MADE_BY[stage].rooms} | _FREE
         if stage == "report":  # here the whole command is seen, which asks what the inputs of each stage are
-            rooms |= {"models", "sharding", "tiny", "pipeline/stages"}
+            rooms |= {"models", "sharding", "tiny", "pipeline/stages", "pipeline/groundwork"}
         if stage == "align":
             # whether evaluation prompts, and how many refusals, are among the examples is noted, and trains nothing
             rooms |= {"evaluation/items", "evaluation/refusals", "answers"}

@@ -15,9 +15,10 @@ from rpsa.generation.transformers import TransformersGenerator
 from rpsa.models import load_tokenizer, thought_of
 from rpsa.pipeline import run, verify
 from rpsa.pipeline.alignment import training_data
+from rpsa.pipeline.groundwork import SafetyTask
 from rpsa.pipeline.preflight import preflight
 from rpsa.pipeline.runner import attempt
-from rpsa.pipeline.stages import AlignTask, SafetyTask, tasks_of
+from rpsa.pipeline.stages import AlignTask, tasks_of
 from rpsa.plan.planning import make_plan
 from rpsa.recipe import Recipe
 from rpsa.recipe.sections import OF_SELF_MADE, Safety

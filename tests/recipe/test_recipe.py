@@ -15,7 +15,8 @@ from helpers.paths import RECIPES
 from rpsa.artifacts import folder_name
 from rpsa.errors import RPSAError
 from rpsa.pipeline.alignment import training_arguments
-from rpsa.pipeline.stages import HeldOutTask, fisher_task, tasks_of
+from rpsa.pipeline.groundwork import HeldOutTask
+from rpsa.pipeline.stages import fisher_task, tasks_of
 from rpsa.provenance import STAGES
 from rpsa.recipe import Align, Fisher, Recipe, load_recipe, recipe_schema
 from rpsa.recipe.loading import parse_yaml

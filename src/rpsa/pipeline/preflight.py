@@ -20,7 +20,8 @@ from rpsa.evaluation.run import check_evaluation, questions
 from rpsa.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.alignment import refusals_of_trl, training_arguments, training_data
-from rpsa.pipeline.stages import HeldOutTask, full_fishers, held_out_problems, reference_problems, tasks_of
+from rpsa.pipeline.groundwork import HeldOutTask, held_out_problems, reference_problems
+from rpsa.pipeline.stages import full_fishers, tasks_of
 from rpsa.pipeline.tasks import task_options
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import Safety
