@@ -2,12 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rpsa.sharding import full
+from rpsa.sharding import full, without_ddp
 
 _LEADING_WRAPPER = re.compile(r"^(module\.)+")
 _INNER_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -49,3 +51,19 @@ def module_group(name: str) -> str:
 
 
 _TRIVIAL = {"weight", "bias", "default", "base_layer", "modules_to_save", "original_module"}
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Within, a PEFT model is its base. What has a gradient stays as it is, which PEFT does not care for."""
+    model = without_ddp(model)
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

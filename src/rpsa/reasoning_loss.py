@@ -8,12 +8,10 @@ an accuracy costs the generation of thousands.
 Traces are taken one at a time: no figure depends on padding or on a batch size, and the KL of the untouched model is 0.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +23,7 @@ from rpsa.divergence import TOP, OriginalLogits, forward_kl
 from rpsa.errors import RPSAError
 from rpsa.fisher.log_probs import evaluation_mode, label_log_probs, response_logits
 from rpsa.fisher.samples import Samples, data_fingerprint, read_samples, refuse_foreign_ids
+from rpsa.parameters import without_adapter
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import reshard, without_ddp
 
@@ -132,7 +131,7 @@ def record_original(
         parts.append(OriginalLogits.of(logits_RV, rows_N, top).to("cpu"))
         sizes.append(logits_RV.shape[1])
 
-    with _without_adapter(model):
+    with without_adapter(model):
         _pass_over(model, samples, record, device)
     return RecordedOriginal(OriginalLogits.joined(parts), sizes[0], data_fingerprint(samples))
 
@@ -199,19 +198,3 @@ def _pass_over(
             logits_RV, rows_N = response_logits(model, one, responses, device)
             take(one, logits_RV, rows_N.to(logits_RV.device), responses.labels.to(logits_RV.device))
     reshard(model)
-
-
-@contextmanager
-def _without_adapter(model: Any) -> Iterator[None]:
-    """Within, a PEFT model is its base. What has a gradient stays as it is, which PEFT does not care for."""
-    model = without_ddp(model)
-    if not hasattr(model, "peft_config"):
-        yield
-        return
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -76,7 +76,10 @@ def test_data_and_sampling_are_those_of_section_4(path: Path) -> None:
     recipe = load_recipe(path)
     if recipe.reference.problems is not None:
         assert (recipe.reference.problems, recipe.reference.n) == ("HuggingFaceH4/MATH-500", 100)
-    assert (recipe.safety.data, recipe.safety.n) == ("TianshengHuang/DirectRefusal", 1000)
+    if path.parent.name == "qwen3-8b":  # which the paper did not train
+        assert (recipe.safety.data, recipe.safety.benign_share) == ("UCSC-VLAA/STAR-1", 0.45)
+    else:
+        assert (recipe.safety.data, recipe.safety.n) == ("TianshengHuang/DirectRefusal", 1000)
     assert (recipe.evaluate.temperature, recipe.evaluate.top_p) == (0.6, 0.95)
     paper = {"aime24", "gpqa_main", "humaneval_plus", "mbpp_plus", "strongreject", "wildjailbreak"}
     assert {f"rpsa_{task}" for task in paper} <= set(recipe.evaluate.tasks)

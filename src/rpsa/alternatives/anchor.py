@@ -37,7 +37,7 @@ class Anchor:
     Args:
         kl, der: strengths, not negative; a token's divergence is in nats.
         top: tokens of each distribution that are stored; None: all.
-        without_adapter: a context in which the model is the original, such as `disable_adapter` of PEFT's models;
+        without_adapter: a context in which the model is the original, such as `rpsa.parameters.without_adapter`;
             nothing is recorded then.
 
     Raises:

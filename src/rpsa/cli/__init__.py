@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from rpsa.cli.around import chat, environment, publish, recipes_app
 from rpsa.cli.inspection import audit, schema, tiny_app, verify
 from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
@@ -55,4 +56,8 @@ app.command()(verify)
 app.command()(audit)
 app.command("fisher-map")(fisher_map)
 app.command()(perturb)
+app.command()(chat)
+app.command()(publish)
+app.add_typer(recipes_app, name="recipes")
+app.command("env")(environment)
 app.add_typer(tiny_app, name="tiny")

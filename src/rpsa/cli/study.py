@@ -10,7 +10,9 @@ from rpsa.errors import RPSAError
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
     ] = None,
@@ -22,15 +24,18 @@ def run(
     """Run a recipe: reference, Fisher, alignment, evaluation, report. Finished stages are not run again."""
     with readable_errors():
         from rpsa.recipe import load_recipe
+        from rpsa.recipe.shipped import named_recipe
 
-        checked = load_recipe(recipe, overrides or [])
+        checked = load_recipe(named_recipe(recipe), overrides or [])
         from rpsa import pipeline
 
         pipeline.run(checked, only=only, keep_finished=keep_finished)
 
 
 def sweep(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
+    ],
     over: Annotated[
         list[str],
         typer.Option(
@@ -57,9 +62,10 @@ def sweep(
     """
     with readable_errors():
         from rpsa.recipe.loading import load_sweep, write_recipe
+        from rpsa.recipe.shipped import named_recipe
 
         settings = [*(overrides or []), *([f"matrix.parallel={parallel}"] if parallel else [])]
-        swept = load_sweep(recipe, over, settings, out)
+        swept = load_sweep(named_recipe(recipe), over, settings, out)
         written = swept.folder / "sweep.yaml"
         write_recipe(swept, written)
         typer.echo(f"Recipe: {written}")
@@ -85,15 +91,18 @@ def bench(
     """
     with readable_errors():
         from rpsa.recipe import load_recipe
+        from rpsa.recipe.shipped import named_recipe
 
-        checked = load_recipe(recipe, overrides or [])
+        checked = load_recipe(named_recipe(recipe), overrides or [])
         from rpsa.pipeline.bench import run_bench
 
         run_bench(checked, keep_finished=keep_finished)
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
     ] = None,
@@ -104,8 +113,9 @@ def plan(
     """Say what a recipe needs before it runs: memory, steps, tokens, rough hours. Loads no weights."""
     with readable_errors():
         from rpsa.recipe import load_recipe
+        from rpsa.recipe.shipped import named_recipe
 
-        checked = load_recipe(recipe, overrides or [])
+        checked = load_recipe(named_recipe(recipe), overrides or [])
         numbers = _whole_numbers(gpus)
         from rpsa.models import quiet
         from rpsa.plan import make_plan

@@ -1,6 +1,7 @@
 """Tasks by name: the items of a benchmark, a group, the tiny world or a file of the user's."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from rpsa.errors import RPSAError
@@ -19,7 +20,7 @@ from rpsa.evaluation.benchmarks import (
 from rpsa.evaluation.sandbox import code_problem
 from rpsa.prompts import math_prompt
 from rpsa.rows import Row, read_rows, text_field
-from rpsa.tiny import FAMILIES, evaluation_prompts
+from rpsa.tiny import FAMILIES, TinyItem, evaluation_prompts
 
 TASK_NAMES: tuple[str, ...] = ("tiny", *BENCHMARKS, *GROUPS, *GROUPS["rpsa_tiny"])
 
@@ -74,8 +75,14 @@ def load_task(name: str, options: TaskOptions) -> list[Item]:
 def _tiny_items(name: str, options: TaskOptions) -> list[Item]:
     kinds: dict[str, Kind] = {"direct": "attack", "wrapped": "attack", "benign": "over_refusal"}
     kind = "reasoning" if name in FAMILIES else kinds.get(name, "over_refusal")
-    asked = evaluation_prompts(options.n or 100, options.seed)[name]
+    asked = _tiny_prompts(options.n or 100, options.seed)[name]
     return [Item(f"{name}-{i}", name, kind, item.prompt, item.answer, "tiny") for i, item in enumerate(asked)]
+
+
+@cache
+def _tiny_prompts(n: int, seed: int) -> dict[str, list[TinyItem]]:
+    """Drawn once for all sets, which takes longer than to answer one of them."""
+    return evaluation_prompts(n, seed)
 
 
 def _file_items(source: str, options: TaskOptions) -> list[Item]:

@@ -34,6 +34,7 @@ from rpsa.report.leaderboard import (
     shortfall,
     write_leaderboard,
 )
+from rpsa.report.prediction import predict
 from rpsa.report.summaries import RunResult
 from rpsa.report.tables import Entry, Table
 
@@ -168,6 +169,12 @@ class _Study:
             if cell.sweep is not None:
                 self._cells.setdefault(cell.sweep, []).append(cell)
 
+    @property
+    def prediction(self) -> str | None:
+        """Whether the reasoning loss orders the runs as their accuracy does, in words; None of too few runs."""
+        found = predict(list(self._results.values()))
+        return found.sentence if found else None
+
     def at(self, part: Part, point: Point) -> tuple[list[RunResult], list[str]]:
         """The results of a part at one point, and why some of its runs have none."""
         cells = [cell for cell in self._cells[_sweep(part)] if cell.grid == point]
@@ -280,6 +287,7 @@ def leaderboard(recipe: Recipe, study: _Study, chosen: Choice) -> Leaderboard:
         original_accuracy=sum(accuracies) / len(accuracies),
         without_result=dict(chosen.without) | lost,
         comparisons=compare_data(contenders, study.originals, bench.targets),
+        prediction=study.prediction,
     )
 
 
@@ -298,6 +306,8 @@ def _print(board: Leaderboard) -> None:
     shown = columns(board)
     rows = [[Entry(cell(one).partition(" (")[0]) for cell in shown.values()] for one in board.entries]
     print_table(Table(list(shown), rows))
+    if board.prediction:
+        print(f"\n{board.prediction}")
     reached = [one for one in board.entries if one.reaches]
     print(f"\n{_reached(reached)}")
 

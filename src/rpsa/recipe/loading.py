@@ -225,13 +225,18 @@ def parse_over(over: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back as it is; defaults are left out."""
-    text = yaml.dump(
-        recipe.model_dump(mode="json", exclude_unset=True),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    atomic_write(path, text)
+    atomic_write(path, as_yaml(recipe.model_dump(mode="json", exclude_unset=True)))
+
+
+def as_yaml(raw: dict[str, Any]) -> str:
+    """As `parse_yaml` reads it."""
+    text: str = yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_raw(path: Path) -> dict[str, Any]:
+    """What a recipe and those that it extends say, laid over each other and not checked."""
+    return _read_extended(path, path.name, _Origins(path.name))
 
 
 class _Dumper(yaml.SafeDumper):

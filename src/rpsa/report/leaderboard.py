@@ -155,6 +155,7 @@ class Leaderboard:
         chosen_on, tested_on: bases and seeds, in words.
         without_result: methods that have no entry, with the reason.
         comparisons: pairs of kinds of data, run by run, of the plain method.
+        prediction: what the reasoning loss says of accuracy, over all runs of the test.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Leaderboard:
     original_accuracy: float
     without_result: Mapping[str, str] = field(default_factory=dict)
     comparisons: Sequence["DataComparison"] = ()
+    prediction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"targets": dict(self.targets)}

@@ -15,6 +15,7 @@ from rpsa.alternatives.anchor import Anchor
 from rpsa.chat import IGNORED_LABEL
 from rpsa.errors import RPSAError
 from rpsa.fisher.samples import read_samples
+from rpsa.parameters import without_adapter
 from rpsa.reference import ReferenceDataset, Trace
 from rpsa.sharding import barrier
 from rpsa.training.passes import mean_backward, share_of_rank
@@ -48,10 +49,8 @@ class Anchoring(TrainerCallback):
     ) -> None:
         trainer, own = self.trainer, self.trainer.args
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        has_adapter = hasattr(model, "peft_config")
-        self._anchor = Anchor(
-            own.kl, own.der, own.anchor_top, without_adapter=model.disable_adapter if has_adapter else None
-        )
+        switched_off = (lambda: without_adapter(model)) if hasattr(model, "peft_config") else None
+        self._anchor = Anchor(own.kl, own.der, own.anchor_top, without_adapter=switched_off)
         if not self._anchor.needs_record:
             return
         batches = self.rows.batches(own.per_device_train_batch_size, own.reference_max_length)

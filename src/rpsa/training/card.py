@@ -88,7 +88,7 @@ def render_card(metadata: Mapping[str, Any]) -> str:
     derived = {
         "model_name": metadata["model_name"],
         "base_model": base["hub_id"],
-        "library_name": "peft" if metadata["adapter"] else "transformers",
+        "library_name": "peft" if metadata["adapter"] and not _is_merged(metadata) else "transformers",
         "pipeline_tag": "text-generation",
         "datasets": [dataset] if dataset else None,
         **base["license"],
@@ -106,8 +106,13 @@ def _tags(metadata: Mapping[str, Any]) -> list[str]:
     if adapter := metadata["adapter"]:
         tags.append(adapter["type"].lower())
         if base := metadata["base_model"]["hub_id"]:
-            tags.append(f"base_model:adapter:{base}")
+            tags.append(f"base_model:{'finetune' if _is_merged(metadata) else 'adapter'}:{base}")
     return sorted(set(tags))
+
+
+def _is_merged(metadata: Mapping[str, Any]) -> bool:
+    """Whether an adapter has become a part of its base's weights since it was trained."""
+    return bool(metadata.get("merged"))
 
 
 def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +139,7 @@ def _derived(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "perplexity": metadata["safety_data"].get("perplexity"),
         "refusals_alone": refusing if refusing >= ALL_REFUSE else None,
         "what_refusals_do": WHAT_REFUSALS_DO,
+        "is_merged": _is_merged(metadata),
         "mean_frozen": frozen_steps,
         "overlap": ", ".join(f"{v:.3f} for the top {float(k):.0%}" for k, v in halves if v is not None),
         "fingerprints": ", ".join(f"{of} `{found}`" for of, found in prints.items() if found),
@@ -194,6 +200,31 @@ def add_results(model_dir: Path | str, model: Measured, original: Measured | Non
     atomic_write(folder / CARD, card)
 
 
+def write_merged_card(folder: Path, adapter: Path, card: str) -> None:
+    """Write card and metadata of a model that an adapter has been merged into.
+
+    Args:
+        folder: the merged model's.
+        adapter: the adapter's folder, with its metadata.
+        card: the adapter's card, whose results are those of the merged model.
+
+    Raises:
+        RPSAError: there is no metadata in `adapter`.
+    """
+    metadata = _read(adapter)
+    if metadata is None:
+        raise RPSAError(
+            f"{adapter / METADATA}: missing or unreadable; only a model that was saved with it is published"
+        )
+    metadata |= {"merged": True}
+    results = _RESULTS.search(card)
+    text = render_card(metadata)
+    if results:
+        text = _RESULTS.sub(lambda _: results[0], text, count=1)
+    atomic_write(folder / METADATA, stable_json(metadata))
+    atomic_write(folder / CARD, text)
+
+
 def _results_of_these_weights(folder: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
     previous = _read(folder) or {}
     weights = metadata["weights_fingerprint"]
@@ -211,14 +242,15 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+_RESULTS = re.compile(r"^## Results\n.*?(?=^## |\Z)", re.M | re.S)
+"""The section, up to the next heading of the same level, or the end."""
+
+
 def _with_results(card: str, model: Measured, original: Measured | None) -> str:
     before = original.rates if original else {}
     text = render("rpsa.training", "results.md", model=model, original=original, before=before)
     section = f"## Results\n\n{text}"
-    # up to the next heading of the same level, or the end
-    replaced, count = re.subn(
-        r"^## Results\n.*?(?=^## |\Z)", lambda _: section + "\n", card, count=1, flags=re.M | re.S
-    )
+    replaced, count = _RESULTS.subn(lambda _: section + "\n", card, count=1)
     return (replaced if count else f"{card.rstrip()}\n\n{section}").rstrip() + "\n"
 
 

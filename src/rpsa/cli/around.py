@@ -1,0 +1,113 @@
+"""The commands around a study: recipes to start from, models to talk to and to publish, facts for a bug report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rpsa.cli.parsing import readable_errors
+
+recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the recipes that come with the package; `rpsa run NAME` runs one."""
+    if context.invoked_subcommand is not None:
+        return
+    with readable_errors():
+        from rpsa.recipe.shipped import said_of, shipped_recipes
+
+        found = shipped_recipes()
+        width = max(map(len, found))
+        for name, path in found.items():
+            typer.echo(f"{name:<{width}}  {said_of(path)}")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="Its name, as rpsa recipes lists it.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; default: its name here.", show_default=False)
+    ] = None,
+) -> None:
+    """Copy a shipped recipe into a file of your own, whole, whatever it extends."""
+    with readable_errors():
+        from rpsa.recipe.shipped import copy_recipe
+
+        target = out or Path(f"{name.replace('/', '-')}.yaml")
+        copy_recipe(name, target)
+        typer.echo(f"Recipe: {target}")
+
+
+def environment() -> None:
+    """Print what a bug report needs: versions, the machine, its GPUs and its sandbox. No paths, no names."""
+    with readable_errors():
+        from rpsa.pipeline.environment import facts
+
+        for name, value in facts().items():
+            typer.echo(f"- {name}: {value}")
+
+
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, an adapter's folder, a Hugging Face id, or tiny:0.", show_default=False
+        ),
+    ],
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            help="A second model, to be asked the same; default: an adapter's own base.", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask this, and end; may be given several times.", show_default=False),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest response.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    thought: Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")] = "auto",
+) -> None:
+    """Ask an aligned model and the one that it was before, and see both answers one below the other."""
+    with readable_errors():
+        from rpsa.generation import Sampling
+        from rpsa.pipeline.conversation import Speaker, others_of, talk
+
+        names = others_of(model, beside)
+        sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+        talk([Speaker(name, thought, sampling) for name in names], prompt or [])
+
+
+def publish(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    cell: Annotated[
+        str,
+        typer.Argument(help="A model of it: METHOD/BASE/SEED, its folder below align.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a model of its own.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            help="Push it to this repository of the hub.",
+            metavar="OWNER/NAME",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="The repository is private, if it is new.")
+    ] = False,
+) -> None:
+    """Make an aligned model of a run ready for others: its weights, with the card that has its results."""
+    with readable_errors():
+        from rpsa.pipeline.publishing import publish_model, push_model
+
+        publish_model(run, cell, out, merge=merge)
+        typer.echo(f"Model: {out}")
+        if push:
+            typer.echo(f"Pushed: {push_model(out, push, private=private)}")

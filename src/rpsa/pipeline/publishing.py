@@ -1,0 +1,93 @@
+"""Publishing: an aligned model of a run as a folder for others, with the card that has its results."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rpsa.artifacts import LOG_FILE, atomic_directory, atomic_write, read_json
+from rpsa.errors import RPSAError
+from rpsa.pipeline.tasks import MANIFEST, altered_files
+from rpsa.provenance import TIMING
+from rpsa.recipe.problems import did_you_mean
+from rpsa.training.card import CARD, write_merged_card
+
+_OURS = (MANIFEST, TIMING, LOG_FILE)
+"""What a run keeps beside the weights for itself."""
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def publish_model(run: Path, cell: str, out: Path, *, merge: bool = False) -> None:
+    """Fill `out` with a cell's model; a folder appears whole or not at all.
+
+    Args:
+        cell: the model's folder below the run's `align`.
+        merge: of a LoRA adapter, write the model with the adapter merged into it, in the base's own dtype.
+
+    Raises:
+        RPSAError: there is no such model, its files have changed since they were written, or there is nothing to merge.
+    """
+    folder = run / "align" / cell
+    if not (folder / MANIFEST).is_file():
+        known = [
+            one.parent.relative_to(run / "align").as_posix()
+            for one in sorted((run / "align").rglob(MANIFEST))
+        ]
+        listed = f"; it has {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}" if known else ""
+        raise RPSAError(f"{run}: has no model {cell!r}{did_you_mean(cell, known)}{listed}")
+    if changed := altered_files(folder):
+        raise RPSAError(f"{changed[0]}; publish a model that is as it was measured")
+    is_adapter = (folder / _ADAPTER_CONFIG).is_file()
+    if merge and not is_adapter:
+        raise RPSAError(f"{folder}: is no adapter, so there is nothing to merge; leave --merge out")
+    if out.exists():
+        raise RPSAError(f"{out}: exists already; give another --out, or remove it")
+    with atomic_directory(out, CARD) as new:
+        card = run / "report" / "cards" / cell / CARD
+        text = (card if card.is_file() else folder / CARD).read_text(encoding="utf-8")
+        if merge:
+            _write_merged(folder, new)
+            write_merged_card(new, folder, text)
+            return
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in _OURS:
+                shutil.copy2(path, new / path.name)
+        atomic_write(new / CARD, text)
+
+
+def _write_merged(folder: Path, new: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from rpsa.checkpoints import load_adapter
+    from rpsa.models import load_model, quiet
+    from rpsa.recipe.sections import Model
+
+    quiet()
+    name = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
+    base = load_model(name, Model(), "auto")
+    dtype = base.dtype
+    loaded: Any = load_adapter(
+        base.float(), str(folder), f"adapter {folder}"
+    )  # rounded once, when it is whole
+    assert isinstance(loaded, PeftModel)
+    loaded.merge_and_unload(safe_merge=True).to(dtype).save_pretrained(new)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(new)
+
+
+def push_model(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a published folder to the Hugging Face hub, with the token of the environment; returns its address.
+
+    Raises:
+        RPSAError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=repository)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RPSAError(f"{repository}: {str(error).strip().partition(chr(10))[0]}") from error
+    return str(url)
