@@ -256,7 +256,7 @@ def _percent(one: Standing, name: str) -> str:
 
 
 def markdown(board: Leaderboard) -> str:
-    """The table; entries on the Pareto front in bold."""
+    """The table, entries on the Pareto front in bold; the kinds of data, and what else the page says."""
     shown = columns(board)
     lines = ["| " + " | ".join(shown) + " |", "|---|---|" + "---:|" * (len(shown) - 3) + "---|"]
     for one in board.entries:
@@ -265,7 +265,27 @@ def markdown(board: Leaderboard) -> str:
         if one.failed:
             cells[1] += f" ({len(one.failed)} of {one.runs + len(one.failed)} failed)"
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lost = [f"No result: {name}: {why}" for name, why in board.without_result.items()]
+    said = [board.prediction] if board.prediction else []
+    parts = ["\n".join(lines), *(_compared(board) if board.comparisons else []), *said, *lost]
+    return "\n\n".join(parts) + "\n"
+
+
+def _compared(board: Leaderboard) -> list[str]:
+    head = ["From, to", "Method", *board.targets]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(board.targets)]
+    lines += ["| " + " | ".join(row) + " |" for row in _comparison_rows(board)]
+    return [
+        "\n".join(lines),
+        "Change in points with its 95% interval, paired by base and seed; below 0 is better.",
+    ]
+
+
+def _comparison_rows(board: Leaderboard) -> list[list[str]]:
+    return [
+        [f"{one.beside} → {one.data}", one.paradigm, *(_difference(one, name) for name in board.targets)]
+        for one in board.comparisons
+    ]
 
 
 def page(board: Leaderboard, svg: bytes) -> str:
@@ -289,14 +309,7 @@ def page(board: Leaderboard, svg: bytes) -> str:
         rows=rows,
         figure=base64.b64encode(svg).decode(),
         targets={name: f"{100 * value:g}" for name, value in board.targets.items()},
-        comparisons=[
-            [
-                f"{one.beside} → {one.data}",
-                one.paradigm,
-                *(_difference(one, name) for name in board.targets),
-            ]
-            for one in board.comparisons
-        ],
+        comparisons=_comparison_rows(board),
     )
 
 
@@ -344,6 +357,12 @@ def front_figure(board: Leaderboard) -> Any:
                 alpha=0.9,
                 clip_on=False,
             )
+        axes.set_xscale("symlog", linthresh=1)  # a point near the target is as wide as ten far from it
+        axes.set_yscale("symlog", linthresh=5)
+        axes.set_ylim(bottom=0, top=100)
+        axes.set_yticks([0, 5, 10, 50, 100], ["0", "5", "10", "50", "100"])
+        axes.set_xticks([-100, -10, -1, 0, 1], ["−100", "−10", "−1", "0", "1"])
+        axes.set_xlim(left=-100, right=3)
         axes.set_xlabel("Reasoning against the original (points)")
         axes.set_ylabel("Rate (%)  ← better")
     for axes in places[len(requests) :]:
