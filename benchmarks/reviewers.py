@@ -14,7 +14,7 @@ import math
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import combinations
@@ -65,6 +65,8 @@ LESS = 0.2
 WINDOW, EVERY = 10, 2
 PINNED = range(30, 60)
 """The steps at which k is held at 1, of 96."""
+SCORE_SEEDS = (0, 1)
+DYNAMIC_SEEDS = (0, 1, 2)
 SETTLED = 20
 """From this step on k is dynamic; the learning rate has been warmed up."""
 FACTORS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2)
@@ -105,7 +107,7 @@ def family_runs() -> Iterator[Run]:
 
 def score_runs() -> Iterator[Run]:
     for base in BASES:
-        for seed in (0, 1):
+        for seed in SCORE_SEEDS:
             yield Run("fft", base, seed)
             for ranking in RANKINGS:
                 yield Run("constant", base, seed, ranking=ranking)
@@ -114,7 +116,7 @@ def score_runs() -> Iterator[Run]:
 
 def dynamic_runs() -> Iterator[Run]:
     for base in BASES:
-        for seed in (0, 1, 2):
+        for seed in DYNAMIC_SEEDS:
             for method in ("fft", "constant", "dynamic", "pinned"):
                 yield Run(method, base, seed)
 
@@ -390,8 +392,8 @@ def overlaps(base: str) -> dict[str, Any]:
 
 
 def perturbed(base: str) -> list[dict[str, Any]]:
-    """Accuracy under each perturbation of 1% of all elements, 40 problems of each family."""
-    sets = {family: evaluation_prompts(40)[family] for family in FAMILIES}
+    """Accuracy under each perturbation of 1% of all elements, 30 problems of each family."""
+    sets = {family: evaluation_prompts(30)[family] for family in FAMILIES}
     items = [item for part in sets.values() for item in part]
 
     def evaluate(model: Any, tokenizer: Any) -> dict[str, list[float]]:
@@ -446,14 +448,16 @@ def keep(what: Run | dict[str, Any], find: Callable[[], Any]) -> None:
             append({"of": json.loads(key_of(what)), "found": found})
 
 
-def run_part(part: str) -> None:
-    for run in RUNS.get(part, lambda: ())():
-        keep(run, partial(outcome_of, run))
+def run_parts(parts: Sequence[str]) -> None:
+    """First what takes no training, then seed by seed, so that there is something to see of each part."""
     for base in BASES:
-        if part == "families":
+        if "families" in parts:
             keep({"overlap": base}, partial(overlaps, base))
-        if part == "factors":
+        if "factors" in parts:
             keep({"perturb": base}, partial(perturbed, base))
+    runs = [run for part in parts if part in RUNS for run in RUNS[part]()]
+    for run in sorted(dict.fromkeys(runs), key=lambda run: (run.seed, run.k != K)):
+        keep(run, partial(outcome_of, run))
 
 
 RUNS: dict[str, Callable[[], Iterator[Run]]] = {
@@ -472,15 +476,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def percent(values: Sequence[float], digits: int = 1) -> str:
-    """Their mean in percent, with its 95% interval over runs."""
-    return number([100 * value for value in values], digits)
+def percent(values: Sequence[float]) -> str:
+    """Their mean in points, with its 95% interval over runs."""
+    return number([100 * value for value in values], 1)
 
 
-def number(values: Sequence[float], digits: int) -> str:
-    interval: Interval | None = mean_interval(values)
+def rate(values: Sequence[float]) -> str:
+    """As `percent`; what of the interval is no rate is cut off."""
+    return number([100 * value for value in values], 1, Interval(0.0, 100.0))
+
+
+def number(values: Sequence[float], digits: int, bounds: Interval | None = None) -> str:
+    interval = mean_interval(values)
     mean = f"{statistics.fmean(values):.{digits}f}"
+    if interval and bounds:
+        interval = Interval(max(bounds.low, interval.low), min(bounds.high, interval.high))
     return f"{mean} ({interval.low:.{digits}f} to {interval.high:.{digits}f})" if interval else mean
+
+
+def pairs(results: Results, runs: Iterable[Run]) -> list[tuple[str, int]]:
+    """Bases and seeds; of the seeds those of which every one of `runs` is there."""
+    runs = list(runs)
+    lacking = {run.seed for run in runs if key_of(run) not in results}
+    return [(base, seed) for base in BASES for seed in sorted({run.seed for run in runs} - lacking)]
 
 
 MEASURES = (
@@ -495,7 +513,19 @@ MEASURES = (
 def figures(results: Results, runs: Sequence[Run]) -> list[str]:
     """A cell for each of `MEASURES`; the whole table has intervals over the runs."""
     found = [results[key_of(run)]["figures"] for run in runs]
-    return [percent([one[part][name] for one in found]) for _, part, name in MEASURES]
+    return [rate([one[part][name] for one in found]) for _, part, name in MEASURES]
+
+
+def less_reasoning(results: Results, runs: Sequence[Run], than: Sequence[Run]) -> str:
+    """Run by run: bases differ in it by more than methods do."""
+    found = [[results[key_of(one)]["figures"]["reasoning"]["mean"] for one in of] for of in (runs, than)]
+    return percent([a - b for a, b in zip(*found, strict=True)])
+
+
+def ks_of_families(results: Results) -> list[float]:
+    """The values of k of which every run with a family's own Fisher is there."""
+    lacking = {run.k for run in family_runs() if key_of(run) not in results}
+    return [k for k in (K, LESS) if k not in lacking]
 
 
 def family_table(results: Results) -> str:
@@ -507,7 +537,7 @@ def family_table(results: Results) -> str:
         return [name, *(f"{100 * statistics.fmean(cell):.1f}" for cell in (*cells, asr))]
 
     rows = [row("original", method="original"), row("fft", method="fft", rate=3e-3)]
-    for k in (K, LESS):
+    for k in ks_of_families(results):
         frozen: dict[str, Any] = {"method": "constant", "rate": 3e-3, "k": k}
         rows.append(row(f"k = {k}, random", **frozen, ranking="random"))
         for source in REFERENCES if k == K else (f"tiny:{family}" for family in FAMILIES):
@@ -518,7 +548,7 @@ def family_table(results: Results) -> str:
 def own_family(results: Results) -> str:
     """How much better a family fares under its own Fisher than under the other five: one value for each base."""
     sentences = []
-    for k in (K, LESS):
+    for k in ks_of_families(results):
         gains = []
         for base in BASES:
             runs = {f: Run("constant", base, rate=3e-3, reference=f"tiny:{f}", k=k) for f in FAMILIES}
@@ -602,17 +632,21 @@ LABELS = {
 
 
 def score_table(results: Results) -> str:
-    pairs = [(base, seed) for base in BASES for seed in (0, 1)]
-    rows = [["nothing (fft)", *figures(results, [Run("fft", *pair) for pair in pairs])]]
+    of = pairs(results, score_runs())
+    by_label = {"nothing (fft)": [Run("fft", *pair) for pair in of]}
     for ranking, label in LABELS.items():
-        rows.append([label, *figures(results, [Run("constant", *pair, ranking=ranking) for pair in pairs])])
-    slower = [Run("constant", *pair, rate=1e-3, ranking="random") for pair in pairs]
-    rows.append(["random, at 1e-3", *figures(results, slower)])
-    return table(["Frozen first", *(name for name, _, _ in MEASURES)], rows)
+        by_label[label] = [Run("constant", *pair, ranking=ranking) for pair in of]
+    by_label["random, at 1e-3"] = [Run("constant", *pair, rate=1e-3, ranking="random") for pair in of]
+    rows = []
+    for label, runs in by_label.items():
+        reasoning, *others = figures(results, runs)
+        less = "–" if label == LABELS["fisher"] else less_reasoning(results, runs, by_label[LABELS["fisher"]])
+        rows.append([label, reasoning, less, *others])
+    first, *names = (name for name, _, _ in MEASURES)
+    return table([f"Frozen first ({len(of)} runs)", first, "... − by Fisher", *names], rows)
 
 
 METHODS = ("fft", "constant", "dynamic", "pinned")
-PAIRS = [(base, seed) for base in BASES for seed in (0, 1, 2)]
 
 
 def at_steps(ks: Sequence[float], steps: int) -> list[float]:
@@ -635,14 +669,15 @@ def stretches(ks: Sequence[float], value: float) -> list[range]:
 def stretch_table(results: Results) -> str:
     rows = []
     for method in ("dynamic", "pinned"):
-        found = [results[key_of(Run(method, *pair))] for pair in PAIRS]
+        found = [results[key_of(Run(method, *pair))] for pair in pairs(results, dynamic_runs())]
         ks = [at_steps(one["ks"], len(one["losses"])) for one in found]
         row = [method]
         for value in (0.0, 1.0):
             row.append(f"{100 * statistics.fmean(k.count(value) / len(k) for k in ks):.0f}%")
             row.append(str(max(len(stretch) for k in ks for stretch in stretches(k, value))))
         rows.append(row)
-    return table(["", "at k = 0", "longest", "at k = 1", "longest"], rows)
+    runs = f"{len(pairs(results, dynamic_runs()))} runs"
+    return table([runs, "at k = 0", "longest", "at k = 1", "longest"], rows)
 
 
 def above_constant(results: Results, method: str, pair: tuple[str, int]) -> list[float]:
@@ -659,11 +694,11 @@ def largest_rise(losses: Sequence[float]) -> float:
 
 
 def loss_table(results: Results) -> str:
-    """Means over the nine runs, of steps from `SETTLED` on."""
+    """Means over the runs, of steps from `SETTLED` on."""
     rows = []
     for method in METHODS:
         parts: dict[str, list[float]] = defaultdict(list)
-        for pair in PAIRS:
+        for pair in pairs(results, dynamic_runs()):
             found = results[key_of(Run(method, *pair))]
             steps = range(SETTLED, len(found["losses"]))
             above = above_constant(results, method, pair)
@@ -694,19 +729,22 @@ def loss_table(results: Results) -> str:
 
 def spread_table(results: Results) -> str:
     """Means, and the standard deviation between seeds of a base (pooled over the bases)."""
+    seeds = sorted({seed for _, seed in pairs(results, dynamic_runs())})
     rows = []
     for method in METHODS:
         row = [method]
         for _, part, name in MEASURES:
             by_base = [
-                [results[key_of(Run(method, base, seed))]["figures"][part][name] for seed in (0, 1, 2)]
+                [results[key_of(Run(method, base, seed))]["figures"][part][name] for seed in seeds]
                 for base in BASES
             ]
-            deviation = math.sqrt(statistics.fmean(statistics.variance(values) for values in by_base))
-            mean = statistics.fmean(value for values in by_base for value in values)
-            row.append(f"{100 * mean:.1f} ± {100 * deviation:.1f}")
+            cell = f"{100 * statistics.fmean(value for values in by_base for value in values):.1f}"
+            if len(seeds) > 1:
+                deviation = math.sqrt(statistics.fmean(statistics.variance(values) for values in by_base))
+                cell += f" ± {100 * deviation:.1f}"
+            row.append(cell)
         rows.append(row)
-    return table(["", *(name for name, _, _ in MEASURES)], rows)
+    return table([f"seeds: {len(seeds)}", *(name for name, _, _ in MEASURES)], rows)
 
 
 def difference_table(results: Results) -> str:
@@ -718,7 +756,7 @@ def difference_table(results: Results) -> str:
                 [
                     results[key_of(Run("pinned", *pair))]["figures"][part][name]
                     - results[key_of(Run("dynamic", *pair))]["figures"][part][name]
-                    for pair in PAIRS
+                    for pair in pairs(results, dynamic_runs())
                 ]
             )
         )
@@ -726,12 +764,19 @@ def difference_table(results: Results) -> str:
 
 
 def preference_table(results: Results) -> str:
-    rows = [["original", *figures(results, [Run("original", base) for base in BASES])]]
-    for rate in DPO_RATES:
-        for method, label in (("dpo", "DPO"), ("dpo+constant", "DPO, k = 0.6")):
-            runs = [Run(method, base, rate=rate) for base in BASES]
-            rows.append([f"{label}, {rate:.0e}".replace("e-0", "e-"), *figures(results, runs)])
-    return table(["", *(name for name, _, _ in MEASURES)], rows)
+    originals = [Run("original", base) for base in BASES]
+    by_label = {"original": originals}
+    for at in DPO_RATES:
+        for label, method in (("DPO", "dpo"), ("DPO, k = 0.6", "dpo+constant")):
+            name = f"{label}, {at:.0e}".replace("e-0", "e-")
+            by_label[name] = [Run(method, base, rate=at) for base in BASES]
+    rows = []
+    for label, runs in by_label.items():
+        reasoning, *others = figures(results, runs)
+        less = "–" if label == "original" else less_reasoning(results, runs, originals)
+        rows.append([label, reasoning, less, *others])
+    first, *names = (name for name, _, _ in MEASURES)
+    return table(["3 runs", first, "... − original", *names], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -765,12 +810,12 @@ def page(text: str, results: Results) -> str:
 
 
 def draw(results: Results) -> None:
-    """The loss above constant's, the mean of nine runs, and five steps."""
+    """The loss above constant's, the mean of the runs, and of five steps."""
     from rpsa.report.drawing import BLUE, GREEN, ORANGE, new_panels
 
     figure, [[axes]] = new_panels(1, 1, 2.6)
     for method, colour in (("fft", GREEN), ("dynamic", BLUE), ("pinned", ORANGE)):
-        runs = [above_constant(results, method, pair) for pair in PAIRS]
+        runs = [above_constant(results, method, pair) for pair in pairs(results, dynamic_runs())]
         mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
         smooth = [statistics.fmean(mean[max(0, step - 4) : step + 1]) for step in range(len(mean))]
         axes.plot(smooth, color=colour, label=method)
@@ -796,8 +841,7 @@ def main() -> None:
     if arguments.what == "run":
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
-        for part in arguments.parts or parts:
-            run_part(part)
+        run_parts(arguments.parts or parts)
         return
     results = kept()
     PAGE.write_text(page(PAGE.read_text(), results))
