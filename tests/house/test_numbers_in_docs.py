@@ -67,6 +67,12 @@ def test_the_memory_of_compact_training_is_the_same_on_each_page() -> None:
     assert f"at {float(measured):.1f} bytes per parameter" in page("plan.md")
 
 
+def test_what_the_reviewers_asked_is_as_the_runs_that_were_kept() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "reviewers.py"))
+    text = page("reviewers.md")
+    assert script["page"](text, script["kept"]()) == text, "run `python benchmarks/reviewers.py write`"
+
+
 @pytest.mark.parametrize("name", ["README.md", *sorted(path.name for path in (ROOT / "docs").glob("*.md"))])
 def test_numbers_below_one_are_written_in_one_way(name: str) -> None:
     text = README if name == "README.md" else page(name)

@@ -12,9 +12,10 @@ from rpsa.errors import RPSAError
 from rpsa.pipeline import run
 from rpsa.pipeline.groundwork import HeldOutTask, held_out_problems, reference_problems
 from rpsa.pipeline.stages import tasks_of
+from rpsa.recipe.problems import SHIPPED, source_problem
 from rpsa.recipe.sections import Reference
 from rpsa.reference import Problem, ReferenceDataset, load_held_out, load_problems
-from rpsa.tiny import FAMILIES, REFERENCE_FAMILIES, reasoning_problems
+from rpsa.tiny import FAMILIES, REFERENCE_FAMILIES, REFERENCES, reasoning_problems
 from rpsa.tiny import held_out_problems as tiny_held_out_problems
 from rpsa.tiny.families import FRAMES
 
@@ -38,6 +39,25 @@ def test_held_out_problems_of_the_tiny_world_are_none_of_d_refs(seed: int) -> No
     assert not {question(problem) for problem in drawn} & {question(problem) for problem in held}
     assert not {problem.id for problem in drawn} & {problem.id for problem in held}
     assert {problem.family for problem in held} == set(REFERENCE_FAMILIES) < set(FAMILIES)
+
+
+@pytest.mark.parametrize("source", REFERENCES)
+def test_reference_problems_are_of_the_families_that_their_name_says(source: str) -> None:
+    settings = Reference(problems=source, n=18, seed=1, held_out=12)
+    families = {"tiny": {"add", "chain"}, "tiny:all": set(FAMILIES)}.get(
+        source, {source.removeprefix("tiny:")}
+    )
+    drawn, held = reference_problems(source, 18, 1), held_out_problems(settings)
+    assert {problem.family for problem in drawn} == {problem.family for problem in held} == families
+    assert not {question(problem) for problem in drawn} & {question(problem) for problem in held}
+
+
+def test_recipes_know_the_sources_of_the_tiny_world() -> None:
+    assert (
+        set(SHIPPED["problems"]) == set(REFERENCES) == {"tiny", "tiny:all", *(f"tiny:{f}" for f in FAMILIES)}
+    )
+    assert reference_problems("tiny", 40, 7) == reasoning_problems(40, 7, "train", ["add", "chain"])
+    assert source_problem("problems", "tiny:sorts") == "'tiny:sorts' is unknown; did you mean 'tiny:sort'?"
 
 
 def test_a_question_that_is_drawn_again_is_not_held_out() -> None:

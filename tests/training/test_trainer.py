@@ -19,6 +19,7 @@ from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.audit import Audit, checksums
 from rpsa.freezing.bits import BitMask
 from rpsa.freezing.freezer import Freezer
+from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
 from rpsa.parameters import trainable_parameters
 from rpsa.reference import ReferenceDataset
@@ -468,3 +469,62 @@ def test_the_audit_counts_what_moved() -> None:
     assert report["frozen_element_steps_checked"] == 4 * 36
     assert report["intervals"][0]["tensors_changed"] == ("weight",)
     assert report["drift"]["groups"]["weight"]["changed"] == 8 / 64
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_ranking_says_what_is_frozen_first(
+    compact: bool, tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    """Frozen as by a Freezer with the scores of the control mask: as many elements as by the Fisher."""
+    model, twin = make_model(), make_model()
+    size = FisherDiagonal({name: p.detach().abs() for name, p in trainable_parameters(model).items()})
+    args = config(tmp_path, frozen_ratio=0.6, max_steps=2, compact=compact)
+    trainer = make_trainer(model, args, safety_data, tokenizer, reference, ranking=size)
+    trainer.train()
+    assert size.nonzero > trainer.fisher.nonzero
+    scores = control_scores("magnitude", trainer.fisher, trainable_parameters(twin))
+    expected = Freezer(twin, trainer.fisher, ConstantRatio(0.6), ranking=scores)
+    by_fisher = Freezer(twin, trainer.fisher, ConstantRatio(0.6))
+    for name in expected.parameters:
+        assert torch.equal(trainer.freezer.frozen(name), expected.frozen(name)), name
+    assert sum(trainer.freezer.frozen_counts().values()) == sum(by_fisher.frozen_counts().values())
+    assert any(not torch.equal(by_fisher.frozen(n), expected.frozen(n)) for n in expected.parameters)
+    assert trainer.rpsa.report()["frozen_elements_moved"] == 0
+
+
+def test_the_conflict_does_not_depend_on_the_ranking(
+    tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    histories = []
+    for ranked in (False, True):
+        model = make_model()
+        size = FisherDiagonal({name: p.detach().abs() for name, p in trainable_parameters(model).items()})
+        ranking = {"ranking": size} if ranked else {}
+        args = config(tmp_path, max_steps=1)
+        trainer = make_trainer(model, args, safety_data, tokenizer, reference, **ranking)
+        trainer.train()
+        histories.append(full_history(trainer)[0])
+    assert histories[0]["c"] == histories[1]["c"] is not None
+    assert histories[0]["tau"] != histories[1]["tau"]
+
+
+def test_a_ranking_that_does_not_fit_is_refused(
+    tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    model = make_model()
+    fisher = fisher_of(model, reference)
+    first = next(iter(fisher))
+    less = FisherDiagonal({name: fisher[name] for name in fisher if name != first})
+    more = FisherDiagonal(fisher.scores | {"more": torch.ones(2)})
+    other = FisherDiagonal(fisher.scores | {first: torch.ones(2)})
+    for settings, ranking, message in (
+        ({"mask": "random"}, fisher, "ranking and mask 'random': both say what is frozen first"),
+        ({}, less, f"ranking: it has no scores of '{first}'"),
+        ({}, more, "ranking: it scores 'more', which the Fisher does not"),
+        ({}, other, rf"ranking: '{first}' has scores of shape \(2,\)"),
+        ({}, dict(fisher.scores), "ranking"),
+    ):
+        args = config(tmp_path, frozen_ratio=0.6, **settings)
+        with pytest.raises(RPSAError, match=message) as error:
+            make_trainer(model, args, safety_data, tokenizer, reference, fisher=fisher, ranking=ranking)
+        assert "\n" not in str(error.value)

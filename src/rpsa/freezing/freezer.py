@@ -130,7 +130,8 @@ class Freezer:
         zero_fisher: what happens to elements with F = 0.
 
     Raises:
-        RPSAError: the scores do not fit the model, or a parameter's gradient would be sparse.
+        RPSAError: the scores do not fit the model, the ranking does not fit them, or a parameter's gradient would be
+            sparse.
     """
 
     def __init__(
@@ -155,6 +156,8 @@ class Freezer:
         settings.check(settings.FROZEN_MOMENTS, frozen_moments)
         settings.check(settings.ZERO_FISHER, zero_fisher)
         fisher.check(model)
+        if ranking is not None:
+            check_ranking(ranking, fisher)
         _refuse_sparse_gradients(model)
         self._trainable = trainable_parameters(model)
         self.parameters = {name: self._trainable[name] for name in fisher}
@@ -448,6 +451,23 @@ class Freezer:
 
     def __getstate__(self) -> Any:
         raise RPSAError("a Freezer is not pickled: save its state_dict(), and make a new one")
+
+
+def check_ranking(ranking: FisherDiagonal, fisher: FisherDiagonal) -> None:
+    """Raise RPSAError unless `ranking` scores what `fisher` does, by name and shape."""
+    for first, second, lack in ((fisher, ranking, "has no scores of"), (ranking, fisher, "scores")):
+        for name in first:
+            if name not in second.scores:
+                raise RPSAError(
+                    f"ranking: it {lack} {name!r}, which the Fisher {'scores' if first is fisher else 'does not'}; "
+                    "give a tensor for each parameter that the Fisher scores"
+                )
+    for name, score in ranking.scores.items():
+        if score.shape != fisher.scores[name].shape:
+            raise RPSAError(
+                f"ranking: {name!r} has scores of shape {tuple(score.shape)}, the parameter is "
+                f"{tuple(fisher.scores[name].shape)}"
+            )
 
 
 def _unwrapped(optimizer: Any) -> list[Optimizer]:

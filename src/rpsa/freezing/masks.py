@@ -54,6 +54,12 @@ def _uniform(fisher: FisherDiagonal, generator: torch.Generator) -> dict[str, Te
     }
 
 
+def as_many(ranking: FisherDiagonal, fisher: FisherDiagonal) -> FisherDiagonal:
+    """`ranking` with at most as many non-zero scores as `fisher` has, so that k freezes as many elements."""
+    scores = {name: full(score) for name, score in ranking.scores.items()}
+    return FisherDiagonal(keep_top(scores, fisher.nonzero), ranking.manifest)
+
+
 def keep_top(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Zero all but the `count` largest scores; of equals at the edge, the first ones stay."""
     total = sum(int(torch.count_nonzero(score)) for score in scores.values())

@@ -150,12 +150,12 @@ class HeldOutTask(ReferenceTask):
 def held_out_problems(settings: Reference) -> list[Any]:
     """As many as section reference asks for, none of them D_ref's; says where there are fewer."""
     from rpsa.reference import load_held_out
-    from rpsa.tiny import REFERENCE_FAMILIES
+    from rpsa.tiny import REFERENCES
     from rpsa.tiny import held_out_problems as held_out_of_tiny
 
     assert settings.problems is not None
-    if settings.problems == "tiny":
-        found = held_out_of_tiny(settings.held_out, settings.seed, settings.n, REFERENCE_FAMILIES)
+    if families := REFERENCES.get(settings.problems):
+        found = held_out_of_tiny(settings.held_out, settings.seed, settings.n, families)
     else:
         found = load_held_out(settings.problems, settings.n, settings.seed, settings.held_out)
     if len(found) < settings.held_out:
@@ -170,10 +170,10 @@ def held_out_problems(settings: Reference) -> list[Any]:
 def reference_problems(source: str, n: int, seed: int) -> list[Any]:
     """The problems that D_ref answers: the tiny world's, or those of a file."""
     from rpsa.reference import load_problems
-    from rpsa.tiny import REFERENCE_FAMILIES, reasoning_problems
+    from rpsa.tiny import REFERENCES, reasoning_problems
 
-    if source == "tiny":
-        return reasoning_problems(n, seed, "train", REFERENCE_FAMILIES)
+    if families := REFERENCES.get(source):
+        return reasoning_problems(n, seed, "train", families)
     return load_problems(source, n, seed)
 
 

@@ -30,6 +30,7 @@ CHARACTERS_PER_TOKEN = 4
 # What a distilled 7B to 8B reasoning model writes, in tokens, and what it is asked how often.
 RESPONSE_TOKENS = {"math": 4000, "request": 800, "tiny": 30}
 _PROMPT_TOKENS = {"real": 200, "tiny": 30}
+_OF_TINY = {source for kind in ("problems", "prompts") for source in SHIPPED[kind]}
 # A safety example with its prompt: a refusal after one constant sentence, or after a thought of its own.
 _REFUSAL_TOKENS = 150
 _THOUGHT_TOKENS = 900
@@ -67,7 +68,7 @@ class ResponseTokens:
 
 
 def prompt_tokens(source: str | None) -> int:
-    return _PROMPT_TOKENS["tiny" if source == "tiny" else "real"]
+    return _PROMPT_TOKENS["tiny" if source in _OF_TINY else "real"]
 
 
 def safety_tokens(
@@ -148,7 +149,7 @@ def with_rehearsal(safety: SafetyTokens, cell: Cell, recipe: Recipe) -> SafetyTo
 
 def reference_responses(recipe: Recipe) -> ResponseTokens:
     settings = recipe.reference
-    expected = RESPONSE_TOKENS["tiny" if settings.problems == "tiny" else "math"]
+    expected = RESPONSE_TOKENS["tiny" if settings.problems in _OF_TINY else "math"]
     limit = settings.max_new_tokens
     return ResponseTokens("reference", settings.n, min(expected, limit), limit)
 

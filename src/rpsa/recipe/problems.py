@@ -232,10 +232,11 @@ def _words(hint: Any) -> Iterator[str]:
 
 
 _TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"  # a file for each, and for each group
+_TINY_PROBLEMS = ("add", "chain", "sort", "program", "stack", "walk", "all")  # the tiny world loads torch
 # What comes with the package, by kind. Anything else is a file, a folder or a Hugging Face id.
 SHIPPED = {
     "model": tuple(f"tiny:{base}" for base in range(6)),
-    "problems": ("tiny",),
+    "problems": ("tiny", *(f"tiny:{part}" for part in _TINY_PROBLEMS)),
     "safety": ("tiny:refusals", "tiny:balanced", "self"),
     "prompts": ("tiny",),
     "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),

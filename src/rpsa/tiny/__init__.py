@@ -4,7 +4,7 @@ Everything runs on a laptop's CPU in seconds and is harmless in content: a harmf
 """
 
 from rpsa.tiny.bases import tiny_model_dir
-from rpsa.tiny.families import FAMILIES, REFERENCE_FAMILIES
+from rpsa.tiny.families import FAMILIES, REFERENCE_FAMILIES, REFERENCES
 from rpsa.tiny.world import (
     REQUEST_SETS,
     TinyItem,
@@ -17,6 +17,7 @@ from rpsa.tiny.world import (
 
 __all__ = [
     "FAMILIES",
+    "REFERENCES",
     "REFERENCE_FAMILIES",
     "REQUEST_SETS",
     "TinyItem",

@@ -151,6 +151,13 @@ FAMILIES = tuple(_MAKERS)
 REFERENCE_FAMILIES = ("add", "chain")
 """What D_ref is drawn from: arithmetic only, as the paper measures its Fisher on mathematics only."""
 
+REFERENCES: dict[str, tuple[str, ...]] = {
+    "tiny": REFERENCE_FAMILIES,
+    **{f"tiny:{family}": (family,) for family in FAMILIES},
+    "tiny:all": FAMILIES,
+}
+"""The families of each source of reference problems, by the name that a recipe has for it."""
+
 
 def draw_solved(family: str, rng: random.Random, split: Split) -> Solved:
     """A random problem of one split; a hash of the question alone decides which split it belongs to."""

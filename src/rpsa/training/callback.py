@@ -18,10 +18,11 @@ from transformers.trainer_callback import ExportableState
 
 from rpsa.artifacts import reading
 from rpsa.errors import RPSAError
+from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.freezing.audit import Audit
 from rpsa.freezing.compact import CompactFreezer
 from rpsa.freezing.freezer import Freezer
-from rpsa.freezing.masks import control_scores
+from rpsa.freezing.masks import as_many, control_scores
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.parameters import module_group, trainable_parameters
 from rpsa.training.reasoning import ReasoningMixin
@@ -33,10 +34,15 @@ AUDIT_START = "rpsa_audit_start.safetensors"
 
 
 class RPSACallback(TrainerCallback, ExportableState):
-    """The freezer's life within one call of `train`, and its state in checkpoints."""
+    """The freezer's life within one call of `train`, and its state in checkpoints.
 
-    def __init__(self, trainer: ReasoningMixin) -> None:
+    Args:
+        ranking: what is frozen first, if neither the highest Fisher nor a control mask says so.
+    """
+
+    def __init__(self, trainer: ReasoningMixin, ranking: FisherDiagonal | None = None) -> None:
         self.trainer = trainer
+        self.ranking = ranking
         self.freezer: Freezer | None = None
         self.audit: Audit | None = None
         self.trajectory: list[dict[str, float | None]] = []
@@ -79,7 +85,7 @@ class RPSACallback(TrainerCallback, ExportableState):
     def _make_freezer(self, model: nn.Module) -> Freezer:
         args, fisher = self.trainer.args, self.trainer.fisher
         assert fisher is not None  # RPSAMixin wants one
-        ranking = None
+        ranking = None if self.ranking is None else as_many(self.ranking, fisher)
         if args.mask != "fisher":
             ranking = control_scores(args.mask, fisher, trainable_parameters(model), args.seed)
         scores = fisher.for_any_weights()  # the trainer has compared them

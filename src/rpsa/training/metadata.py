@@ -97,7 +97,7 @@ def _freezing(callback: "RPSACallback") -> dict[str, Any]:
     return {
         "frozen_ratio": args.frozen_ratio,
         **{name: getattr(args, name) if moves else None for name in ("window", "every", "sigma_scale")},
-        "mask": args.mask,
+        "mask": args.mask if callback.ranking is None else "own scores",
         "exact": not args.gradient_only,
         "compact": args.compact,
         "frozen_moments": args.frozen_moments,

@@ -14,9 +14,9 @@ from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
 from rpsa.artifacts import AUDIT_FILE, atomic_write, without_nan
-from rpsa.errors import RPSAError
+from rpsa.errors import RPSAError, check_type
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.freezing.freezer import Freezer
+from rpsa.freezing.freezer import Freezer, check_ranking
 from rpsa.reference import ReferenceDataset
 from rpsa.sharding import rank, world_size
 from rpsa.training.callback import RPSACallback
@@ -60,13 +60,16 @@ class RPSAMixin(ReasoningMixin):
 
     Args:
         fisher: scores of the model's trainable parameters, or the folder of saved ones.
+        ranking: what is frozen first, if not the highest Fisher: your own scores of the same parameters. The conflict
+            is measured as ever, and k freezes as many elements as by the Fisher, if as many scores are not zero.
         reference_dataset: D_ref, or its folder; needed unless the frozen ratio is a number.
         benign_dataset: as `ReasoningMixin`.
 
     The trainer's `args` must include `RPSAArguments`.
 
     Raises:
-        RPSAError: the Fisher does not fit the model, or D_ref is missing.
+        RPSAError: the Fisher does not fit the model, the ranking does not fit the Fisher or comes with a control
+            mask, or D_ref is missing.
     """
 
     fisher: FisherDiagonal
@@ -75,6 +78,7 @@ class RPSAMixin(ReasoningMixin):
         self,
         *args: Any,
         fisher: FisherDiagonal | str | Path | None = None,
+        ranking: FisherDiagonal | None = None,
         reference_dataset: ReferenceDataset | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -84,12 +88,19 @@ class RPSAMixin(ReasoningMixin):
             )
         check_args(self, args, kwargs, RPSAArguments)
         super().__init__(*args, fisher=fisher, reference_dataset=reference_dataset, **kwargs)
+        if ranking is not None:
+            check_type("ranking", ranking, FisherDiagonal, "scores by parameter, as FisherDiagonal(scores)")
+            if self.args.mask != "fisher":
+                raise RPSAError(
+                    f"ranking and mask {self.args.mask!r}: both say what is frozen first; leave one of them out"
+                )
+            check_ranking(ranking, self.fisher)
         if self.args.ratio().every is not None and self.reference_dataset is None:
             raise RPSAError(
                 f"frozen_ratio {self.args.frozen_ratio!r} measures the reasoning gradient on D_ref: "
                 "give reference_dataset"
             )
-        self.rpsa = RPSACallback(self)
+        self.rpsa = RPSACallback(self, ranking)
         # before callbacks that save: what they store must be the state between two steps
         self.callback_handler.callbacks.insert(0, self.rpsa)
 
