@@ -36,6 +36,7 @@ _HOMES = {
     "RPSATrainer": "rpsa.training.trainer",
     "ReferenceDataset": "rpsa.reference",
     "estimate_fisher": "rpsa.fisher.estimators",
+    "recommended": "rpsa.recipe.methods",
     "safety_tax_interval": "rpsa.evaluation.statistics",
     "safety_tax_rate": "rpsa.evaluation.statistics",
 }
@@ -55,6 +56,7 @@ __all__ = [
     "RPSATrainer",
     "ReferenceDataset",
     "estimate_fisher",
+    "recommended",
     "safety_tax_interval",
     "safety_tax_rate",
 ]

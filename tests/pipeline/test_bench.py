@@ -1,5 +1,6 @@
 """`rpsa bench`: what is tried, what is chosen, what is refused, and a whole one that goes on where it was stopped."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_whole_bench(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("stage.json")}
     text = (folder / "bench.json").read_bytes()
     lost = next(path for path in before if "test/evaluate/sweep" in str(path))
-    lost.unlink()
+    shutil.rmtree(lost.parent)
     run_bench(given)
     again = {path for path in before if path.stat().st_mtime_ns != before[path]}
     assert again == {lost}

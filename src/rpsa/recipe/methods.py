@@ -106,10 +106,18 @@ VARIANTS: dict[str, Variant] = {
         {"alternatives": {"projection": "nullspace"}},
         paradigms=("fft",),
     ),
+    "constant_kl": Variant(
+        "k = 0.6, and an anchor on D_ref and on the rows that comply",
+        (5, 0, 0),
+        {"align": {"frozen_ratio": 0.6}, "alternatives": {"kl": 1.0, "anchor": "both"}},
+    ),
     "interpolation": _instead("half of the way back", (6, 1, 0), interpolation=0.5),
     "restored": _instead("after training, 60% of the elements put back", (5, 0, 36), restored_ratio=0.6),
 }
 """Adding a method is one record here, the code of what is new about it, and a row in docs/recipes.md."""
+
+RECOMMENDED = "constant_kl"
+"""What came out best in docs/bench.md, on safety data of both kinds."""
 
 WELL_KNOWN: dict[str, dict[str, Any]] = {
     "original": {"paradigm": "none"},
@@ -121,6 +129,19 @@ WELL_KNOWN: dict[str, dict[str, Any]] = {
         if paradigm in variant.paradigms
     },
 }
+
+
+def recommended() -> dict[str, Any]:
+    """Settings of the method that docs/bench.md recommends, for `RPSAConfig`: the Fisher's mask and an anchor.
+
+        args = RPSAConfig(output_dir="aligned", **recommended())
+
+    The trainer takes D_ref (`reference_dataset`) and, as `benign_dataset`, the rows that comply of the safety data,
+    which must have both kinds. It is not the paper's method, whose k follows the conflict and which has no anchor.
+    """
+    return {
+        name: value for section in VARIANTS[RECOMMENDED].settings.values() for name, value in section.items()
+    }
 
 
 class Settings(Section):
