@@ -42,7 +42,7 @@ from rpsa.freezing.ratio import ConflictRatio, FrozenRatio
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.alignment import training_data
-from rpsa.pipeline.stages import reference_problems
+from rpsa.pipeline.groundwork import reference_problems
 from rpsa.recipe import Cell, load_recipe
 from rpsa.recipe.problems import installed_names
 from rpsa.reference import ReferenceConfig, ReferenceDataset, Trace, build_reference

@@ -96,6 +96,7 @@ MADE_BY: dict[Stage, MadeBy] = {
             "pipeline/stages",
             "pipeline/groundwork",
             *_COMPARING,
+            "parameters",
             "sharding",
             "reference",
             "fisher/log_probs",
