@@ -37,7 +37,7 @@ from rpsa.chat import render_prompt
 from rpsa.evaluation.statistics import Interval, mean_interval
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
-from rpsa.freezing.masks import control_scores
+from rpsa.freezing.masks import as_many, control_scores
 from rpsa.freezing.ratio import ConflictRatio, FrozenRatio
 from rpsa.generation.transformers import TransformersGenerator
 from rpsa.parameters import trainable_parameters
@@ -67,6 +67,7 @@ PINNED = range(30, 60)
 """The steps at which k is held at 1, of 96."""
 SCORE_SEEDS = (0, 1)
 DYNAMIC_SEEDS = (0, 1, 2)
+DPO_SEEDS = (0, 1)
 SETTLED = 20
 """From this step on k is dynamic; the learning rate has been warmed up."""
 FACTORS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2)
@@ -126,9 +127,10 @@ DPO_RATES = (1e-3, 2e-3)
 
 def preference_runs() -> Iterator[Run]:
     for base in BASES:
-        for rate in DPO_RATES:
-            for method in ("dpo", "dpo+constant"):
-                yield Run(method, base, rate=rate)
+        for seed in DPO_SEEDS:
+            for rate in DPO_RATES:
+                for method in ("dpo", "dpo+constant"):
+                    yield Run(method, base, seed, rate=rate)
 
 
 # What a run is made of
@@ -391,6 +393,24 @@ def overlaps(base: str) -> dict[str, Any]:
     }
 
 
+def frozen_by(base: str) -> dict[str, dict[str, float]]:
+    """By ranking the share that is frozen at K of the embedding, of each layer and of the head."""
+    fisher = fisher_of(base, "tiny")
+    found = {}
+    for ranking in ("fisher", "ratio"):
+        scores = RANKINGS[ranking](Run("constant", base), base_model(base))
+        mask = as_many(FisherDiagonal(scores), fisher).mask(K)
+        counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for name, trains in mask.items():
+            part = next((f"layer {n + 1}" for n in range(3) if f".layers.{n}." in name), name.split(".")[-2])
+            counts[part][0] += int((~trains).sum())
+            counts[part][1] += trains.numel()
+        found[ranking] = {
+            part: round(frozen / total, 4) for part, (frozen, total) in counts.items() if part != "norm"
+        }
+    return found
+
+
 def perturbed(base: str) -> list[dict[str, Any]]:
     """Accuracy under each perturbation of 1% of all elements, 30 problems of each family."""
     sets = {family: evaluation_prompts(30)[family] for family in FAMILIES}
@@ -453,6 +473,8 @@ def run_parts(parts: Sequence[str]) -> None:
     for base in BASES:
         if "families" in parts:
             keep({"overlap": base}, partial(overlaps, base))
+        if "scores" in parts:
+            keep({"frozen": base}, partial(frozen_by, base))
         if "factors" in parts:
             keep({"perturb": base}, partial(perturbed, base))
     runs = [run for part in parts if part in RUNS for run in RUNS[part]()]
@@ -514,12 +536,6 @@ def figures(results: Results, runs: Sequence[Run]) -> list[str]:
     """A cell for each of `MEASURES`; the whole table has intervals over the runs."""
     found = [results[key_of(run)]["figures"] for run in runs]
     return [rate([one[part][name] for one in found]) for _, part, name in MEASURES]
-
-
-def less_reasoning(results: Results, runs: Sequence[Run], than: Sequence[Run]) -> str:
-    """Run by run: bases differ in it by more than methods do."""
-    found = [[results[key_of(one)]["figures"]["reasoning"]["mean"] for one in of] for of in (runs, than)]
-    return percent([a - b for a, b in zip(*found, strict=True)])
 
 
 def ks_of_families(results: Results) -> list[float]:
@@ -631,19 +647,40 @@ LABELS = {
 }
 
 
-def score_table(results: Results) -> str:
+def scored(results: Results) -> dict[str, list[Run]]:
     of = pairs(results, score_runs())
-    by_label = {"nothing (fft)": [Run("fft", *pair) for pair in of]}
-    for ranking, label in LABELS.items():
-        by_label[label] = [Run("constant", *pair, ranking=ranking) for pair in of]
-    by_label["random, at 1e-3"] = [Run("constant", *pair, rate=1e-3, ranking="random") for pair in of]
+    found = {"nothing (fft)": [Run("fft", *pair) for pair in of]}
+    found |= {
+        label: [Run("constant", *pair, ranking=ranking) for pair in of] for ranking, label in LABELS.items()
+    }
+    return found | {"random, at 1e-3": [Run("constant", *pair, rate=1e-3, ranking="random") for pair in of]}
+
+
+def score_table(results: Results) -> str:
+    rows = [[label, *figures(results, runs)] for label, runs in scored(results).items()]
+    count = len(pairs(results, score_runs()))
+    return table([f"Frozen first ({count} runs)", *(name for name, _, _ in MEASURES)], rows)
+
+
+def score_differences(results: Results) -> str:
+    by_label = scored(results)
+    fisher = by_label[LABELS["fisher"]]
+    rows = [
+        [label, *differences(results, runs, fisher)] for label, runs in by_label.items() if runs != fisher
+    ]
+    return table(["Less the Fisher on D_ref", *(name for name, _, _ in MEASURES)], rows)
+
+
+def frozen_shares(results: Results) -> str:
+    """The share of each group of parameters that two of the scores freeze, the mean of the bases."""
+    groups = list(results[key_of({"frozen": BASES[0]})]["fisher"])
     rows = []
-    for label, runs in by_label.items():
-        reasoning, *others = figures(results, runs)
-        less = "–" if label == LABELS["fisher"] else less_reasoning(results, runs, by_label[LABELS["fisher"]])
-        rows.append([label, reasoning, less, *others])
-    first, *names = (name for name, _, _ in MEASURES)
-    return table([f"Frozen first ({len(of)} runs)", first, "... − by Fisher", *names], rows)
+    for ranking in ("fisher", "ratio"):
+        found = [results[key_of({"frozen": base})][ranking] for base in BASES]
+        rows.append(
+            [LABELS[ranking], *(f"{100 * statistics.fmean(one[g] for one in found):.0f}" for g in groups)]
+        )
+    return table(["Frozen, %", *groups], rows)
 
 
 METHODS = ("fft", "constant", "dynamic", "pinned")
@@ -747,36 +784,33 @@ def spread_table(results: Results) -> str:
     return table([f"seeds: {len(seeds)}", *(name for name, _, _ in MEASURES)], rows)
 
 
-def difference_table(results: Results) -> str:
-    """Pinned against dynamic, run by run."""
-    row = ["pinned − dynamic"]
+def differences(results: Results, runs: Sequence[Run], than: Sequence[Run]) -> list[str]:
+    """A cell for each of `MEASURES`, run by run: bases differ by more than methods do."""
+    cells = []
     for _, part, name in MEASURES:
-        row.append(
-            percent(
-                [
-                    results[key_of(Run("pinned", *pair))]["figures"][part][name]
-                    - results[key_of(Run("dynamic", *pair))]["figures"][part][name]
-                    for pair in pairs(results, dynamic_runs())
-                ]
-            )
-        )
-    return table(["", *(name for name, _, _ in MEASURES)], [row])
+        found = [[results[key_of(one)]["figures"][part][name] for one in of] for of in (runs, than)]
+        cells.append(percent([a - b for a, b in zip(*found, strict=True)]))
+    return cells
+
+
+def dynamic_differences(results: Results) -> str:
+    of = {name: [Run(name, *pair) for pair in pairs(results, dynamic_runs())] for name in METHODS}
+    compared = (("dynamic", "constant"), ("pinned", "constant"), ("pinned", "dynamic"))
+    rows = [[f"{a} − {b}", *differences(results, of[a], of[b])] for a, b in compared]
+    return table(["", *(name for name, _, _ in MEASURES)], rows)
 
 
 def preference_table(results: Results) -> str:
-    originals = [Run("original", base) for base in BASES]
-    by_label = {"original": originals}
+    of = pairs(results, preference_runs())
+    rows = [["original (3 runs)", *figures(results, [Run("original", base) for base in BASES])]]
+    compared = []
     for at in DPO_RATES:
-        for label, method in (("DPO", "dpo"), ("DPO, k = 0.6", "dpo+constant")):
-            name = f"{label}, {at:.0e}".replace("e-0", "e-")
-            by_label[name] = [Run(method, base, rate=at) for base in BASES]
-    rows = []
-    for label, runs in by_label.items():
-        reasoning, *others = figures(results, runs)
-        less = "–" if label == "original" else less_reasoning(results, runs, originals)
-        rows.append([label, reasoning, less, *others])
-    first, *names = (name for name, _, _ in MEASURES)
-    return table(["3 runs", first, "... − original", *names], rows)
+        name = f"{at:.0e}".replace("e-0", "e-")
+        plain, frozen = ([Run(method, *pair, rate=at) for pair in of] for method in ("dpo", "dpo+constant"))
+        rows.append([f"DPO, {name}", *figures(results, plain)])
+        rows.append([f"DPO, k = 0.6, {name}", *figures(results, frozen)])
+        compared.append([f"k = 0.6 − plain, {name}", *differences(results, frozen, plain)])
+    return table([f"{len(of)} runs", *(name for name, _, _ in MEASURES)], [*rows, *compared])
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -785,10 +819,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "overlap": overlap_table,
     "factors": factor_table,
     "scores": score_table,
+    "score differences": score_differences,
+    "frozen": frozen_shares,
     "stretches": stretch_table,
     "losses": loss_table,
     "spread": spread_table,
-    "difference": difference_table,
+    "difference": dynamic_differences,
     "preferences": preference_table,
 }
 
