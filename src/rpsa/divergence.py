@@ -8,12 +8,17 @@ Shapes: R rows of logits (all positions of a batch), N of them that predict a re
 kept, C rows at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
+
+from rpsa.artifacts import atomic_write
 
 TOP = 64
 """Tokens kept at each position, if not all."""
@@ -62,6 +67,23 @@ class OriginalLogits:
 
     def to(self, device: torch.device | str) -> "OriginalLogits":
         return OriginalLogits(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def save(self, path: Path, about: Mapping[str, str]) -> None:
+        """Write a safetensors file, which appears whole, with what `about` says of the positions."""
+        tensors = {
+            "ids": self.ids_NK.int(),
+            "logits": self.logits_NK,
+            "normalizers": self.normalizers_N,
+            "others": self.others_N,
+        }
+        atomic_write(path, save({name: t.contiguous() for name, t in tensors.items()}, dict(about)))
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["OriginalLogits", dict[str, str]]:
+        """What `save` wrote; OSError or SafetensorError where there is no such file."""
+        with safe_open(path, "pt") as file:
+            parts = (file.get_tensor(name) for name in ("logits", "normalizers", "others"))
+            return cls(file.get_tensor("ids").long(), *parts), dict(file.metadata() or {})
 
     def __len__(self) -> int:
         return len(self.ids_NK)

@@ -14,11 +14,9 @@ from math import fsum
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rpsa.artifacts import atomic_write
 from rpsa.divergence import TOP, OriginalLogits, forward_kl
 from rpsa.errors import RPSAError
 from rpsa.fisher.log_probs import evaluation_mode, label_log_probs, response_logits
@@ -75,14 +73,7 @@ class RecordedOriginal:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, which appears whole."""
-        tensors = {
-            "ids": self.logits.ids_NK.int(),
-            "logits": self.logits.logits_NK,
-            "normalizers": self.logits.normalizers_N,
-            "others": self.logits.others_N,
-        }
-        about = {"vocabulary": str(self.vocabulary), "of": self.of}
-        atomic_write(path, save({name: t.contiguous() for name, t in tensors.items()}, about))
+        self.logits.save(path, {"vocabulary": str(self.vocabulary), "of": self.of})
 
     @classmethod
     def load(
@@ -90,12 +81,7 @@ class RecordedOriginal:
     ) -> "RecordedOriginal | None":
         """What `save` wrote; None where there is no such file, or it is of other traces."""
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                logits = OriginalLogits(
-                    file.get_tensor("ids").long(),
-                    *(file.get_tensor(name) for name in ("logits", "normalizers", "others")),
-                )
+            logits, about = OriginalLogits.load(path)
         except (OSError, SafetensorError):
             return None
         if about.get("of") != data_fingerprint(_samples(held_out, max_length)):

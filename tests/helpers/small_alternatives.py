@@ -3,24 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-RECIPE = """
-version: 1
+from helpers.small_runs import TRAINING
+
+RECIPE = (
+    TRAINING
+    + """version: 1
 name: small
 reference: {problems: tiny, n: 8, max_new_tokens: 48, batch_size: 8}
-fisher: {probes: 1, batch_size: 8}
-safety: {data: "tiny:refusals", n: 16, max_length: 128, validation_share: 0.0}
-train:
-  per_device_train_batch_size: 4
-  learning_rate: 1e-3
-  num_train_epochs: 1
-  use_cpu: true
-  bf16: false
-  save_strategy: no
-  report_to: none
-  activation_checkpointing: false
 evaluate: {tasks: [tiny], n: 1, temperature: 0.0, max_new_tokens: 8, batch_size: 64}
 matrix: {bases: ["tiny:0"], seeds: [0], methods: [fft]}
 """
+)
 
 
 def recipe(tmp_path: Path, *overrides: str) -> Any:

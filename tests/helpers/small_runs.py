@@ -14,12 +14,8 @@ from rpsa.recipe import Recipe, load_recipe
 
 RPSA = [sys.executable, "-c", "from rpsa.cli import main; main()"]
 
-RECIPE = """
-version: 1
-name: small
-reference: {problems: tiny, n: 8, held_out: 0, max_new_tokens: 48, batch_size: 8}
+TRAINING = """
 fisher: {probes: 1, batch_size: 8}
-align: {frozen_ratio: dynamic, window: 2, every: 1}
 safety: {data: "tiny:refusals", n: 16, max_length: 128, validation_share: 0.0}
 train:
   per_device_train_batch_size: 4
@@ -30,9 +26,19 @@ train:
   save_strategy: no
   report_to: none
   activation_checkpointing: false
+"""
+"""A few steps on refusals, as every small recipe has them."""
+
+RECIPE = (
+    TRAINING
+    + """version: 1
+name: small
+reference: {problems: tiny, n: 8, held_out: 0, max_new_tokens: 48, batch_size: 8}
+align: {frozen_ratio: dynamic, window: 2, every: 1}
 evaluate: {tasks: [tiny], n: 2, temperature: 0.0, max_new_tokens: 48, batch_size: 64}
 matrix: {methods: [original, fft, fft+rpsa, lora+rpsa], bases: ["tiny:0"], seeds: [0], parallel: 1}
 """
+)
 
 OWN_WORDS = (
     'own: {paradigm: fft, safety: {data: self, prompts: tiny, benign: tiny, steer: "", per_prompt: 8}}'

@@ -5,13 +5,13 @@ methods near it; DER (Buzzega et al., 2020) takes the distance of logits. The or
 once, before training; of LoRA they are the model's own without its adapter, and nothing is stored.
 """
 
+import itertools
+import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rpsa.artifacts import reading
@@ -99,14 +99,8 @@ class Anchor:
 
     def save(self, path: Path) -> None:
         """Write what was recorded."""
-        whole = OriginalLogits.joined(list(self._original.values()))
-        lengths = torch.tensor([len(one) for one in self._original.values()])
-        names = "\n".join(self._original)
-        save_file(
-            {"lengths": lengths} | {name: part.contiguous() for name, part in vars(whole).items()},
-            path,
-            metadata={"ids": names},
-        )
+        lengths = {name: len(one) for name, one in self._original.items()}
+        OriginalLogits.joined(list(self._original.values())).save(path, {"lengths": json.dumps(lengths)})
 
     def load(self, path: Path, ids: Iterable[str]) -> None:
         """Read what was recorded of the samples with these ids.
@@ -120,16 +114,13 @@ class Anchor:
                 "resume_from_checkpoint"
             )
         with reading(str(path)):
-            with safe_open(path, "pt") as file:
-                names = file.metadata()["ids"].split("\n")
-            parts = load_file(path)
-        lengths = parts.pop("lengths").tolist()
-        if set(names) != set(ids):
+            whole, about = OriginalLogits.load(path)
+            lengths: dict[str, int] = json.loads(about["lengths"])
+        if set(lengths) != set(ids):
             raise RPSAError(f"{path}: of other samples than these; start without resume_from_checkpoint")
-        whole = OriginalLogits(**parts)
-        ends = torch.tensor(lengths).cumsum(0).tolist()
+        ends = itertools.accumulate(lengths.values())
         self._original = {
-            name: whole[end - length : end] for name, length, end in zip(names, lengths, ends, strict=True)
+            name: whole[end - length : end] for (name, length), end in zip(lengths.items(), ends, strict=True)
         }
 
 

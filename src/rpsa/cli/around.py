@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.parsing import readable_errors
+from rpsa.cli.parsing import ThoughtWords, readable_errors
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
 
@@ -69,7 +69,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest response.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    thought: Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")] = "auto",
+    thought: ThoughtWords = "auto",
 ) -> None:
     """Ask an aligned model and the one that it was before, and see both answers one below the other."""
     with readable_errors():

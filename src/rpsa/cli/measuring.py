@@ -5,18 +5,12 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.parsing import readable_errors
+from rpsa.cli.parsing import ModelOrServer, ServedModel, ServersTokenizer, ThoughtWords, readable_errors
 from rpsa.errors import RPSAError
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a Hugging Face id, an adapter's folder, tiny:0, or a server's url (http://.../v1).",
-            show_default=False,
-        ),
-    ],
+    model: ModelOrServer,
     tasks: Annotated[
         str, typer.Option(help="Benchmarks, groups or files, with commas between.")
     ] = "rpsa_reasoning,rpsa_safety",
@@ -36,12 +30,8 @@ def evaluate(
             "--set", help="Any setting of a recipe's section evaluate: key=value.", metavar="KEY=VALUE"
         ),
     ] = None,
-    served: Annotated[
-        str | None, typer.Option("--served-model", help="With a server: the name that it gives the model.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="With a server: the model's tokenizer, if not its name.")
-    ] = None,
+    served: ServedModel = None,
+    tokenizer: ServersTokenizer = None,
     reference: Annotated[
         Path | None, typer.Option(help="A D_ref whose problems rpsa_math500 leaves out.")
     ] = None,
@@ -136,7 +126,7 @@ def perturb(
             "--any-weights", help="Perturb another model than the one that the Fisher was measured on."
         ),
     ] = False,
-    thought: Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")] = "auto",
+    thought: ThoughtWords = "auto",
 ) -> None:
     """Scale the elements with the highest Fisher, or others, and measure what reasoning loses (Fig. 3).
 

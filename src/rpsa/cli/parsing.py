@@ -1,15 +1,42 @@
-"""Errors of commands: one line on stderr and an exit code."""
+"""Commands: the arguments that several of them have, and their errors: one line on stderr and an exit code."""
 
 import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from rpsa.artifacts import DISK_MESSAGES
 from rpsa.errors import RPSAError
 from rpsa.text import hide_credentials, printable
+
+RecipeFile = Annotated[
+    Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
+]
+KeepFinished = Annotated[
+    bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
+]
+
+ModelOrServer = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a Hugging Face id, an adapter's folder, tiny:0, or a server's url (http://.../v1).",
+        show_default=False,
+    ),
+]
+ServedModel = Annotated[
+    str | None, typer.Option("--served-model", help="With a server: the name that it gives the model.")
+]
+ServersTokenizer = Annotated[
+    str | None, typer.Option(help="With a server: the model's tokenizer, if not its name.")
+]
+ThoughtWords = Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")]
 
 _FREE = "; free some space and run the same command again"
 

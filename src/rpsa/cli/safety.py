@@ -5,17 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.parsing import readable_errors
+from rpsa.cli.parsing import ModelOrServer, ServedModel, ServersTokenizer, ThoughtWords, readable_errors
 
 
 def safety_data(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a Hugging Face id, an adapter's folder, tiny:0, or a server's url (http://.../v1).",
-            show_default=False,
-        ),
-    ],
+    model: ModelOrServer,
     prompts: Annotated[
         str,
         typer.Option(
@@ -53,13 +47,9 @@ def safety_data(
             metavar="KEY=VALUE",
         ),
     ] = None,
-    served: Annotated[
-        str | None, typer.Option("--served-model", help="With a server: the name that it gives the model.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="With a server: the model's tokenizer, if not its name.")
-    ] = None,
-    thought: Annotated[str, typer.Option(help="As for `rpsa evaluate`: auto, none, or the words.")] = "auto",
+    served: ServedModel = None,
+    tokenizer: ServersTokenizer = None,
+    thought: ThoughtWords = "auto",
 ) -> None:
     """Make safety data in the model's own words: refusals of harmful requests, answers to harmless ones.
 

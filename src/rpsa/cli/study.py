@@ -1,41 +1,33 @@
 """The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa bench`, `rpsa plan`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rpsa.cli.parsing import readable_errors
+from rpsa.cli.parsing import KeepFinished, Overrides, RecipeFile, readable_errors
 from rpsa.errors import RPSAError
+
+if TYPE_CHECKING:
+    from rpsa.recipe import Recipe
 
 
 def run(
-    recipe: Annotated[
-        Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.", metavar="STAGE")] = None,
-    keep_finished: Annotated[
-        bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
-    ] = False,
+    keep_finished: KeepFinished = False,
 ) -> None:
     """Run a recipe: reference, Fisher, alignment, evaluation, report. Finished stages are not run again."""
     with readable_errors():
-        from rpsa.recipe import load_recipe
-        from rpsa.recipe.shipped import named_recipe
-
-        checked = load_recipe(named_recipe(recipe), overrides or [])
+        checked = _loaded(recipe, overrides)
         from rpsa import pipeline
 
         pipeline.run(checked, only=only, keep_finished=keep_finished)
 
 
 def sweep(
-    recipe: Annotated[
-        Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
-    ],
+    recipe: RecipeFile,
     over: Annotated[
         list[str],
         typer.Option(
@@ -52,9 +44,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; default: sweeps/RECIPE/KEYS.", show_default=False)
     ] = None,
-    keep_finished: Annotated[
-        bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
-    ] = False,
+    keep_finished: KeepFinished = False,
 ) -> None:
     """Vary settings of a recipe (Fig. 5 and 7): writes a recipe with that sweep, and runs it.
 
@@ -75,47 +65,31 @@ def sweep(
 
 
 def bench(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe with a section bench, a YAML file.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
-    ] = None,
-    keep_finished: Annotated[
-        bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
-    ] = False,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    keep_finished: KeepFinished = False,
 ) -> None:
-    """Compare many methods: settings are chosen on some bases, and measured on others.
+    """Compare many methods: settings are chosen on some bases, and measured on others (a recipe's section bench).
 
     Stopped at any point, the same command goes on. The leaderboard is bench/bench.html in the run's folder.
     """
     with readable_errors():
-        from rpsa.recipe import load_recipe
-        from rpsa.recipe.shipped import named_recipe
-
-        checked = load_recipe(named_recipe(recipe), overrides or [])
+        checked = _loaded(recipe, overrides)
         from rpsa.pipeline.bench import run_bench
 
         run_bench(checked, keep_finished=keep_finished)
 
 
 def plan(
-    recipe: Annotated[
-        Path, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,2,4,8",
     as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds, as JSON.")] = False,
 ) -> None:
     """Say what a recipe needs before it runs: memory, steps, tokens, rough hours. Loads no weights."""
     with readable_errors():
-        from rpsa.recipe import load_recipe
-        from rpsa.recipe.shipped import named_recipe
-
-        checked = load_recipe(named_recipe(recipe), overrides or [])
+        checked = _loaded(recipe, overrides)
         numbers = _whole_numbers(gpus)
         from rpsa.models import quiet
         from rpsa.plan import make_plan
@@ -127,6 +101,13 @@ def plan(
             typer.echo(to_json(made))
         else:
             render(made)
+
+
+def _loaded(recipe: Path, overrides: list[str] | None) -> "Recipe":
+    from rpsa.recipe import load_recipe
+    from rpsa.recipe.shipped import named_recipe
+
+    return load_recipe(named_recipe(recipe), overrides or [])
 
 
 def _whole_numbers(text: str) -> list[int]:

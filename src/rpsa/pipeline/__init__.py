@@ -5,12 +5,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rpsa.artifacts import atomic_directory, locked
 from rpsa.errors import RPSAError
 from rpsa.pipeline.verification import verify
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rpsa.pipeline.runner import Run
 
 __all__ = ["run", "verify"]
 
@@ -25,8 +29,6 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
         RPSAError: `only` is not a stage, what it stands on has not been run, another process is in the run's folder,
             or some tasks have failed; the others have been done then, and the report shows what is missing.
     """
-    from rpsa.pipeline import launch
-    from rpsa.pipeline.runner import Run
     from rpsa.provenance import STAGES
     from rpsa.recipe.problems import did_you_mean
 
@@ -35,9 +37,7 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
     stages = [stage for stage in STAGES if only in (None, stage)]
     prepare(recipe, stages)
     with _alone_in(recipe):
-        work = Run(recipe, keep_finished)
-        with launch.joined(recipe):
-            work.do([stage for stage in stages if stage != "report"])
+        work = do_stages(recipe, stages, keep_finished)
         missing = _report(recipe, work.without_result) if "report" in stages else {}
     if work.failed:
         raise RPSAError(_summary(work.failed))
@@ -54,6 +54,17 @@ def prepare(recipe: Recipe, stages: list[Stage]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING if launch.is_first() else logging.ERROR, format="%(message)s")
     launch.check(recipe, stages)
+
+
+def do_stages(recipe: Recipe, stages: list[Stage], keep_finished: bool) -> "Run":
+    """Bring stages up to date, but for the report; says what failed, and what has no result for it."""
+    from rpsa.pipeline import launch
+    from rpsa.pipeline.runner import Run
+
+    work = Run(recipe, keep_finished)
+    with launch.joined(recipe):
+        work.do([stage for stage in stages if stage != "report"])
+    return work
 
 
 @contextmanager

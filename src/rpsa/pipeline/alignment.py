@@ -232,7 +232,7 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
         rehearsal = rehearse(dataset, traces, share, cell.safety.max_length, cell.seed)
         dataset = rehearsal.dataset
     if cell.alternatives and cell.alternatives.has_anchor and cell.alternatives.anchor != "reference":
-        groundwork = replace(groundwork, benign=complying_rows(cell, data, tokenizer, thought))
+        groundwork = replace(groundwork, benign=complying_rows(cell, data))
     trainer = make_trainer(
         recipe,
         cell,
@@ -310,13 +310,21 @@ def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
 
 
 class TrainingData(NamedTuple):
-    """What is trained on: the examples, tokenised, and those held out; `refusing` is the share that refuses."""
+    """What is trained on: the examples, tokenised, and those held out; `complying` of the examples do not refuse.
+
+    `tokenize` is how: of data in the model's own words, as they were sampled.
+    """
 
     examples: Sequence[SafetyExample]
     dataset: "Dataset"
     counts: TokenCounts
     validation: "Dataset | None"
-    refusing: float
+    complying: Sequence[SafetyExample]
+    tokenize: Callable[[Any], tuple["Dataset", TokenCounts]]
+
+    @property
+    def refusing(self) -> float:
+        return refusing_share(self.examples, self.complying)
 
 
 def training_data(
@@ -354,35 +362,35 @@ def _prepared(
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
     dataset, counts = tokenize(examples)
     validation = tokenize(held)[0] if held else None
-    return TrainingData(examples, dataset, counts, validation, refusing_share(examples, thought))
+    return TrainingData(examples, dataset, counts, validation, complying_of(examples, thought), tokenize)
 
 
-def complying_rows(cell: Cell, data: TrainingData, tokenizer: Any, thought: ThoughtFormat) -> "Dataset":
+def complying_rows(cell: Cell, data: TrainingData) -> "Dataset":
     """The examples that do not refuse, tokenised.
 
     Raises:
         RPSAError: all of them refuse.
     """
-    assert cell.safety is not None
-    complying: list[Any] = [one for one in data.examples if not _refuses(one, thought)]
-    if not complying:
+    if not data.complying:
         raise RPSAError(
             f"{cell.id}: alternatives.anchor: the safety data have no row that complies; mix in benign examples "
             "(safety.benign, safety.benign_share), or anchor on reference"
         )
-    if cell.safety.is_self_made:
-        return tokenized(complying, cell.safety.max_length)[0]
-    return tokenize_safety_data(complying, tokenizer, cell.safety.max_length, thought)[0]
+    return data.tokenize(data.complying)[0]
 
 
-def refusing_share(examples: Sequence[SafetyExample], thought: ThoughtFormat) -> float:
-    """The share of the examples whose answer refuses in full."""
-    refusing = [_refuses(one, thought) for one in examples]
-    return sum(refusing) / len(refusing)
+def complying_of(examples: Sequence[SafetyExample], thought: ThoughtFormat) -> list[SafetyExample]:
+    """The examples whose answer does not refuse in full."""
+    return [
+        one
+        for one in examples
+        if not is_refusal(one.response, format_of_response(one.response, thought) or NO_THOUGHT)
+    ]
 
 
-def _refuses(example: SafetyExample, thought: ThoughtFormat) -> bool:
-    return is_refusal(example.response, format_of_response(example.response, thought) or NO_THOUGHT)
+def refusing_share(examples: Sequence[SafetyExample], complying: Sequence[SafetyExample]) -> float:
+    """The share of the examples that are not among those that comply."""
+    return (len(examples) - len(complying)) / len(examples)
 
 
 def card_names(recipe: Recipe, cell: Cell, rehearsed: int, about: Mapping[str, float | None]) -> CardNames:

@@ -7,15 +7,14 @@ each cell in a sweep of its own, and go on where they were stopped.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rpsa.artifacts import atomic_write, locked, read_json, stable_json
 from rpsa.errors import RPSAError
-from rpsa.pipeline import launch, prepare
+from rpsa.pipeline import do_stages, prepare
 from rpsa.pipeline.reporting import collect
-from rpsa.pipeline.runner import Run
 from rpsa.pipeline.stages import align_task
 from rpsa.provenance import STAGES, TIMING, Stage
 from rpsa.recipe.checks import recipe_problems
@@ -26,7 +25,7 @@ from rpsa.report.leaderboard import (
     Contender,
     Leaderboard,
     Standing,
-    columns,
+    board_table,
     compare_data,
     entry_of,
     measures,
@@ -36,7 +35,6 @@ from rpsa.report.leaderboard import (
 )
 from rpsa.report.prediction import predict
 from rpsa.report.summaries import RunResult
-from rpsa.report.tables import Entry, Table
 
 RULE = (
     "for each method on each kind of data, the point of its grid whose shortfall is smallest in the mean over the "
@@ -156,9 +154,7 @@ class _Study:
         self.parts = parts
         stages: list[Stage] = [stage for stage in STAGES if stage != "report"]
         prepare(recipe, stages)
-        work = Run(recipe, keep_finished)
-        with launch.joined(recipe):
-            work.do(stages)
+        work = do_stages(recipe, stages, keep_finished)
         self._results, self._missing = collect(recipe, work.without_result)
         self.originals = {one.base: one for one in self._results.values() if one.is_original}
         if lacking := next((base for base in recipe.bases if base not in self.originals), None):
@@ -177,7 +173,7 @@ class _Study:
 
     def at(self, part: Part, point: Point) -> tuple[list[RunResult], list[str]]:
         """The results of a part at one point, and why some of its runs have none."""
-        cells = [cell for cell in self._cells[_sweep(part)] if cell.grid == point]
+        cells = self._at(part, point)
         return (
             [self._results[cell.id] for cell in cells if cell.id in self._results],
             [
@@ -189,14 +185,14 @@ class _Study:
 
     def seconds(self, part: Part, point: Point) -> dict[tuple[str, int], float]:
         """Of training alone, by base and seed."""
-        cells = [
-            cell for cell in self._cells[_sweep(part)] if cell.grid == point and cell.id in self._results
-        ]
         return {
             (cell.base, cell.seed): found
-            for cell in cells
-            if (found := _seconds(self.recipe, cell)) is not None
+            for cell in self._at(part, point)
+            if cell.id in self._results and (found := _seconds(self.recipe, cell)) is not None
         }
+
+    def _at(self, part: Part, point: Point) -> list[Cell]:
+        return [cell for cell in self._cells[_sweep(part)] if cell.grid == point]
 
 
 def _seconds(recipe: Recipe, cell: Cell) -> float | None:
@@ -273,9 +269,8 @@ def leaderboard(recipe: Recipe, study: _Study, chosen: Choice) -> Leaderboard:
     bench = recipe.bench
     assert bench is not None
     contenders = [_contender(study, part) for part in study.parts]
-    entries = {(one.data, one.method): entry_of(one, study.originals, bench.targets) for one in contenders}
-    lost = {f"{m} on {d}": next(o.failed[0] for o in contenders if (o.data, o.method) == (d, m))
-            for (d, m), entry in entries.items() if entry is None}  # fmt: skip
+    entries = [entry_of(one, study.originals, bench.targets) for one in contenders]
+    lost = {f"{one.method} on {one.data}": one.failed[0] for one in contenders if not one.runs}
     accuracies = [one.reasoning["mean"] for one in study.originals.values()]
     return Leaderboard(
         name=recipe.name,
@@ -283,7 +278,7 @@ def leaderboard(recipe: Recipe, study: _Study, chosen: Choice) -> Leaderboard:
         chosen_on=f"{', '.join(bench.bases)} (seeds {', '.join(map(str, bench.seeds))})",
         tested_on=f"{', '.join(recipe.bases)} (seeds {', '.join(map(str, recipe.matrix.seeds))})",
         targets=bench.targets,
-        entries=ranked(entry for entry in entries.values() if entry is not None),
+        entries=ranked(entry for entry in entries if entry is not None),
         original_accuracy=sum(accuracies) / len(accuracies),
         without_result=dict(chosen.without) | lost,
         comparisons=compare_data(contenders, study.originals, bench.targets),
@@ -303,9 +298,8 @@ def _contender(study: _Study, part: Part) -> Contender:
 
 
 def _print(board: Leaderboard) -> None:
-    shown = columns(board)
-    rows = [[Entry(cell(one).partition(" (")[0]) for cell in shown.values()] for one in board.entries]
-    print_table(Table(list(shown), rows))
+    table = board_table(board)
+    print_table(replace(table, rows=[[replace(entry, note="") for entry in row] for row in table.rows]))
     if board.prediction:
         print(f"\n{board.prediction}")
     reached = [one for one in board.entries if one.reaches]

@@ -13,6 +13,7 @@ from rpsa.generation import Sampling
 from rpsa.models import check_model, quiet, said_model
 from rpsa.recipe.problems import source_problem
 from rpsa.recipe.sections import Evaluate
+from rpsa.text import printable
 from rpsa.thought import NO_THOUGHT
 
 
@@ -63,8 +64,6 @@ def talk(speakers: Sequence[Speaker], prompts: Sequence[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from rpsa.text import printable
-
     quiet()
     console = Console(highlight=False)
     for prompt in prompts or _typed():
@@ -77,8 +76,6 @@ def talk(speakers: Sequence[Speaker], prompts: Sequence[str]) -> None:
 
 
 def _shown(text: str) -> str:
-    from rpsa.text import printable
-
     return "\n".join(printable(line) for line in text.strip().splitlines())
 
 

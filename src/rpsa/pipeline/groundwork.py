@@ -338,7 +338,6 @@ class SafetyTask(Task):
 
     def run(self, folder: Path, progress: Progress) -> None:
         from rpsa.evaluation.run import make_subject
-        from rpsa.generation import Sampling
         from rpsa.self_data.making import SelfDataConfig, make_self_data
         from rpsa.self_data.offers import prompts_of
 
@@ -346,12 +345,6 @@ class SafetyTask(Task):
         subject = make_subject(
             sha256_of(identity(self.base, self.recipe.model)), self.base, None, self.recipe.model, sampled
         )
-        config = SelfDataConfig(
-            Sampling(sampled.temperature, sampled.top_p, sampled.max_new_tokens, self.seed),
-            settings.steer,
-            settings.per_prompt,
-            settings.filter,
-            settings.filter_settings,
-        )
+        config = SelfDataConfig.of(settings, sampled, self.seed)
         asked = prompts_of(settings, self.seed)
         make_self_data(subject, asked, config, folder, progress, self.earlier_folders(folder))

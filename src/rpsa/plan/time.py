@@ -75,7 +75,7 @@ def safety_tokens(
     cell: Cell, count_tokens: Callable[[str], int], thought: ThoughtFormat = THINK
 ) -> SafetyTokens:
     """What a run of the align stage trains on. Data on the hub are not fetched: `safety.n` says how many."""
-    from rpsa.pipeline.alignment import refusing_share, safety_data
+    from rpsa.pipeline.alignment import complying_of, refusing_share, safety_data
     from rpsa.safety_data import hold_out
 
     safety = cell.safety
@@ -89,7 +89,7 @@ def safety_tokens(
         if safety.validation_share:
             examples, _ = hold_out(examples, safety.validation_share, cell.seed)
         lengths = [min(limit, count_tokens(e.prompt + e.response) + _TEMPLATE_TOKENS) for e in examples]
-        refusing = refusing_share(examples, thought)
+        refusing = refusing_share(examples, complying_of(examples, thought))
         return SafetyTokens(len(examples), sum(lengths) // len(lengths), max(lengths), True, refusing)
     expected = _REFUSAL_TOKENS if safety.format == "direct_refusal" else _THOUGHT_TOKENS
     count = None

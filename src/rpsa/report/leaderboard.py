@@ -4,16 +4,20 @@ How far a run is from what is asked for is its shortfall: by how much each measu
 drop of reasoning, an attack that succeeds and a harmless request that is refused count alike, a point for a point.
 """
 
+import base64
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from rpsa.artifacts import atomic_write, stable_json
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.report.summaries import RunResult
+from rpsa.report.tables import NONE, Entry, Table, markdown, percent
 from rpsa.templates import render
+from rpsa.text import markdown_text
 
 REASONING = "reasoning"
 """The measure that is compared with the untouched model."""
@@ -97,7 +101,7 @@ def entry_of(one: Contender, originals: Mapping[str, RunResult], targets: Target
         by_base[run.base].append(found)
         missed[run.base].append(shortfall(run, originals[run.base], targets))
     base_means = {
-        base: {name: _mean(f[name] for f in found) for name in targets} for base, found in by_base.items()
+        base: {name: fmean(f[name] for f in found) for name in targets} for base, found in by_base.items()
     }
     losses = [run.loss.kl for run in one.runs if run.loss is not None and run.loss.kl is not None]
     return Standing(
@@ -105,15 +109,15 @@ def entry_of(one: Contender, originals: Mapping[str, RunResult], targets: Target
         one.method,
         one.settings,
         runs=len(one.runs),
-        accuracy=_mean(run.reasoning["mean"] for run in one.runs),
-        means={name: _mean(found[name] for found in measured) for name in targets},
-        intervals={name: _pair(mean_interval([found[name] for found in measured])) for name in targets},
+        accuracy=fmean(run.reasoning["mean"] for run in one.runs),
+        means={name: fmean(found[name] for found in measured) for name in targets},
+        intervals={name: mean_interval([found[name] for found in measured]) for name in targets},
         worst={name: max(found[name] for found in base_means.values()) for name in targets},
-        shortfall=_mean(value for values in missed.values() for value in values),
-        shortfall_worst=max(_mean(values) for values in missed.values()),
+        shortfall=fmean(value for values in missed.values() for value in values),
+        shortfall_worst=max(fmean(values) for values in missed.values()),
         reaches=not one.failed and all(f[n] <= t for f in base_means.values() for n, t in targets.items()),
-        cost=sorted(one.costs)[len(one.costs) // 2] if one.costs else None,
-        loss=_mean(losses) if losses else None,
+        cost=median(one.costs) if one.costs else None,
+        loss=fmean(losses) if losses else None,
         failed=one.failed,
     )
 
@@ -131,15 +135,6 @@ def _dominates(one: Standing, other: Standing) -> bool:
         return False
     pairs = [(one.means[name], other.means[name]) for name in one.means]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return sum(known) / len(known)
-
-
-def _pair(of: Sequence[float] | None) -> tuple[float, float] | None:
-    return (of[0], of[1]) if of else None
 
 
 # What is written
@@ -208,8 +203,8 @@ def compare_data(
                             beside,
                             data,
                             len(shared),
-                            {name: _mean(values) for name, values in differences.items()},
-                            {name: _pair(mean_interval(values)) for name, values in differences.items()},
+                            {name: fmean(values) for name, values in differences.items()},
+                            {name: mean_interval(values) for name, values in differences.items()},
                         )
                     )
     return found
@@ -221,109 +216,90 @@ def write_leaderboard(board: Leaderboard, folder: Path) -> None:
 
     svg = write_figure(front_figure(board), folder, "bench")
     atomic_write(folder / "bench.json", stable_json(board.to_json()))
-    atomic_write(folder / "bench.md", markdown(board))
+    atomic_write(folder / "bench.md", board_markdown(board))
     atomic_write(folder / "bench.html", page(board, svg))
 
 
-_Cell = Callable[[Standing], str]
-
-
-def columns(board: Leaderboard) -> dict[str, _Cell]:
-    """The head of each column of the table, and what it shows of an entry."""
+def board_table(board: Leaderboard) -> Table:
+    """An entry a row; methods on the Pareto front are bold, notes are 95% intervals."""
     requests = [name for name in board.targets if name != REASONING]
-    shown: dict[str, _Cell] = {
-        "Data": lambda one: one.data,
-        "Method": lambda one: one.method,
-        "Reasoning ↑": lambda one: f"{100 * one.accuracy:.1f}",
-        "Drop ↓": lambda one: _percent(one, REASONING),
-    }
-    shown |= {f"{name} ↓": (lambda one, name=name: _percent(one, name)) for name in requests}  # type: ignore[misc]
-    shown |= {
-        "Shortfall ↓": lambda one: f"{100 * one.shortfall:.1f}",
-        "Worst base ↓": lambda one: f"{100 * one.shortfall_worst:.1f}",
-        "Cost": lambda one: "–" if one.cost is None else f"{one.cost:.2f}×",
-        "Settings": lambda one: ", ".join(
-            f"{key.rpartition('.')[2]} {value}" for key, value in one.settings.items()
-        ),
-    }
-    return shown
+    return Table(
+        [
+            *("Data", "Method", "Reasoning ↑", "Drop ↓", *(f"{name} ↓" for name in requests)),
+            *("Shortfall ↓", "Worst base ↓", "Cost", "Settings"),
+        ],
+        [
+            [
+                Entry(one.data),
+                Entry(one.method, one.is_best, _failed(one)),
+                Entry(percent(one.accuracy)),
+                *(_points(one.means[name], one.intervals[name]) for name in (REASONING, *requests)),
+                Entry(percent(one.shortfall)),
+                Entry(percent(one.shortfall_worst)),
+                Entry(NONE if one.cost is None else f"{one.cost:.2f}×"),
+                Entry(", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in one.settings.items())),
+            ]
+            for one in board.entries
+        ],
+    )
 
 
-def _percent(one: Standing, name: str) -> str:
-    interval = one.intervals[name]
-    mean = f"{100 * one.means[name]:.1f}"
-    return mean if interval is None else f"{mean} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+def data_table(board: Leaderboard) -> Table:
+    """A comparison of two kinds of data a row: changes in points."""
+    return Table(
+        ["From, to", "Method", *board.targets],
+        [
+            [
+                Entry(f"{one.beside} → {one.data}"),
+                Entry(one.paradigm),
+                *(_points(one.means[name], one.intervals[name], "+") for name in board.targets),
+            ]
+            for one in board.comparisons
+        ],
+    )
 
 
-def markdown(board: Leaderboard) -> str:
-    """The table, entries on the Pareto front in bold; the kinds of data, and what else the page says."""
-    shown = columns(board)
-    lines = ["| " + " | ".join(shown) + " |", "|---|---|" + "---:|" * (len(shown) - 3) + "---|"]
-    for one in board.entries:
-        cells = [cell(one) for cell in shown.values()]
-        cells[1] = f"**{cells[1]}**" if one.is_best else cells[1]
-        if one.failed:
-            cells[1] += f" ({len(one.failed)} of {one.runs + len(one.failed)} failed)"
-        lines.append("| " + " | ".join(cells) + " |")
-    lost = [f"No result: {name}: {why}" for name, why in board.without_result.items()]
-    said = [board.prediction] if board.prediction else []
-    parts = ["\n".join(lines), *(_compared(board) if board.comparisons else []), *said, *lost]
+def _failed(one: Standing) -> str:
+    return f"{len(one.failed)} of {one.runs + len(one.failed)} failed" if one.failed else ""
+
+
+def _points(mean: float, interval: tuple[float, float] | None, sign: str = "") -> Entry:
+    said = [f"{100 * value:{sign}.1f}" for value in (mean, *(interval or ()))]
+    return Entry(said[0], note=" to ".join(said[1:]))
+
+
+def board_markdown(board: Leaderboard) -> str:
+    """The table, the kinds of data, and what else the page says."""
+    parts = [markdown(board_table(board)).strip()]
+    if board.comparisons:
+        parts += [
+            markdown(data_table(board)).strip(),
+            "Change in points with its 95% interval, paired by base and seed; below 0 is better.",
+        ]
+    if board.prediction:
+        parts.append(board.prediction)
+    parts += [markdown_text(f"No result: {name}: {why}") for name, why in board.without_result.items()]
     return "\n\n".join(parts) + "\n"
-
-
-def _compared(board: Leaderboard) -> list[str]:
-    head = ["From, to", "Method", *board.targets]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(board.targets)]
-    lines += ["| " + " | ".join(row) + " |" for row in _comparison_rows(board)]
-    return [
-        "\n".join(lines),
-        "Change in points with its 95% interval, paired by base and seed; below 0 is better.",
-    ]
-
-
-def _comparison_rows(board: Leaderboard) -> list[list[str]]:
-    return [
-        [f"{one.beside} → {one.data}", one.paradigm, *(_difference(one, name) for name in board.targets)]
-        for one in board.comparisons
-    ]
 
 
 def page(board: Leaderboard, svg: bytes) -> str:
     """One HTML file that needs no network."""
-    import base64
-
-    shown = columns(board)
-    rows = [
-        {
-            "cells": [{"text": cell(one), "value": _sorts_by(cell(one))} for cell in shown.values()],
-            "is_best": one.is_best,
-            "failed": len(one.failed),
-        }
-        for one in board.entries
-    ]
     return render(
         "rpsa.report",
         "bench.html",
         board=board,
-        header=list(shown),
-        rows=rows,
+        table=board_table(board),
+        comparisons=data_table(board) if board.comparisons else None,
+        sorts_by=_sorts_by,
         figure=base64.b64encode(svg).decode(),
         targets={name: f"{100 * value:g}" for name, value in board.targets.items()},
-        comparisons=_comparison_rows(board),
     )
 
 
-def _difference(one: DataComparison, name: str) -> str:
-    interval = one.intervals[name]
-    mean = f"{100 * one.means[name]:+.1f}"
-    return mean if interval is None else f"{mean} ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
-
-
 def _sorts_by(text: str) -> str:
-    """A number where the text begins with one, for the page's script."""
-    first = text.split(" ")[0].rstrip("×")
+    """A number where the text is one, for the page's script."""
     try:
-        return repr(float(first))
+        return repr(float(text.rstrip("×")))
     except ValueError:
         return text
 

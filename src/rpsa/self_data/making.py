@@ -28,6 +28,7 @@ from rpsa.generation import Sampling, sample_id
 from rpsa.generation.resumable import carry_over, generate_resumable, in_order
 from rpsa.models import free_memory
 from rpsa.progress import Progress
+from rpsa.recipe.sections import Reference, Safety
 from rpsa.self_data.offers import (
     Asked,
     Offer,
@@ -60,6 +61,17 @@ class SelfDataConfig:
     per_prompt: int = 4
     filter: str = REFUSAL
     filter_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, safety: Safety, sampled: Reference, seed: int) -> "SelfDataConfig":
+        """As two sections of a recipe say, drawn with a seed of its own."""
+        return cls(
+            Sampling(sampled.temperature, sampled.top_p, sampled.max_new_tokens, seed),
+            safety.steer,
+            safety.per_prompt,
+            safety.filter,
+            safety.filter_settings,
+        )
 
     @property
     def samples(self) -> int:

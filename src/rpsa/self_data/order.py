@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from rpsa.artifacts import atomic_write, folder_name, locked
 from rpsa.errors import RPSAError
 from rpsa.evaluation.command import set_from, subject_of
-from rpsa.generation import Sampling
 from rpsa.models import quiet, said_model
 from rpsa.recipe.problems import source_problem, validation_problems
 from rpsa.recipe.sections import SELF_MADE, Reference, Safety
@@ -53,13 +52,7 @@ def safety_data_command(command: SafetyDataCommand) -> tuple[Made, Path]:
     check_filter(safety.filter, safety.filter_settings, "--filter")
     asked = prompts_of(safety, sampled.seed)
     subject = subject_of(command.model, command.served, command.tokenizer, model, sampled)
-    config = SelfDataConfig(
-        Sampling(sampled.temperature, sampled.top_p, sampled.max_new_tokens, sampled.seed),
-        safety.steer,
-        safety.per_prompt,
-        safety.filter,
-        safety.filter_settings,
-    )
+    config = SelfDataConfig.of(safety, sampled, sampled.seed)
     folder, file = _places(command)
     with locked(folder):
         make_self_data(subject, asked, config, folder)
