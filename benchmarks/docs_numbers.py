@@ -240,7 +240,13 @@ def demo(folder: Path) -> dict[Path, str]:
     table = re.search(r"^ +Refused .*?^Audit: .*?$", shown, re.MULTILINE | re.DOTALL)
     if table is None:
         raise SystemExit(f"no table in what rpsa run said:\n{shown}")
-    lines = "\n".join(line.rstrip() for line in table[0].splitlines())
+    main, _, rest = table[0].partition("\n\n")
+    shown = [
+        *main.splitlines(),
+        "...",
+        rest.splitlines()[-1],
+    ]  # the reasoning loss and the data are further down
+    lines = "\n".join(line.rstrip() for line in shown)
     figure = ROOT / "docs" / "images" / "demo-scatter.png"
     shutil.copyfile(folder / "report" / "scatter.png", figure)
     model = folder / "align" / "fft+rpsa" / "tiny-0" / "seed0"

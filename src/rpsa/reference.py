@@ -193,12 +193,8 @@ class ReferenceDataset:
 
     def _collate(self, traces: list[Trace], max_length: int | None) -> dict[str, Any]:
         ids, labels = zip(*(trace.labelled(max_length) for trace in traces), strict=True)
-        return {
-            "input_ids": _right_padded(ids, self.manifest.get("pad_token_id") or 0),
-            "attention_mask": _right_padded([[1] * len(row) for row in ids], 0),
-            "labels": _right_padded(labels, IGNORED_LABEL),
-            "sample_ids": [trace.problem_id for trace in traces],
-        }
+        batch = collated(ids, labels, self.manifest.get("pad_token_id") or 0)
+        return batch | {"sample_ids": [trace.problem_id for trace in traces]}
 
 
 def trace_of(row: Row) -> Trace:
@@ -214,6 +210,15 @@ def trace_of(row: Row) -> Trace:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise RPSAError(f"{row.where} is not a trace: its {name} are not token ids; build D_ref again")
     return trace
+
+
+def collated(ids: Sequence[list[int]], labels: Sequence[list[int]], pad: int = 0) -> dict[str, Any]:
+    """`input_ids`, `attention_mask` and `labels` (B, T) int64 of some rows, right-padded; -100 on padding."""
+    return {
+        "input_ids": _right_padded(ids, pad),
+        "attention_mask": _right_padded([[1] * len(row) for row in ids], 0),
+        "labels": _right_padded(labels, IGNORED_LABEL),
+    }
 
 
 def _right_padded(rows: Sequence[list[int]], value: int) -> Tensor:

@@ -35,6 +35,7 @@ from rpsa.report.leaderboard import (
 )
 from rpsa.report.prediction import predict
 from rpsa.report.summaries import RunResult
+from rpsa.report.tables import Table
 
 RULE = (
     "for each method on each kind of data, the point of its grid whose shortfall is smallest in the mean over the "
@@ -299,7 +300,9 @@ def _contender(study: _Study, part: Part) -> Contender:
 
 def _print(board: Leaderboard) -> None:
     table = board_table(board)
-    print_table(replace(table, rows=[[replace(entry, note="") for entry in row] for row in table.rows]))
+    shown = [place for place, name in enumerate(table.header) if name not in table.minor]
+    rows = [[replace(row[place], note="") for place in shown] for row in table.rows]
+    print_table(Table([table.header[place] for place in shown], rows))
     if board.prediction:
         print(f"\n{board.prediction}")
     reached = [one for one in board.entries if one.reaches]

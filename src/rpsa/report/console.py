@@ -81,7 +81,7 @@ def print_table(table: Table, console: Any = None) -> None:
     shown = _table()
     for index, name in enumerate(table.header):
         numeric = all(_is_number(row[index].text) for row in table.rows)
-        shown.add_column(Text(printable(name)), justify="right" if numeric else "left")
+        shown.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*(Text(printable(f"{e.text} ({e.note})" if e.note else e.text)) for e in row))
     console.print()
@@ -89,7 +89,11 @@ def print_table(table: Table, console: Any = None) -> None:
 
 
 def _is_number(text: str) -> bool:
-    return text == NONE or text.replace(",", "").replace(".", "").isdigit()
+    try:
+        float(text.replace(",", "").removeprefix("<"))
+    except ValueError:
+        return text == NONE
+    return True
 
 
 def render_anatomy(title: str, at: Sequence[Anatomy], console: Any = None) -> None:

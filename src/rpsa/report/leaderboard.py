@@ -241,6 +241,7 @@ def board_table(board: Leaderboard) -> Table:
             ]
             for one in board.entries
         ],
+        minor=frozenset({"Reasoning ↑", "Worst base ↓", "Cost", "Settings"}),
     )
 
 
@@ -264,7 +265,8 @@ def _failed(one: Standing) -> str:
 
 
 def _points(mean: float, interval: tuple[float, float] | None, sign: str = "") -> Entry:
-    said = [f"{100 * value:{sign}.1f}" for value in (mean, *(interval or ()))]
+    # + 0.0: what rounds to zero has no sign
+    said = [f"{round(100 * value, 1) + 0.0:{sign}.1f}" for value in (mean, *(interval or ()))]
     return Entry(said[0], note=" to ".join(said[1:]))
 
 

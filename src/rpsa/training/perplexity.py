@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from rpsa.artifacts import atomic_write, read_json, stable_json, without_nan
 from rpsa.fisher.log_probs import evaluation_mode, response_log_probs
-from rpsa.fisher.samples import IGNORED, read_samples
+from rpsa.fisher.samples import read_samples
+from rpsa.reference import collated
 from rpsa.sharding import rank, reshard
 
 EXAMPLES = 128
@@ -35,26 +36,14 @@ def response_perplexity(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(rows), batch_size):
-            [samples] = read_samples([_batch(rows[start : start + batch_size])])
+            some = rows[start : start + batch_size]
+            [samples] = read_samples([collated([r["input_ids"] for r in some], [r["labels"] for r in some])])
             log_probs_N = response_log_probs(model, samples, device)
             total -= float(log_probs_N.double().sum())
             tokens += len(log_probs_N)
             reshard(model)
     mean = total / tokens
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _batch(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: list[int], value: int) -> list[int]:
-        return values + [value] * (width - len(values))
-
-    return {
-        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
-    }
 
 
 class PerplexityCallback(TrainerCallback):
