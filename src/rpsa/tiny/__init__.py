@@ -10,9 +10,11 @@ from rpsa.tiny.world import (
     TinyItem,
     evaluation_prompts,
     held_out_problems,
+    is_incoherent,
     reasoning_problems,
     safety_examples,
     score,
+    thought_is_unsafe,
 )
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "TinyItem",
     "evaluation_prompts",
     "held_out_problems",
+    "is_incoherent",
     "reasoning_problems",
     "safety_examples",
     "score",
+    "thought_is_unsafe",
     "tiny_model_dir",
 ]

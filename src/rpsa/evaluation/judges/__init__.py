@@ -43,6 +43,7 @@ __all__ = [
     "Judgement",
     "JudgementCounts",
     "Sees",
+    "can_see",
     "check_judge",
     "cohens_kappa",
     "judge_model",
@@ -99,6 +100,19 @@ def judge_model(name: str, settings: Mapping[str, Any]) -> str | None:
 
     default = CLASSIFIERS[name].model if name in CLASSIFIERS else MODEL
     return str(settings.get("model") or default)
+
+
+def can_see(name: str) -> tuple[str, ...]:
+    """What of a response a judge of this name was made to judge: of "answer", "thought" and "trace"."""
+    return _SEES.get(name, ("answer", "thought", "trace"))
+
+
+# Whether a text refuses is no question of a thought.
+_SEES: dict[str, tuple[str, ...]] = {
+    "refusal": ("answer",),
+    "wildguard-refusal": ("answer",),
+    "xstest": ("answer",),
+}
 
 
 def _classifier(name: str) -> Callable[..., Judge]:
