@@ -46,6 +46,7 @@ def write_report(
     from rpsa.report.self_made import shown_data
     from rpsa.report.sweeps import sweep_figures
     from rpsa.report.tables import latex_table, table_markdown
+    from rpsa.report.thoughts import noted_tables, thoughts_apart
 
     out = Path(out_dir)
     results = with_safety_tax(results)
@@ -53,15 +54,18 @@ def write_report(
     summaries = with_problem_intervals(summarise(matrix))
     judged = judge_claims(matrix)
     prediction = predict(results)
+    apart = thoughts_apart(summaries)
+    more = noted_tables(summaries, apart)
     content = {
         "runs": [r.to_json() for r in results],
         "summary": [s.to_json() for s in summaries],
         "claims": [claim.to_json() for claim in judged],
+        "thoughts": [one.to_json() for one in apart],
         "prediction": prediction.to_json() if prediction else None,
         "missing": dict(missing or {}),
     }
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction))
+    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction, more))
     atomic_write(out / "table.tex", latex_table(matrix))
     drawn: dict[str, Figure | None] = {
         "scatter": scatter(summaries),
@@ -94,6 +98,7 @@ def write_report(
         missing,
         prediction,
         own_data,
+        more,
     )
     atomic_write(out / "index.html", page)
     return summaries

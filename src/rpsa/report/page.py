@@ -18,6 +18,7 @@ from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
     LOSS_NOTE,
     PERPLEXITY_NOTE,
+    Noted,
     Table,
     benchmark_table,
     interval_note,
@@ -89,12 +90,13 @@ def render_page(
     missing: Mapping[str, str] | None = None,
     prediction: Prediction | None = None,
     own_data: OwnDataShown | None = None,
+    more: Sequence[Noted] = (),
 ) -> str:
     """The report as HTML (`templates/page.html.jinja`).
 
     `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result,
     `prediction` what the reasoning loss says of accuracy, `own_data` what the models have said for their own safety
-    data.
+    data, `more` tables for the section of benchmarks.
     """
     return render(
         "rpsa.report",
@@ -109,6 +111,7 @@ def render_page(
         figures=[_figure(one) for one in figures],
         benchmarks=benchmark_table(summaries),
         shares=rates_table(summaries),
+        more=more,
         losses=loss_table(summaries),
         loss_note=LOSS_NOTE,
         prediction=prediction.sentence if prediction else None,
