@@ -48,7 +48,7 @@ def _changed(method: str, **changes: Any) -> list[RunResult]:
 
 def test_results_json(demo: Path) -> None:
     content = json.loads((demo / "results.json").read_text())
-    assert set(content) == {"runs", "summary", "claims", "prediction", "missing"}
+    assert set(content) == {"runs", "summary", "claims", "prediction", "missing", "thoughts"}
     assert len(content["runs"]) == 21
     for run in content["runs"]:
         assert {

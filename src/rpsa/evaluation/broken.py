@@ -111,7 +111,17 @@ def _z_function(text: str) -> list[int]:
 
 
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+|(?<=[。！？])")
-_WORD = re.compile(r"[^\W\d_]{2,}")
+_CHINESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+
+
+def _words(text: str) -> list[str]:
+    """What begins with a letter, and is longer."""
+    return [word for word in text.split() if len(word) > 1 and word[0].isalpha()]
+
+
+def _is_prose(sentence: str) -> bool:
+    """Chinese and Japanese have no spaces: two characters there count as a word."""
+    return len(_words(sentence)) >= _WORDS_OF_PROSE or len(_CHINESE.findall(sentence)) >= 2 * _WORDS_OF_PROSE
 
 
 def _recurs(text: str) -> bool:
@@ -120,8 +130,7 @@ def _recurs(text: str) -> bool:
     last = sentences[-SENTENCES:]
     if len(last) < SENTENCES or len(set(last)) > DISTINCT:
         return False
-    prose = sum(len(_WORD.findall(sentence)) >= _WORDS_OF_PROSE for sentence in last)
-    return prose >= PROSE
+    return sum(map(_is_prose, last)) >= PROSE
 
 
 def is_no_text(answer: str) -> bool:
@@ -140,7 +149,7 @@ def is_no_text(answer: str) -> bool:
         return True
     if counts["none"] > MOST_UNPRINTABLE * characters:
         return True
-    return _mixes_scripts([_script(word[0]) for word in _WORD.findall(prose)])
+    return _mixes_scripts([_script(word[0]) for word in _words(prose)])
 
 
 @cache

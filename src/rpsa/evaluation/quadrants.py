@@ -81,11 +81,11 @@ class BrokenShares:
     parts: Mapping[Broken, float]
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.share.to_json(), **self.parts}
+        return {**self.share.to_json(), "parts": dict(self.parts)}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "BrokenShares":
-        return cls(Share.from_json(found), {name: found[name] for name in BROKEN})
+        return cls(Share.from_json(found), {name: found["parts"][name] for name in BROKEN})
 
 
 def quadrant(sample: Sample) -> Quadrant | None:

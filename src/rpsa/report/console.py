@@ -265,9 +265,9 @@ def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
                     f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
                 )
         console.print()
-    for table in (_apart(result), _broken(result)):
-        if table is not None:
-            print_table(table, console)
+    for shown in (_apart(result), _broken(result)):
+        if shown is not None:
+            print_table(shown, console)
     console.print()
     if loss := result.reasoning_loss:
         console.print(_loss_line(loss), highlight=False, markup=False)
