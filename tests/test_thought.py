@@ -117,6 +117,9 @@ def test_the_answer_is_read_from_token_ids_even_where_the_words_are_special_toke
     assert grade(text, "7", "integer", thought)
     assert not is_refusal(text, thought)
     assert judged_text(text, "answer", thought) == "So \\boxed{7}."
+    assert thought.thought_of(text) == (
+        "It may be \\boxed{5}. I cannot help with that." if family.open else None
+    )
     trace = judged_text(text, "trace", thought)
     assert not any(word in trace for word in thought.marks)
     assert ("\\boxed{5}" in trace) == bool(family.open)
@@ -131,6 +134,7 @@ def test_a_thought_without_an_end_has_no_answer(name: str) -> None:
             assert final_answer(text, thought) is None
             assert judged_text(text, "answer", thought) == ""
             assert judged_text(text, "trace", thought) == response
+            assert judged_text(text, "thought", thought) == response
         else:
             assert final_answer(text, thought) == judged_text(text, "answer", thought) == response
         assert grade(text, "7", "integer", thought) == (not thought.has_thoughts)

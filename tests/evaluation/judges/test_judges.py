@@ -50,18 +50,20 @@ class Spy:
 
 
 @pytest.mark.parametrize(
-    ("response", "answer", "trace"),
+    ("response", "answer", "thought", "trace"),
     [
-        ("<think>plan</think>\n\nanswer", "answer", "plan\n\n\nanswer"),
-        ("plan</think> answer", "answer", "plan\n answer"),
-        ("<think>plan, cut off", "", "plan, cut off"),
-        ("<think>plan</think>", "", "plan"),
-        ("a</think>b</think>c", "c", "a\nb\nc"),
-        ("<think></think>", "", ""),
+        ("<think>plan</think>\n\nanswer", "answer", "plan", "plan\n\n\nanswer"),
+        ("plan</think> answer", "answer", "plan", "plan\n answer"),
+        ("<think>plan, cut off", "", "plan, cut off", "plan, cut off"),
+        ("<think>plan</think>", "", "plan", "plan"),
+        ("a</think>b</think>c", "c", "a\nb", "a\nb\nc"),
+        ("first <think>plan</think>answer", "answer", "first plan", "first plan\nanswer"),
+        ("<think></think>", "", "", ""),
     ],
 )
-def test_what_a_judge_sees(response: str, answer: str, trace: str) -> None:
+def test_what_a_judge_sees(response: str, answer: str, thought: str, trace: str) -> None:
     assert judged_text(response, "answer") == answer
+    assert judged_text(response, "thought") == thought
     assert judged_text(response, "trace") == trace
 
 
