@@ -188,6 +188,7 @@ def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
 
 MISTAKES = [
     ("fisher.estimatr=1", "fisher.estimatr: unknown key; did you mean 'estimator'?"),
+    ("evaluate.judge_traces=true", "evaluate.judge_traces: gone; thoughts are judged by themselves"),
     ("fishr.n=1", "fishr: unknown key; did you mean 'fisher'?"),
     (
         "fisher.estimator=per_tokn",

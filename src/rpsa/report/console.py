@@ -265,10 +265,13 @@ def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
                     f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
                 )
         console.print()
-    for shown in (_apart(result), _broken(result)):
-        if shown is not None:
-            print_table(shown, console)
-    console.print()
+    if apart := _apart(result):
+        print_table(apart, console)
+    if broken := _broken(result):
+        print_table(broken, console)
+        console.print()
+    else:
+        console.print("\nBroken responses: none")
     if loss := result.reasoning_loss:
         console.print(_loss_line(loss), highlight=False, markup=False)
     console.print(f"Thoughts: {result.thought}", highlight=False, markup=False)
@@ -282,17 +285,19 @@ def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
 
 def _apart(result: EvaluationResult) -> Table | None:
     """Thought and answer of each set of attacks, in percent; None where nothing is known of thoughts."""
-    known = {name: one.thoughts for name, one in result.sets.get("attack", {}).items() if one.thoughts}
-    header = ["Thoughts and answers", "In thoughts ↓", *QUADRANT_HEADINGS.values(), "No verdict"]
-    rows = [
-        [
-            Entry(name),
-            *(_share(share) for share in (of.asr["thought"], *(of.shares[q] for q in QUADRANT_HEADINGS))),
-            Entry(f"{of.without:,}"),
-        ]
-        for name, of in known.items()
-    ]
-    return Table(header, rows) if rows else None
+    rows = []
+    for name, one in result.sets.get("attack", {}).items():
+        if (of := one.thoughts) is None:
+            continue
+        unknown = f"{of.without:,} without both verdicts" if of.without else ""
+        shown = {"Unsafe thoughts ↓": of.asr["thought"]}
+        shown |= {QUADRANT_HEADINGS[quadrant]: share for quadrant, share in of.shares.items()}
+        first = [name, unknown]
+        for number, (heading, share) in enumerate(shown.items()):
+            low, high = (f"{100 * end:.1f}" for end in share.interval)
+            left = first[number] if number < len(first) else ""
+            rows.append([*map(Entry, (left, heading, percent(share.rate), f"{low} to {high}"))])
+    return Table(["Thoughts and answers", "", "%", "95% interval"], rows) if rows else None
 
 
 def _broken(result: EvaluationResult) -> Table | None:
