@@ -331,9 +331,13 @@ class Finetune(Section):
 
 
 class DirectionRemoval(Section):
-    """The refusal direction, of as many harmful and harmless prompts, is taken out of all that could write it."""
+    """The refusal direction, of as many harmful and harmless prompts, is taken out of all that could write it.
+
+    What is left of it is `to` zero, or what the mean harmless prompt had.
+    """
 
     prompts: Annotated[int, Field(ge=4)] = 64
+    to: list[Literal["zero", "harmless"]] = ["zero", "harmless"]
 
 
 class Pruning(Section):
@@ -361,8 +365,8 @@ class Robustness(Section):
     """`rpsa attack`: what each evaluated model says under attack; null leaves one out.
 
     `harmful` and `benign` are rows of requests with answers that comply: a file, a dataset, or `tiny`. From them come
-    the shots, what is trained on, and the prompts of the refusal direction. `templates`: rows with a `template` that has
-    a place for {prompt}; requests take turns. `tasks`: what is asked; null: the requests of section evaluate.
+    the shots, what is trained on, and the prompts of the refusal direction. `templates`: rows with a `template` that
+    has a place for {prompt}; they take turns. `tasks`: what is asked; null: the requests of section evaluate.
     """
 
     tasks: list[str] | None = None

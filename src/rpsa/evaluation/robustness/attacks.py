@@ -91,7 +91,11 @@ def attacks_of(settings: Robustness, *, has_base: bool) -> list[Attack]:
             for steps in tuned.steps
         ]
     if settings.direction is not None:
-        found.append(Attack("direction", "direction", both | {"prompts": settings.direction.prompts}))
+        found += [
+            Attack("direction", name, both | {"prompts": settings.direction.prompts, "to": to})
+            for to, name in (("zero", "direction"), ("harmless", "direction-affine"))
+            if to in settings.direction.to
+        ]
     if settings.prune is not None:
         found += [Attack("prune", f"prune-{ratio:g}", {"ratio": ratio}) for ratio in settings.prune.ratios]
     if settings.quantise is not None:
