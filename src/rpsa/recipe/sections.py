@@ -331,13 +331,9 @@ class Finetune(Section):
 
 
 class DirectionRemoval(Section):
-    """The refusal direction, of as many harmful and harmless prompts, is taken out of all that could write it.
-
-    What is left of it is `to` zero, or what the mean harmless prompt had.
-    """
+    """The refusal direction, of as many harmful and harmless prompts, is taken out of all that could write it."""
 
     prompts: Annotated[int, Field(ge=4)] = 64
-    to: list[Literal["zero", "harmless"]] = ["zero", "harmless"]
 
 
 class Pruning(Section):

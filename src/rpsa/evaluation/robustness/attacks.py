@@ -91,11 +91,7 @@ def attacks_of(settings: Robustness, *, has_base: bool) -> list[Attack]:
             for steps in tuned.steps
         ]
     if settings.direction is not None:
-        found += [
-            Attack("direction", name, both | {"prompts": settings.direction.prompts, "to": to})
-            for to, name in (("zero", "direction"), ("harmless", "direction-affine"))
-            if to in settings.direction.to
-        ]
+        found.append(Attack("direction", "direction", both | {"prompts": settings.direction.prompts}))
     if settings.prune is not None:
         found += [Attack("prune", f"prune-{ratio:g}", {"ratio": ratio}) for ratio in settings.prune.ratios]
     if settings.quantise is not None:

@@ -5,9 +5,8 @@ the prompt. Every matrix that writes into the residual stream (embeddings, `o_pr
 W' = (I - r r^T) W, and their biases likewise, so that r^T W' = 0: of a model whose layers write without a norm behind
 them (Llama, Qwen, Mistral) no prompt can bring r about.
 
-Where harmless prompts lie far on the other side of 0, a model without r takes them for harmful. There the affine form
-(Marshall et al., 2024) is the stronger attack: every prompt is where harmless ones were on average, as each embedding
-gets that much of r.
+It need not raise attack success: where harmless prompts lie far on the other side of 0, all prompts come to lie nearer to
+the harmful ones, and the model refuses more.
 """
 
 from collections.abc import Sequence
@@ -28,16 +27,11 @@ WRITERS = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class RefusalDirection:
-    """A unit vector (d,) in float64.
-
-    `layer` is behind how many layers it was read, `separation` how far it separates prompts there, `harmless` where the
-    mean harmless prompt is on it.
-    """
+    """A unit vector (d,) in float64, after how many layers it was read, and how far it separates prompts there."""
 
     vector: Tensor
     layer: int
     separation: float
-    harmless: float
 
 
 def refusal_direction(
@@ -60,8 +54,7 @@ def refusal_direction(
     bad_LND, good_LND = residuals(model, harmful), residuals(model, harmless)
     layers = [_separation(bad, good) for bad, good in zip(bad_LND, good_LND, strict=True)]
     best = max(range(len(layers)), key=layers.__getitem__)
-    r = _direction(bad_LND[best], good_LND[best])
-    return RefusalDirection(r, best + 1, layers[best], float((good_LND[best] @ r).mean()))
+    return RefusalDirection(_direction(bad_LND[best], good_LND[best]), best + 1, layers[best])
 
 
 def _direction(bad_ND: Tensor, good_ND: Tensor) -> Tensor:
@@ -88,10 +81,10 @@ def residuals(model: "PreTrainedModel", prompts: Sequence[list[int]]) -> Tensor:
 
 
 @torch.no_grad()
-def remove_direction(model: "PreTrainedModel", r: Tensor, offset: float = 0.0) -> None:
+def remove_direction(model: "PreTrainedModel", r: Tensor) -> None:
     """Take `r` (d,) out of everything that writes into the residual stream, in place; products are in float64.
 
-    Tied embeddings are untied: the head only reads. With an `offset` the residual stream has that much of r everywhere.
+    Tied embeddings are untied: the head only reads.
 
     Raises:
         RPSAError: a layer has no linear modules called `WRITERS`.
@@ -100,8 +93,6 @@ def remove_direction(model: "PreTrainedModel", r: Tensor, offset: float = 0.0) -
     embeddings = _untied(model)
     # HF stores a linear layer (out, in), so r^T W takes the first dimension; an embedding (tokens, d), so the last
     _take_out(embeddings.weight.data.T, r)
-    if offset:
-        embeddings.weight.data += (offset * r).to(embeddings.weight.dtype)
     for name, layer in _layers(model):
         writers = [m for n, m in layer.named_modules() if n.rpartition(".")[2] in WRITERS]
         if len(writers) < len(WRITERS) or not all(isinstance(one, nn.Linear) for one in writers):
