@@ -6,7 +6,7 @@ import typer
 
 from rpsa.cli.around import chat, environment, publish, recipes_app
 from rpsa.cli.inspection import audit, schema, tiny_app, verify
-from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
+from rpsa.cli.measuring import attack, evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
 from rpsa.cli.study import bench, plan, run, sweep
 
@@ -49,6 +49,7 @@ app.command()(sweep)
 app.command()(bench)
 app.command()(plan)
 app.command()(evaluate)
+app.command()(attack)
 app.command("tasks-path")(tasks_path)
 app.command("safety-data")(safety_data)
 app.command()(schema)

@@ -38,12 +38,13 @@ class Attack:
         kind: the setting of section `robustness` that it is from.
         name: unique, and fit for a folder.
         settings: JSON-able: what decides it besides the model, sources by name.
-        steps: of further training; None for anything else.
+        curve, steps: of further training, what it is, and how far it goes; None for anything else.
     """
 
     kind: str
     name: str
     settings: Mapping[str, Any]
+    curve: str | None = None
     steps: int | None = None
 
     @property
@@ -84,6 +85,7 @@ def attacks_of(settings: Robustness, *, has_base: bool) -> list[Attack]:
                 | {"data": data, "source": getattr(settings, data), "paradigm": paradigm, "steps": steps}
                 | {"learning_rate": getattr(tuned, f"{paradigm}_learning_rate")}
                 | ({"lora": LORA_DEFAULTS | tuned.lora} if paradigm == "lora" else {}),
+                f"{data} rows, {'LoRA' if paradigm == 'lora' else 'full fine-tuning'}",
                 steps,
             )
             for data in tuned.data

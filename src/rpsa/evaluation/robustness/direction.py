@@ -5,8 +5,8 @@ the prompt. Every matrix that writes into the residual stream (embeddings, `o_pr
 W' = (I - r r^T) W, and their biases likewise, so that r^T W' = 0: of a model whose layers write without a norm behind
 them (Llama, Qwen, Mistral) no prompt can bring r about.
 
-It need not raise attack success: where harmless prompts lie far on the other side of 0, all prompts come to lie nearer to
-the harmful ones, and the model refuses more.
+It need not raise attack success: where harmless prompts lie far on the other side of 0, all prompts come to lie nearer
+to the harmful ones, and the model refuses more.
 """
 
 from collections.abc import Sequence

@@ -140,12 +140,14 @@ def _said_by_user(conversation: Sequence[Mapping[str, Any]]) -> str:
 class Stored:
     """A `Generator` of responses that are known already, by the ids of their samples."""
 
-    def __init__(self, exchanged: Exchanged, asked: Questions, tokenizer: "PreTrainedTokenizerBase") -> None:
-        assert exchanged.responses is not None
+    def __init__(
+        self, exchanged: Exchanged, items: Sequence[Item], tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
         self.tokenizer = tokenizer
         self.texts = {
-            name: exchanged.responses[behaviour_of(item)][index]
-            for name, (item, index) in zip(asked.ids, asked.asked, strict=True)
+            sample_id(item.set, item.id, index): text
+            for item in items
+            for index, text in enumerate((exchanged.responses or {}).get(behaviour_of(item), ()))
         }
 
     def generate(
