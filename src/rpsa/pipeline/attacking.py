@@ -1,7 +1,6 @@
 """Command `rpsa attack`: one model under attack, without a recipe."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

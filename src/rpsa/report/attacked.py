@@ -43,55 +43,56 @@ class Attacked:
 
 
 @dataclass(frozen=True)
+class Bounded:
+    """A value with its 95% interval where there is one; `runs` is what it is the mean of."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    runs: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mean": self.mean, "ci95": list(self.interval) if self.interval else None, "runs": self.runs}
+
+
+@dataclass(frozen=True)
 class Measure:
-    """A figure of an evaluation: its value and its standard error there, None where it was not measured."""
+    """A figure of an evaluation: how it is read there, None where it was not measured, and how it is shown."""
 
     name: str
     title: str
-    read: Callable[[EvaluationResult], tuple[float, float] | None]
+    read: Callable[[EvaluationResult], Bounded | None]
     form: Callable[[float], str]
 
 
-def _rate(kind: Kind) -> Callable[[EvaluationResult], tuple[float, float] | None]:
-    """The mean over a kind's sets; errors of sets are independent."""
+def _rate(kind: Kind) -> Callable[[EvaluationResult], Bounded | None]:
+    """The mean over a kind's sets, whose intervals are put together as those of independent rates.
 
-    def read(result: EvaluationResult) -> tuple[float, float] | None:
-        sets = [one for one in result.sets.get(kind, {}).values() if one.figure is not None]
-        if not sets:
+    By the method of variance estimates recovery (Zou and Donner, 2008): it keeps Wilson's interval of a rate of 0.
+    """
+
+    def read(result: EvaluationResult) -> Bounded | None:
+        rates = [(s.figure, s.interval) for s in result.sets.get(kind, {}).values() if s.figure is not None]
+        if not rates:
             return None
-        error = sqrt(sum((one.standard_error or 0.0) ** 2 for one in sets)) / len(sets)
-        return sum(one.figure or 0.0 for one in sets) / len(sets), error
+        mean = sum(figure for figure, _ in rates) / len(rates)
+        known = [(figure, *interval) for figure, interval in rates if interval is not None]
+        below = sqrt(sum((figure - low) ** 2 for figure, low, _ in known)) / len(rates)
+        above = sqrt(sum((high - figure) ** 2 for figure, _, high in known)) / len(rates)
+        return Bounded(mean, (mean - below, mean + above) if len(known) == len(rates) else None)
 
     return read
 
 
-def _loss(result: EvaluationResult) -> tuple[float, float] | None:
+def _loss(result: EvaluationResult) -> Bounded | None:
     loss = result.reasoning_loss
-    if loss is None:
-        return None
-    interval = loss_interval(loss, "nll")
-    return loss.nll, (interval.high - interval.low) / (2 * _Z) if interval else 0.0
+    return Bounded(loss.nll, loss_interval(loss, "nll")) if loss else None
 
 
-_Z = 1.96
 MEASURES = (
     Measure("attack_success_rate", "Attack success ↓", _rate("attack"), percent),
     Measure("over_refusal", "Over-refusal ↓", _rate("over_refusal"), percent),
     Measure("reasoning_nll", "Reasoning loss ↓", _loss, nats),
 )
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """A mean over runs, with its 95% interval where there is one."""
-
-    mean: float
-    interval: tuple[float, float] | None
-    runs: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"mean": self.mean, "ci95": list(self.interval) if self.interval else None, "runs": self.runs}
-
 
 Found = Mapping[str, Mapping[str, Mapping[str, Bounded]]]
 """By measure, attack and method."""
@@ -108,19 +109,17 @@ def summarised(attacked: Sequence[Attacked]) -> Found:
             values = [value for result in results if (value := measure.read(result)) is not None]
             if values:
                 by_method = found.setdefault(measure.name, {}).setdefault(attack, {})
-                by_method[method] = _bounded(values, is_rate=measure.form is percent)
+                by_method[method] = _mean(values, is_rate=measure.form is percent)
     return found
 
 
-def _bounded(values: Sequence[tuple[float, float]], *, is_rate: bool) -> Bounded:
-    means = [value for value, _ in values]
-    mean = sum(means) / len(means)
-    interval: tuple[float, float] | None = mean_interval(means)
-    if len(values) == 1:
-        interval = (mean - _Z * values[0][1], mean + _Z * values[0][1])
+def _mean(values: Sequence[Bounded], *, is_rate: bool) -> Bounded:
+    """Over runs, with the interval over them; of a single run its own."""
+    means = [value.mean for value in values]
+    interval = mean_interval(means) if len(values) > 1 else values[0].interval
     if interval is not None:
         interval = (max(0.0, interval[0]), min(1.0, interval[1]) if is_rate else interval[1])
-    return Bounded(mean, interval, len(values))
+    return Bounded(sum(means) / len(means), interval, len(values))
 
 
 def robustness_tables(attacked: Sequence[Attacked]) -> dict[str, Table]:
@@ -211,5 +210,5 @@ def tampering_curves(attacked: Iterable[Attacked]) -> "Figure | None":
         row[0].set_ylabel("Attack success (%)")
     for axes in places[len(curves) :]:
         axes.set_visible(False)
-    add_legend(figure, methods, lines=True)
+    add_legend(figure, methods, lines=False)
     return figure

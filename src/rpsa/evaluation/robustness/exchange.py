@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpsa.artifacts import atomic_write, read_json, reading_records, stable_json
+from rpsa.artifacts import atomic_write, folder_name, read_json, reading_records, stable_json
 from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Item
@@ -50,7 +50,8 @@ def write_behaviours(items: Sequence[Item], path: Path, target: str) -> Path:
 
 
 def behaviour_of(item: Item) -> str:
-    return f"{item.set}/{item.id}"
+    """An id that HarmBench can name a folder by."""
+    return folder_name(f"{item.set}/{item.id}")
 
 
 @dataclass(frozen=True)
