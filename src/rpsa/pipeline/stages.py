@@ -294,6 +294,10 @@ class RobustnessTask(CellTask):
         return f"{self.cell.id} {self.attack.name}"
 
     @property
+    def kind(self) -> str:
+        return f"{self.stage} {self.attack.kind}"
+
+    @property
     def place(self) -> str:
         return f"{self.stage}/{self.cell.id}/{self.attack.name}"
 

@@ -59,7 +59,8 @@ def refusal_direction(
 
 def _direction(bad_ND: Tensor, good_ND: Tensor) -> Tensor:
     difference = bad_ND.mean(0) - good_ND.mean(0)
-    return difference / difference.norm()
+    r: Tensor = difference / difference.norm()
+    return r
 
 
 def _separation(bad_ND: Tensor, good_ND: Tensor) -> float:

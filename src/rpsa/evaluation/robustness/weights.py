@@ -5,6 +5,7 @@ They act on the matrices of linear layers, but for the head, and on a LoRA model
 
 from collections.abc import Iterator, Mapping
 from math import floor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from rpsa.alternatives.after_training import interpolate
 
 
-def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The matrices (out, in) of a model's linear layers by name; not of its head, which is no part of a layer."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole: Any = model
+    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             yield f"{name}.weight", module.weight
@@ -40,7 +42,7 @@ def quantise(model: nn.Module, bits: int, group: int | None = None) -> None:
         group: inputs that share a scale, the last of a row may be fewer; None: all of an output channel.
     """
     for _, weight in linear_weights(model):
-        for part in weight.split(group or weight.shape[1], dim=1):
+        for part in torch.split(weight, group or weight.shape[1], dim=1):
             part.copy_(_rounded(part, bits))
 
 
@@ -49,7 +51,8 @@ def _rounded(part_OI: Tensor, bits: int) -> Tensor:
     exact = part_OI.float()
     scale = exact.abs().amax(dim=1, keepdim=True) / most
     steps = (exact / scale).round().nan_to_num(0.0)  # a group of zeros has no scale
-    return (steps * scale).to(part_OI.dtype)
+    rounded: Tensor = (steps * scale).to(part_OI.dtype)
+    return rounded
 
 
 def merge(model: nn.Module, base: Mapping[str, Tensor], weight: float) -> None:
