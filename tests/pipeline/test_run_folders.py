@@ -560,6 +560,8 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
         f"matrix.methods={{original: , fft: , fft+rpsa: , lora+rpsa: , fft+ewc: , fft+rehearsal: , {OWN_WORDS}}}",
         "analysis={fisher_map: [0.6], perturb: {factors: [0.5], selections: [fisher, random], draws: 1}}",
         *("reference.held_out=4", "train.eval_strategy=epoch", "safety.validation_share=0.2"),
+        "robustness={harmful: tiny, benign: tiny, many_shot: {shots: [1]}, prefill: {thought: [user], answer: []}, "
+        "finetune: {rows: 4, steps: [1]}, direction: {prompts: 4}, prune: {ratios: [0.1]}, merge: {weights: [0.5]}}",
     )
     for stage in STAGES:
         ran.clear()
