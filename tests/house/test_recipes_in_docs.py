@@ -1,5 +1,6 @@
 """Every recipe that README and docs show runs: on a tiny model, with files of this machine in place of hub ids."""
 
+import copy
 import json
 import re
 import shutil
@@ -99,7 +100,7 @@ def test_a_recipe_on_a_page_runs(page: str, block: str, files: Path) -> None:
     is_whole = "version" in shown or "extends" in shown
     if not is_whole:
         shown = merged(parse_yaml(RECIPE, page), shown)
-    shown = merged(shown, SMALL)
+    shown = merged(shown, copy.deepcopy(SMALL))
     shown["matrix"] = {**shown.get("matrix", {}), "seeds": [0]}
     if "extends" in shown:  # what that names
         shown["reference"]["problems"], shown["evaluate"]["tasks"] = "math500.jsonl", ["tiny"]
