@@ -6,14 +6,17 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from rpsa.errors import RPSAError
 from rpsa.evaluation import TASKS_PATH
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
+from rpsa.evaluation.command import EvaluateCommand, evaluate_command
 from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.results import EvaluationResult
 from rpsa.evaluation.run import Subject, evaluate
@@ -291,3 +294,22 @@ def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path,
     assert "--thought" in shown
     assert "Thoughts: <think> … </think>" in shown
     assert not re.search(r"rpsa_(strongreject|xstest) .*\(!\)", shown)
+
+
+def test_a_first_look_skips_what_it_cannot_have(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = ("n=1", "max_new_tokens=16", "temperature=0")
+    command = EvaluateCommand(
+        "tiny:1", ["rpsa_strongreject", "rpsa_sorrybench"], tmp_path, True, str(data_dir), settings=short
+    )
+    result, _ = evaluate_command(command)
+    assert list(result.sets["attack"]) == ["rpsa_strongreject"]
+    [said] = [r.getMessage() for r in caplog.records if r.name == "rpsa.evaluation.command"]
+    assert said.startswith("rpsa_sorrybench is skipped: ")
+    assert "sorry-bench/sorry-bench-202503 does not load: it is gated: accept its terms" in said
+    assert "\n" not in said
+    with pytest.raises(RPSAError, match="does not load: it is gated"):
+        evaluate_command(replace(command, quick=False))
+    with pytest.raises(RPSAError, match=r"--quick: nothing is left of rpsa_sorrybench: none of the data"):
+        evaluate_command(replace(command, tasks=["rpsa_sorrybench"]))

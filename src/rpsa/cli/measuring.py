@@ -16,7 +16,11 @@ def evaluate(
     ] = "rpsa_reasoning,rpsa_safety",
     out: Annotated[Path | None, typer.Option(help="The folder to fill; default evaluations/MODEL.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: 20 items a set, one sample each, 4096 tokens.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look: 20 items a set, one sample each, 4096 tokens; sets that cannot be had are skipped.",
+        ),
     ] = False,
     data_dir: Annotated[
         str | None, typer.Option(help="A folder with the benchmarks' files (offline).")
