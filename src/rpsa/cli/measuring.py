@@ -26,7 +26,7 @@ def evaluate(
         str | None, typer.Option(help="A folder with the benchmarks' files (offline).")
     ] = None,
     judge: Annotated[
-        str, typer.Option(help="Who judges attacks: refusal, llama-guard-3, rubric, ...")
+        str, typer.Option(help="Who judges attacks: refusal, qwen3guard, rubric, ...")
     ] = "refusal",
     settings: Annotated[
         list[str] | None,
