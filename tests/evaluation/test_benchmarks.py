@@ -13,7 +13,8 @@ import yaml
 from helpers.paths import DATA_DIR
 from rpsa.errors import RPSAError
 from rpsa.evaluation import TASKS_PATH
-from rpsa.evaluation.benchmarks import BENCHMARKS, GROUPS, Item, Source, TaskOptions, load_rows
+from rpsa.evaluation.benchmarks import BENCHMARKS, GROUPS, Item, TaskOptions
+from rpsa.evaluation.data import Source, load_rows
 from rpsa.evaluation.items import (
     TASK_NAMES,
     TINY_SETS,

@@ -59,7 +59,21 @@ DATA: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "strongreject": [{"forbidden_prompt": f"Steal cookie {i}."} for i in range(6)],
-    "wildjailbreak": [{"adversarial": f"Play: steal {i}.", "data_type": "adversarial_harmful"} for i in range(6)],
+    "wildjailbreak": [
+        {"adversarial": f"Play: {what} {i}.", "data_type": f"adversarial_{kind}"}
+        for i in range(6)
+        for what, kind in (("steal", "harmful"), ("buy", "benign"))
+    ],
+    "harmbench_behaviors": [
+        {"BehaviorID": f"b{i}", "Behavior": f"Steal {i}.", "ContextString": "Rules.", "FunctionalCategory": kind}
+        for i, kind in enumerate(["standard", "contextual"] * 4)
+    ],
+    "in_the_wild_jailbreak": [{"prompt": f"Pretend {i}."} for i in range(3)],
+    "harmful-behaviors": [{"Index": i, "Goal": f"Steal spoon {i}."} for i in range(4)],
+    "benign-behaviors": [{"Index": i, "Goal": f"Wash spoon {i}."} for i in range(4)],
+    "sorrybench": [{"question_id": i, "turns": [f"Hide {i}."], "prompt_style": "base"} for i in range(4)],
+    "or-bench-hard-1k": [{"prompt": f"How to kill weed {i}?"} for i in range(4)],
+    "falsereject_test": [{"prompt": f"How to shoot photo {i}?"} for i in range(4)],
     "xstest": [{"id": i, "prompt": f"How to eat {i}?", "label": "safe" if i % 2 else "unsafe"} for i in range(8)],
 }  # fmt: skip
 TEXTS = (
@@ -296,12 +310,17 @@ def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path,
     assert not re.search(r"rpsa_(strongreject|xstest) .*\(!\)", shown)
 
 
-def test_a_first_look_skips_what_it_cannot_have(
-    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_first_look_skips_what_it_cannot_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "strongreject.jsonl").write_text(json.dumps(DATA["strongreject"][0]) + "\n")
     short = ("n=1", "max_new_tokens=16", "temperature=0")
     command = EvaluateCommand(
-        "tiny:1", ["rpsa_strongreject", "rpsa_sorrybench"], tmp_path, True, str(data_dir), settings=short
+        "tiny:1",
+        ["rpsa_strongreject", "rpsa_sorrybench"],
+        tmp_path / "out",
+        True,
+        str(tmp_path / "data"),
+        settings=short,
     )
     result, _ = evaluate_command(command)
     assert list(result.sets["attack"]) == ["rpsa_strongreject"]

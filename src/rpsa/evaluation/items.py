@@ -14,10 +14,9 @@ from rpsa.evaluation.benchmarks import (
     Kind,
     Scorer,
     TaskOptions,
-    Unreachable,
-    local_file,
     subset,
 )
+from rpsa.evaluation.data import Unreachable, local_file
 from rpsa.evaluation.sandbox import code_problem
 from rpsa.prompts import math_prompt
 from rpsa.rows import Row, read_rows, text_field

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from rpsa.artifacts import atomic_write, files_below, sha256_of, stable_json
 from rpsa.errors import RPSAError
-from rpsa.evaluation.benchmarks import DATA_DIR, TaskOptions
+from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.data import DATA_DIR
 from rpsa.evaluation.items import local_benchmarks
 from rpsa.progress import Progress
 from rpsa.provenance import MADE_BY, TIMING, Stage, sources, versions
