@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rpsa.cli.around import chat, environment, publish, recipes_app
-from rpsa.cli.inspection import audit, schema, tiny_app, verify
+from rpsa.cli.inspection import audit, schema, status, tiny_app, verify
 from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
 from rpsa.cli.study import bench, plan, run, sweep
@@ -47,6 +47,7 @@ def _options(
 app.command()(run)
 app.command()(sweep)
 app.command()(bench)
+app.command()(status)
 app.command()(plan)
 app.command()(evaluate)
 app.command("tasks-path")(tasks_path)

@@ -212,7 +212,7 @@ def evaluate(
     free_memory()  # the judge's model needs the GPU
     carry_judgements_over(earlier, folder)
     graders = make_graders(settings, items, folder)
-    samples = _grade(responses, graders, folder)
+    samples = _grade(responses, graders, folder, progress)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     atomic_write(folder / SAMPLES, "".join(lines))
     result = EvaluationResult(
@@ -299,11 +299,12 @@ def _ask(
         carry_over(folder / RESPONSES, path, *given, subject.identity)
     generator = WhenNeeded(subject.make_generator)
     label = None if progress else "responses"
-    found = {}
+    found, tokens = {}, 0
     for position, completion in generate_resumable(generator, *given, path, subject.identity, label):
         found[position] = completion
+        tokens += len(completion.token_ids)
         if progress:
-            progress(len(found), len(wanted.asked))
+            progress(len(found), len(wanted.asked), unit="response", tokens=tokens)
     in_order(path, wanted.ids)
     return wanted.responses(found)
 
@@ -320,7 +321,9 @@ class WhenNeeded:
         return self.make().generate(prompts, sampling, sample_ids)
 
 
-def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> list[Sample]:
+def _grade(
+    responses: Sequence[Response], graders: Graders, folder: Path, progress: Progress | None
+) -> list[Sample]:
     """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
     items = [response.item for response in responses if response.index == 0]
     thoughts = [thought.to_json() for thought in {response.thought for response in responses}]
@@ -339,6 +342,8 @@ def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> lis
                 append = append or open_when_needed.enter_context(appending(stored))
                 append(asdict(sample))
             found[sample.id] = sample
+            if progress:
+                progress(len(found), len(responses), unit="graded")
     return [found[response.id] for response in responses]
 
 

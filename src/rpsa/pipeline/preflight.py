@@ -111,7 +111,7 @@ def _check_training(recipe: Recipe, cell: Cell) -> None:
     """Arguments, optimizer, learning rate schedule and trackers, without the model."""
     from transformers.utils import is_liger_kernel_available
 
-    arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
+    arguments = training_arguments(recipe, cell, recipe.folder)
     with refusals_of_trl(cell):
         _check_trackers(arguments)
         asked = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
@@ -132,7 +132,7 @@ def _check_trainer(recipe: Recipe, cell: Cell) -> None:
     tokenizer = load_tokenizer(cell.base, recipe.model)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     example = Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
-    arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
+    arguments = training_arguments(recipe, cell, recipe.folder)
     with TemporaryDirectory() as folder, reading(f"{cell.id}: train", "TRL refuses it"):
         arguments.output_dir, arguments.push_to_hub, arguments.report_to = folder, False, []
         SFTTrainer(

@@ -22,7 +22,8 @@ from rpsa.pipeline.groundwork import (
     model_inputs,
 )
 from rpsa.pipeline.tasks import Task, policies_identity, source_identity, task_options, tasks_identity
-from rpsa.progress import Progress, no_progress
+from rpsa.pipeline.tracking import TRACKING, tracked
+from rpsa.progress import Progress
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import OF_SELF_MADE, Alternatives, Safety
@@ -95,6 +96,7 @@ class PerturbationTask(Task):
             *(self.fisher.base, self.fisher.folder, recipe.evaluate, config),
             *(folder, recipe.data_dir, recipe.model),
             earlier=self.earlier_folders(folder),
+            progress=progress,
         )
 
 
@@ -111,6 +113,10 @@ class CellTask(Task):
     @property
     def title(self) -> str:
         return self.stage
+
+    @property
+    def kind(self) -> str:
+        return f"{self.stage} {self.cell.method}"
 
     @property
     def place(self) -> str:
@@ -136,7 +142,7 @@ class AlignTask(CellTask):
             "model": model_inputs(self.recipe, cell.base),
             "paradigm": cell.paradigm,
             "seed": cell.seed,
-            "train": dict(cell.train),
+            "train": {name: value for name, value in cell.train.items() if name not in TRACKING},
             "lora": dict(cell.lora),
             "align": cell.align.model_dump() if cell.align else None,
             "safety": _safety_settings(cell.safety),
@@ -167,7 +173,8 @@ class AlignTask(CellTask):
     def run(self, folder: Path, progress: Progress) -> None:
         from rpsa.pipeline.alignment import align
 
-        align(self.recipe, self.cell, self.groundwork, folder, quiet=progress is no_progress)
+        with tracked(self.recipe, self.cell):
+            align(self.recipe, self.cell, self.groundwork, folder, progress)
 
     @property
     def groundwork(self) -> "Groundwork":

@@ -228,6 +228,16 @@ class Task(ABC):
         """Where it is kept why there is no result."""
         return self.folder.with_name(f".{self.folder.name}.failed")
 
+    @property
+    def live_file(self) -> Path:
+        """Where it is kept how far it is, while it is done."""
+        return self.folder.with_name(f".{self.folder.name}.live")
+
+    @property
+    def kind(self) -> str:
+        """What it has in common with tasks that take about as long."""
+        return self.stage
+
     def identity(self) -> str:
         """What tells the result that the task would have now from any other."""
         return identity(self.stage, self.inputs())
