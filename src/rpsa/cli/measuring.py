@@ -16,13 +16,17 @@ def evaluate(
     ] = "rpsa_reasoning,rpsa_safety",
     out: Annotated[Path | None, typer.Option(help="The folder to fill; default evaluations/MODEL.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: 20 items a set, one sample each, 4096 tokens.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look: 20 items a set, one sample each, 4096 tokens; sets that cannot be had are skipped.",
+        ),
     ] = False,
     data_dir: Annotated[
         str | None, typer.Option(help="A folder with the benchmarks' files (offline).")
     ] = None,
     judge: Annotated[
-        str, typer.Option(help="Who judges attacks: refusal, llama-guard-3, rubric, ...")
+        str, typer.Option(help="Who judges attacks: refusal, qwen3guard, rubric, ...")
     ] = "refusal",
     settings: Annotated[
         list[str] | None,

@@ -22,7 +22,7 @@ from rpsa.pipeline.groundwork import (
     SafetyTask,
     model_inputs,
 )
-from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_identity
+from rpsa.pipeline.tasks import Task, policies_identity, source_identity, task_options, tasks_identity
 from rpsa.pipeline.tracking import TRACKING, tracked
 from rpsa.progress import Progress
 from rpsa.provenance import Stage
@@ -230,6 +230,7 @@ class EvaluateTask(CellTask):
         return {
             "model": aligned.result() if aligned else model_inputs(recipe, self.cell.base),
             "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
+            **policies_identity(recipe.evaluate),
             "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
             "data_dir": recipe.data_dir,
             "reference": left_out.result() if left_out else None,
