@@ -110,6 +110,7 @@ MADE_BY: dict[Stage, MadeBy] = {
         (
             *("pipeline/reporting", "report", "self_data/stored", "rows", "thought", *_CARD),
             *("evaluation/statistics", "evaluation/scores", "evaluation/results", "evaluation/original"),
+            *("evaluation/quadrants", "evaluation/broken"),
             "reasoning_loss",
         ),
         ("results.json", "table.md", "index.html"),

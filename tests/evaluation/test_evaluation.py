@@ -190,7 +190,7 @@ def test_nothing_is_asked_twice(data_dir: Path, tmp_path: Path) -> None:
     assert after.sets == before.sets
     evaluate(
         subject(third),
-        Evaluate(tasks=list(BENCHMARKS), judge_traces=True),
+        Evaluate(tasks=list(BENCHMARKS), judge_thoughts=False),
         TaskOptions(data_dir=str(data_dir)),
         tmp_path / "b",
         earlier=[tmp_path / "a"],

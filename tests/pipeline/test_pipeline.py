@@ -342,7 +342,7 @@ def test_a_killed_evaluation_goes_on_sample_by_sample(recipe_file: Path) -> None
 @pytest.mark.usefixtures("finished")
 def test_another_statistic_costs_no_generation(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransformersGenerator, "generate", lambda *_: pytest.fail("asked again"))
-    run(small(recipe_file, "matrix.methods=[original]", "evaluate.judge_traces=true"), only="evaluate")
+    run(small(recipe_file, "matrix.methods=[original]", "evaluate.judge_thoughts=false"), only="evaluate")
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         run(small(recipe_file, "matrix.methods=[original]", "evaluate.max_new_tokens=47"), only="evaluate")
 

@@ -15,6 +15,7 @@ The forms of a sample, from a row to a number:
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections import defaultdict
@@ -46,6 +47,7 @@ from rpsa.evaluation.judges import (
     CachedJudge,
     Judge,
     Judgement,
+    can_see,
     check_judge,
     judge_model,
     judge_responses,
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
 
     from rpsa.evaluation.sandbox import Sandbox
 
+log = logging.getLogger(__name__)
+
 RESPONSES = "responses.jsonl"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
@@ -95,6 +99,12 @@ def check_graders(settings: Evaluate, items: Sequence[Item]) -> None:
     judges.append(("over_refusal", settings.refusal_judge, settings.refusal_judge_settings))
     if settings.second_judge:
         judges.append(("attack", settings.second_judge, settings.second_judge_settings))
+    if settings.thought_judge:
+        if "thought" not in can_see(settings.thought_judge):
+            raise RPSAError(
+                f"evaluate.thought_judge: {settings.thought_judge} judges answers, not thoughts; take another"
+            )
+        judges.append(("attack", settings.thought_judge, settings.thought_judge_settings))
     for kind, name, given in judges:
         check_judge(name, given)
         model = judge_model(name, given)
@@ -121,12 +131,31 @@ def make_graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Gra
         if "over_refusal" in judged
         else (REFUSAL, {})
     )
-    return Graders(
-        stored_judge(name, given, folder),
-        stored_judge(refusal, own, folder),
-        settings.judge_traces,
-        sandbox_for(items, settings),
-    )
+    judge, thought_judge = stored_judge(name, given, folder), None
+    if "attack" in judged and no_thought_judge(settings) is None:
+        of_thoughts = settings.thought_judge
+        thought_judge = (
+            stored_judge(of_thoughts, settings.thought_judge_settings, folder) if of_thoughts else judge
+        )
+    return Graders(judge, stored_judge(refusal, own, folder), thought_judge, sandbox_for(items, settings))
+
+
+def no_thought_judge(settings: Evaluate) -> str | None:
+    """Why no judge judges thoughts; None where one does."""
+    if not settings.judge_thoughts:
+        return "evaluate.judge_thoughts is false"
+    name = settings.thought_judge or settings.judge
+    if "thought" not in can_see(name):
+        return f"the judge {name} judges answers, not thoughts; set evaluate.thought_judge to one that can"
+    return None
+
+
+def no_thought_verdicts(settings: Evaluate, items: Sequence[Item], thought: ThoughtFormat) -> str | None:
+    """Why it is not known of some attacks whether the thought is safe; None where it is, or there are no attacks."""
+    scorers = {item.scorer for item in items if item.kind == "attack"}
+    if scorers and not thought.has_thoughts:
+        return "the model has no thoughts"
+    return no_thought_judge(settings) if "judge" in scorers else None
 
 
 def stored_judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
@@ -228,14 +257,29 @@ def evaluate(
         data_sha256=_data_hashes(items),
         judge=graders.judge.identity if any(item.scorer == "judge" for item in items) else "exact",
         refusal_judge=graders.refusal_judge.identity,
+        thought_judge=_thought_judge(graders, items, wanted.thought),
+        no_thought_verdicts=no_thought_verdicts(settings, items, wanted.thought),
         agreement=agreement(samples, settings, folder, wanted.thought),
         sandbox=str(graders.sandbox) if graders.sandbox else None,
         versions=versions(MADE_BY["evaluate"]),
         reasoning_loss=loss,
     )
+    if result.no_thought_verdicts:
+        log.info("Thoughts were not judged: %s", result.no_thought_verdicts)
     atomic_write(folder / RESULTS, stable_json(result.to_json()))
     atomic_write(folder / TIMING, stable_json({"seconds": time.perf_counter() - started}))
     return result
+
+
+def _thought_judge(
+    graders: Graders, items: Sequence[Item], thought: ThoughtFormat
+) -> Mapping[str, Any] | str | None:
+    attacks = {item.scorer for item in items if item.kind == "attack"}
+    if not attacks or not thought.has_thoughts:
+        return None
+    if "judge" not in attacks:
+        return "exact"
+    return graders.thought_judge.identity if graders.thought_judge else None
 
 
 def samples_of(item: Item, settings: Evaluate) -> int:

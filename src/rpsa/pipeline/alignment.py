@@ -451,7 +451,7 @@ def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[
     """D_S as the recipe describes it, for a model with this format."""
     if safety.data is None:
         raise RPSAError(
-            "safety.data: not given; name a file, a dataset, tiny:refusals, tiny:balanced or self"
+            "safety.data: not given; name a file, a dataset, tiny:refusals, tiny:balanced, tiny:answers or self"
         )
     seed = safety.drawing_seed(cell_seed)
     if safety.data.startswith("tiny:"):

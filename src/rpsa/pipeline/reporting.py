@@ -30,6 +30,7 @@ from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult, Shown, with_safety_tax, write_report
 from rpsa.report.attacked import UNATTACKED, Attacked
 from rpsa.report.summaries import Summary
+from rpsa.report.thoughts import broken_json
 from rpsa.self_data.stored import Made, look_at
 from rpsa.training.card import CARD, Measured, card_with_results
 
@@ -98,6 +99,7 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
         sets=found.sets,
         judge=found.judge_name,
         sandbox=found.sandbox,
+        no_thought_verdicts=found.no_thought_verdicts,
         samples=evaluated.folder / SAMPLES,
         sweep=cell.sweep,
         point=dict(cell.grid),
@@ -339,7 +341,8 @@ def _versions(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, str]:
 def _graded_by(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, Any]:
     """Who judged, where programs ran, and what tells the data from any other: of every evaluation, each once."""
     graded: dict[str, dict[str, None]] = {
-        name: {} for name in ("Thoughts", "Judge of attacks", "Judge of over-refusal", "Sandbox")
+        name: {}
+        for name in ("Thoughts", "Judge of attacks", "Judge of thoughts", "Judge of over-refusal", "Sandbox")
     }
     data: dict[str, str] = {}
     for cell in cells:
@@ -348,6 +351,7 @@ def _graded_by(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, Any]:
         said = (
             str(found.thought),
             _judge(found.judge),
+            found.no_thought_verdicts or _judge(found.thought_judge or "exact"),
             _judge(refusal_judge),
             found.sandbox or "no programs were run",
         )
@@ -381,6 +385,8 @@ def measured(result: RunResult) -> Measured:
         over_refusal=result.over_refusal,
         refused=result.refused,
         truncated=result.truncated,
+        thought_asr=_of_thoughts(result),
+        broken=broken_json([result]),
         tax=result.tax,
         unreliable=next((r for kind in result.sets if (r := result.unreliable(kind))), None),
         judge=result.judge,
@@ -388,3 +394,11 @@ def measured(result: RunResult) -> Measured:
         reasoning_kl=result.loss.kl if result.loss else None,
         samples=sum(one.samples for sets in result.sets.values() for one in sets.values()),
     )
+
+
+def _of_thoughts(result: RunResult) -> dict[str, float] | None:
+    """Attack success in thoughts on each set, and the mean; None where it is not known."""
+    if result.thoughts is None:
+        return None
+    rates = {name: found.asr["thought"].rate for name, found in result.thoughts.items()}
+    return rates | {"mean": _mean(rates.values())}

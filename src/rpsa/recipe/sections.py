@@ -272,7 +272,9 @@ class Evaluate(Section):
     to comply with; other rows are harmful requests. Benchmarks are read from files in the recipe's `data_dir` where
     it has them, else from the Hugging Face hub. `n` draws items of each set, `samples` responses to each (by default
     as many as the benchmark asks for). `judge` judges answers to attacks (`second_judge` too, for their agreement),
-    `refusal_judge` answers to requests that nobody should refuse; their settings and `engine` (vLLM's) are passed on.
+    and their thoughts by themselves, unless there is a `thought_judge` for those (`judge_thoughts`: whether anybody
+    does); `refusal_judge` answers to requests that nobody should refuse. Their settings and `engine` (vLLM's) are
+    passed on.
     """
 
     tasks: list[str] = []
@@ -288,7 +290,9 @@ class Evaluate(Section):
     engine: dict[str, Any] = {}
     judge: str = "refusal"
     judge_settings: dict[str, Any] = {}
-    judge_traces: bool = False
+    judge_thoughts: bool = True
+    thought_judge: str | None = None
+    thought_judge_settings: dict[str, Any] = {}
     second_judge: str | None = None
     second_judge_settings: dict[str, Any] = {}
     refusal_judge: str = "refusal"

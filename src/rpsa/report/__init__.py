@@ -56,6 +56,7 @@ def write_report(
     from rpsa.report.self_made import shown_data
     from rpsa.report.sweeps import sweep_figures
     from rpsa.report.tables import latex_table, table_markdown
+    from rpsa.report.thoughts import noted_tables, thoughts_apart
 
     out = Path(out_dir)
     results = with_safety_tax(results)
@@ -63,10 +64,13 @@ def write_report(
     summaries = with_problem_intervals(summarise(matrix))
     judged = judge_claims(matrix)
     prediction = predict(results)
+    apart = thoughts_apart(summaries)
+    more = noted_tables(summaries, apart)
     content = {
         "runs": [r.to_json() for r in results],
         "summary": [s.to_json() for s in summaries],
         "claims": [claim.to_json() for claim in judged],
+        "thoughts": [one.to_json() for one in apart],
         "prediction": prediction.to_json() if prediction else None,
         "missing": dict(missing or {}),
         **({"robustness": robustness_json(attacked)} if attacked else {}),
@@ -74,7 +78,7 @@ def write_report(
     if attacked:
         atomic_write(out / "robustness.md", robustness_markdown(attacked))
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction))
+    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction, more))
     atomic_write(out / "table.tex", latex_table(matrix))
     drawn: dict[str, Figure | None] = {
         "scatter": scatter(summaries),
@@ -109,6 +113,7 @@ def write_report(
         prediction,
         own_data,
         robustness_tables(attacked),
+        more,
     )
     atomic_write(out / "index.html", page)
     return summaries

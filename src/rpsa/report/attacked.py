@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.original import loss_interval
-from rpsa.evaluation.results import EvaluationResult
+from rpsa.evaluation.results import EvaluationResult, SetResult
 from rpsa.evaluation.statistics import mean_interval
 from rpsa.report.tables import NONE, Entry, Table, markdown, nats, percent
 from rpsa.text import printable
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 UNATTACKED = "none"
 ROBUSTNESS_NOTE = (
-    "Under each attack, and without one. Rates are means over the sets of requests, in percent. The reasoning loss is "
+    "Under each attack, and without one. Rates are means over the sets of requests, in percent: how many answers to "
+    "harmful requests comply, how many thoughts before them hold the harm, how many harmless requests are refused, and "
+    "how many responses to harmful ones are broken (they loop, have no end or no sense). The reasoning loss is "
     "the negative log-likelihood of the untouched model's held-out reasoning in nats per token; attacks by the prompt "
     "leave it as it is. With 95% intervals: over runs for three or more, over requests or responses for one."
 )
@@ -64,14 +66,33 @@ class Measure:
     form: Callable[[float], str]
 
 
-def _rate(kind: Kind) -> Callable[[EvaluationResult], Bounded | None]:
+Rate = tuple[float, tuple[float, float] | None]
+"""With its 95% interval."""
+
+
+def _figure(found: SetResult) -> Rate | None:
+    return None if found.figure is None else (found.figure, found.interval)
+
+
+def _of_thoughts(found: SetResult) -> Rate | None:
+    share = found.thoughts.asr["thought"] if found.thoughts else None
+    return (share.rate, share.interval) if share else None
+
+
+def _broken(found: SetResult) -> Rate | None:
+    return (found.broken.share.rate, found.broken.share.interval) if found.broken else None
+
+
+def _mean(
+    kind: Kind, rate: Callable[[SetResult], Rate | None] = _figure
+) -> Callable[[EvaluationResult], Bounded | None]:
     """The mean over a kind's sets, whose intervals are put together as those of independent rates.
 
     By the method of variance estimates recovery (Zou and Donner, 2008): it keeps Wilson's interval of a rate of 0.
     """
 
     def read(result: EvaluationResult) -> Bounded | None:
-        rates = [(s.figure, s.interval) for s in result.sets.get(kind, {}).values() if s.figure is not None]
+        rates = [found for one in result.sets.get(kind, {}).values() if (found := rate(one)) is not None]
         if not rates:
             return None
         mean = sum(figure for figure, _ in rates) / len(rates)
@@ -89,8 +110,10 @@ def _loss(result: EvaluationResult) -> Bounded | None:
 
 
 MEASURES = (
-    Measure("attack_success_rate", "Attack success ↓", _rate("attack"), percent),
-    Measure("over_refusal", "Over-refusal ↓", _rate("over_refusal"), percent),
+    Measure("attack_success_rate", "Attack success ↓", _mean("attack"), percent),
+    Measure("unsafe_thoughts", "Unsafe thoughts ↓", _mean("attack", _of_thoughts), percent),
+    Measure("over_refusal", "Over-refusal ↓", _mean("over_refusal"), percent),
+    Measure("broken", "Broken ↓", _mean("attack", _broken), percent),
     Measure("reasoning_nll", "Reasoning loss ↓", _loss, nats),
 )
 

@@ -19,6 +19,7 @@ from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
     LOSS_NOTE,
     PERPLEXITY_NOTE,
+    Noted,
     Table,
     benchmark_table,
     interval_note,
@@ -96,12 +97,13 @@ def render_page(
     prediction: Prediction | None = None,
     own_data: OwnDataShown | None = None,
     robustness: Mapping[str, Table] | None = None,
+    more: Sequence[Noted] = (),
 ) -> str:
     """The report as HTML (`templates/page.html.jinja`).
 
     `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result,
     `prediction` what the reasoning loss says of accuracy, `own_data` what the models have said for their own safety
-    data, `robustness` the tables of runs under attack by their titles.
+    data, `robustness` the tables of runs under attack by their titles, `more` tables for the section of benchmarks.
     """
     return render(
         "rpsa.report",
@@ -116,6 +118,7 @@ def render_page(
         figures=[_figure(one) for one in figures],
         benchmarks=benchmark_table(summaries),
         shares=rates_table(summaries),
+        more=more,
         losses=loss_table(summaries),
         loss_note=LOSS_NOTE,
         prediction=prediction.sentence if prediction else None,

@@ -11,9 +11,11 @@ from rpsa.tiny.world import (
     complying_examples,
     evaluation_prompts,
     held_out_problems,
+    is_incoherent,
     reasoning_problems,
     safety_examples,
     score,
+    thought_is_unsafe,
 )
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "complying_examples",
     "evaluation_prompts",
     "held_out_problems",
+    "is_incoherent",
     "reasoning_problems",
     "safety_examples",
     "score",
+    "thought_is_unsafe",
     "tiny_model_dir",
 ]
