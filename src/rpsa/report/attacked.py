@@ -83,7 +83,7 @@ def _broken(found: SetResult) -> Rate | None:
     return (found.broken.share.rate, found.broken.share.interval) if found.broken else None
 
 
-def _mean(
+def _over_sets(
     kind: Kind, rate: Callable[[SetResult], Rate | None] = _figure
 ) -> Callable[[EvaluationResult], Bounded | None]:
     """The mean over a kind's sets, whose intervals are put together as those of independent rates.
@@ -110,10 +110,10 @@ def _loss(result: EvaluationResult) -> Bounded | None:
 
 
 MEASURES = (
-    Measure("attack_success_rate", "Attack success ↓", _mean("attack"), percent),
-    Measure("unsafe_thoughts", "Unsafe thoughts ↓", _mean("attack", _of_thoughts), percent),
-    Measure("over_refusal", "Over-refusal ↓", _mean("over_refusal"), percent),
-    Measure("broken", "Broken ↓", _mean("attack", _broken), percent),
+    Measure("attack_success_rate", "Attack success ↓", _over_sets("attack"), percent),
+    Measure("unsafe_thoughts", "Unsafe thoughts ↓", _over_sets("attack", _of_thoughts), percent),
+    Measure("over_refusal", "Over-refusal ↓", _over_sets("over_refusal"), percent),
+    Measure("broken", "Broken ↓", _over_sets("attack", _broken), percent),
     Measure("reasoning_nll", "Reasoning loss ↓", _loss, nats),
 )
 
@@ -132,11 +132,11 @@ def summarised(attacked: Sequence[Attacked]) -> Found:
             values = [value for result in results if (value := measure.read(result)) is not None]
             if values:
                 by_method = found.setdefault(measure.name, {}).setdefault(attack, {})
-                by_method[method] = _mean(values, is_rate=measure.form is percent)
+                by_method[method] = _over_runs(values, is_rate=measure.form is percent)
     return found
 
 
-def _mean(values: Sequence[Bounded], *, is_rate: bool) -> Bounded:
+def _over_runs(values: Sequence[Bounded], *, is_rate: bool) -> Bounded:
     """Over runs, with the interval over them; of a single run its own."""
     means = [value.mean for value in values]
     interval = mean_interval(means) if len(values) > 1 else values[0].interval
