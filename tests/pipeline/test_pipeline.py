@@ -420,6 +420,18 @@ def test_a_run_without_files_of_its_own_keeps_its_inputs(recipe_file: Path) -> N
         assert set(inputs) == {"model", "evaluate", "data", "data_dir", "reference"}
 
 
+def test_a_judges_policy_counts_by_its_content(recipe_file: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.txt"
+    judge = f"evaluate.second_judge_settings={{base_url: 'http://h/v1', model: m, policy: {policy}}}"
+    recipe = small(recipe_file, "matrix.methods=[original]", "evaluate.second_judge=policy", judge)
+    seen = []
+    for text in ("No cookies.", "No cakes.", "No cookies."):
+        policy.write_text(text)
+        seen.append(tasks_of(recipe, "evaluate")[0].inputs()["policies"])
+    assert seen[0] == seen[2] != seen[1]
+    assert list(seen[0]) == [str(policy)]
+
+
 def refused(recipe_file: Path, *overrides: str) -> str:
     """What `rpsa run` says as it ends with a mistake of the user's."""
     done = invoke("run", str(recipe_file), f"output_dir={recipe_file.parent / 'run'}", *overrides)

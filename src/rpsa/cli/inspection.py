@@ -35,10 +35,7 @@ def status(
         bool, typer.Option("--watch", help="Again every two seconds, until it has ended.")
     ] = False,
 ) -> None:
-    """Show what of a run is done, what runs now, what failed, and how long the rest may take.
-
-    Example: rpsa status runs/demo
-    """
+    """Show what of a run is done, what runs now, what failed, and how long the rest may take."""
     with readable_errors():
         _require_folder(run_dir)
         from rpsa.pipeline.status import run_status
@@ -96,7 +93,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 tiny_app = typer.Typer(help="The tiny reasoning models that come with the package.", no_args_is_help=True)
 
 
-@tiny_app.command("train")
+@tiny_app.command("train", epilog="Example: rpsa tiny train --seed 7 --out my-base")
 def tiny_train(
     seed: Annotated[
         int,

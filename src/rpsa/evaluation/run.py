@@ -20,7 +20,8 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ from rpsa.evaluation.judges.classifiers import check_access
 from rpsa.evaluation.original import HeldOut, measured_loss
 from rpsa.evaluation.results import EvaluationResult, results_by_set
 from rpsa.evaluation.scores import Response, Sample
-from rpsa.generation import Completion, Generator, Sampling, sample_id
+from rpsa.generation import Completion, Generator, ResponseDecoder, Sampling, sample_id
 from rpsa.generation.backends import BackendConfig, choose_backend, has_gpu, make_generator
 from rpsa.generation.resumable import carry_over, generate_resumable, in_order
 from rpsa.models import (
@@ -203,7 +204,7 @@ class Subject:
 
     `identity` is what tells it from others; `make_generator` is called when a response is missing; `thought` None is
     as the chat template says. `load` loads the model itself, as it is where it generates, and is None where nobody here
-    can.
+    can. `rephrase` is how an attack asks (`rpsa.evaluation.robustness`); None: each item as it is.
     """
 
     identity: str
@@ -211,6 +212,7 @@ class Subject:
     make_generator: Callable[[], Generator]
     thought: ThoughtFormat | None = None
     load: Callable[[], "PreTrainedModel"] | None = None
+    rephrase: "Callable[[Questions], Questions] | None" = None
 
 
 def evaluate(
@@ -235,6 +237,8 @@ def evaluate(
     started = time.perf_counter()
     items = check_evaluation(settings, options)
     wanted = questions(items, settings, subject.tokenizer, subject.thought)
+    if subject.rephrase is not None:
+        wanted = subject.rephrase(wanted)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
     free_memory()
     loss = measured_loss(subject.load, held_out)
@@ -300,20 +304,32 @@ def check_evaluation(settings: Evaluate, options: TaskOptions) -> list[Item]:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked: for each response its item and number, its prompt as token ids, and its id."""
+    """What a model is asked: for each response its item and number, its prompt as token ids, and its id.
+
+    Where a prompt ends with the beginning of the response, `begun` has the number of its tokens, by position, and
+    `decoder` reads them: they are part of the response.
+    """
 
     asked: Sequence[tuple[Item, int]]
     prompts: Sequence[list[int]]
     ids: Sequence[str]
     sampling: Sampling
     thought: ThoughtFormat
+    begun: Mapping[int, int] = field(default_factory=dict)
+    decoder: ResponseDecoder | None = None
 
     def responses(self, completions: Mapping[int, Completion]) -> list[Response]:
         """The completions, by position in `asked`, as responses in that order."""
         return [
-            Response(item, index, completions[n].text, completions[n].finish_reason, self.thought)
+            Response(item, index, self._text(n, completions[n]), completions[n].finish_reason, self.thought)
             for n, (item, index) in enumerate(self.asked)
         ]
+
+    def _text(self, position: int, completion: Completion) -> str:
+        length = self.begun.get(position)
+        if not length or self.decoder is None:
+            return completion.text
+        return self.decoder.text([*self.prompts[position][-length:], *completion.token_ids])
 
 
 def questions(
@@ -407,9 +423,17 @@ def model_subject(name: str, model: Model, settings: Evaluate | Reference) -> Su
 
 
 def make_subject(
-    key: str, base: str, adapter: str | None, model: Model, settings: Evaluate | Reference
+    key: str,
+    base: str,
+    adapter: str | None,
+    model: Model,
+    settings: Evaluate | Reference,
+    change: "Callable[[PreTrainedModel], PreTrainedModel] | None" = None,
 ) -> Subject:
-    """A base, or an adapter on it; `settings` say which backend generates, and how."""
+    """A base, or an adapter on it; `settings` say which backend generates, and how.
+
+    `change` is what is done to the merged weights first, in the recipe's own dtype; the key must tell it, too.
+    """
     tokenizer = load_tokenizer(_tokenizer_home(base, adapter), model)
     thought = thought_of(tokenizer, model)
     engine = vllm_engine(model, settings.engine)
@@ -426,18 +450,13 @@ def make_subject(
     ]
 
     def generator() -> Generator:
-        if adapter and backend == "vllm":
-            return _merged_for_vllm(config, base, adapter, model, tokenizer, thought)
-        return make_generator(
-            config,
-            location(base),
-            tokenizer,
-            lambda _: loaded_to_generate(base, adapter, model, dtype),
-            thought,
-        )
+        if (adapter or change) and backend == "vllm":
+            made = partial(_merged, base, adapter, model, change)
+            return _made_for_vllm(config, made, tokenizer, thought)
+        return make_generator(config, location(base), tokenizer, lambda _: load(), thought)
 
     def load() -> "PreTrainedModel":
-        return loaded_to_generate(base, adapter, model, dtype)
+        return loaded_to_generate(base, adapter, model, dtype, change)
 
     return Subject(sha256_of(made_by), tokenizer, generator, thought, load)
 
@@ -449,34 +468,44 @@ def _tokenizer_home(base: str, adapter: str | None) -> str:
     return base
 
 
-def loaded_to_generate(base: str, adapter: str | None, model: Model, dtype: str) -> "PreTrainedModel":
-    """The model that an evaluation asks, an adapter merged; `dtype` is `generation_dtype`'s."""
+def loaded_to_generate(
+    base: str,
+    adapter: str | None,
+    model: Model,
+    dtype: str,
+    change: "Callable[[PreTrainedModel], PreTrainedModel] | None" = None,
+) -> "PreTrainedModel":
+    """The model that an evaluation asks, an adapter merged, and changed; `dtype` is `generation_dtype`'s."""
     import torch
 
-    if adapter is None:
+    if adapter is None and change is None:
         return load_model(base, model, dtype)
-    merged = _merged(base, adapter, model)
+    merged = _merged(base, adapter, model, change)
     return merged if dtype == "auto" else merged.to(getattr(torch, dtype))
 
 
-def _merged(base: str, adapter: str, model: Model) -> "PreTrainedModel":
-    """Added up in the recipe's own dtype: in bf16 a small update of the weights would be rounded away."""
-    with_adapter = load_adapter(load_model(base, model), location(adapter), f"adapter {adapter}")
-    merged: PreTrainedModel = with_adapter.merge_and_unload()
-    return merged
-
-
-def _merged_for_vllm(
-    config: BackendConfig,
+def _merged(
     base: str,
-    adapter: str,
+    adapter: str | None,
     model: Model,
+    change: "Callable[[PreTrainedModel], PreTrainedModel] | None" = None,
+) -> "PreTrainedModel":
+    """Added up in the recipe's own dtype: in bf16 a small update of the weights would be rounded away."""
+    merged = load_model(base, model)
+    if adapter is not None:
+        merged = load_adapter(merged, location(adapter), f"adapter {adapter}").merge_and_unload()
+    return change(merged) if change else merged
+
+
+def _made_for_vllm(
+    config: BackendConfig,
+    make: "Callable[[], PreTrainedModel]",
     tokenizer: "PreTrainedTokenizerBase",
     thought: ThoughtFormat,
 ) -> Generator:
-    """vLLM reads folders: the merged weights are on disk while the engine loads them."""
+    """vLLM reads folders: weights that were made here are on disk while the engine loads them."""
     with TemporaryDirectory() as folder:
-        _merged(base, adapter, model).save_pretrained(folder)
+        make().save_pretrained(folder)
         free_memory()
         tokenizer.save_pretrained(folder)
         return make_generator(config, folder, tokenizer, _no_model, thought)

@@ -244,6 +244,7 @@ SHIPPED = {
     "problems": ("tiny", *(f"tiny:{part}" for part in _TINY_PROBLEMS)),
     "safety": ("tiny:refusals", "tiny:balanced", "tiny:answers", "self"),
     "prompts": ("tiny",),
+    "rows": ("tiny",),
     "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),
 }
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -8,6 +8,7 @@ from rpsa.tiny.families import FAMILIES, REFERENCE_FAMILIES, REFERENCES
 from rpsa.tiny.world import (
     REQUEST_SETS,
     TinyItem,
+    complying_examples,
     evaluation_prompts,
     held_out_problems,
     is_incoherent,
@@ -23,6 +24,7 @@ __all__ = [
     "REFERENCE_FAMILIES",
     "REQUEST_SETS",
     "TinyItem",
+    "complying_examples",
     "evaluation_prompts",
     "held_out_problems",
     "is_incoherent",

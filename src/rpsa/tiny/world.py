@@ -116,6 +116,16 @@ def safety_examples(
     return [SafetyExample(request.prompt, response(request)) for request in requests]
 
 
+def complying_examples(kind: Literal["harmful", "benign"], n: int, seed: int) -> list[SafetyExample]:
+    """`n` distinct requests of the train split with the world's own answers that comply: what an attacker trains on.
+
+    Raises:
+        RPSAError: `n` is more than the train split holds.
+    """
+    rng = random.Random(f"complying {kind} {seed}")
+    return [SafetyExample(r.prompt, r.compliance) for r in _safety_requests(kind, n, rng)]
+
+
 def evaluation_prompts(n: int, seed: int = 123) -> dict[str, list[TinyItem]]:
     """`n` held-out items for each reasoning family and each of `REQUEST_SETS`.
 
