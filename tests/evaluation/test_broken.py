@@ -1,11 +1,14 @@
 """Broken responses: every kind of loop is found, and none in ordinary long texts; one class a response."""
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.paths import ROOT
+from rpsa.evaluation import broken
 from rpsa.evaluation.broken import (
     LEAST_COVERED,
     LONGEST_UNIT,
@@ -205,3 +208,18 @@ def test_text_is_text(name: str) -> None:
 def test_only_the_end_is_looked_at(text: str) -> None:
     whole = f"{prose(3000)}\n{text}"
     assert loop_at_the_end(whole) == loop_at_the_end(whole[-20_000:])
+
+
+def test_the_documented_thresholds_are_those_of_the_code() -> None:
+    page = " ".join((ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split())
+    of = broken
+    assert (
+        f"at least {of.REPETITIONS} repetitions of a unit of at most {of.LONGEST_UNIT:,} characters, to the very end, "
+        f"that cover at least {of.LEAST_COVERED:,} characters; at least {of.LEAST_COVERED_AT_THE_LIMIT} where"
+    ) in page
+    assert f"among the last {of.SENTENCES} sentences or lines at most {of.DISTINCT} different ones" in page
+    assert f"at least {of.PROSE} of the {of.SENTENCES} have five words" in page
+    assert f"at least {of.LEAST_SYMBOLS} characters outside of code blocks, more than two thirds" in page
+    assert f"at least {of.LEAST_WORDS} words, and the script changes" in page
+    assert f"among at least {of.SCRIPTS} scripts" in page
+    assert re.findall(r"\| `(looping|truncated|empty|incoherent)` \|", page) == list(of.BROKEN)
