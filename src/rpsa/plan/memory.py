@@ -25,13 +25,15 @@ from rpsa.parameters import trainable_parameters
 from rpsa.plan.dry_run import (
     Precision,
     Shape,
-    decoding_bytes,
+    cache_bytes,
+    decoding_peak,
     fisher_peak,
     reasoning_peak,
     sharded_peak,
     training_peak,
     warmup_peak,
 )
+from rpsa.plan.layers import Skeleton
 
 Sharding = Literal["one GPU", "DDP", "FSDP2"]
 
@@ -212,7 +214,7 @@ class AlignMemory:
 
 
 def dry_passes(
-    model: Any,
+    skeleton: Skeleton,
     shape: Shape,
     reference: Shape | None,
     precision: Precision,
@@ -221,18 +223,29 @@ def dry_passes(
     accumulated: bool,
 ) -> Passes:
     """On one GPU or under DDP. `reference` is g_R's batch, if it is measured; the others as in `dry_run`."""
-    return Passes(
-        training_peak(model, shape, precision, compact, accumulated=accumulated),
-        reasoning_peak(model, reference, precision, accumulated=accumulated) if reference else 0,
-    )
+
+    def training(model: Any) -> int:
+        return training_peak(model, shape, precision, compact, accumulated=accumulated)
+
+    def reasoning(model: Any) -> int:
+        assert reference
+        return reasoning_peak(model, reference, precision, accumulated=accumulated)
+
+    return Passes(skeleton.peak(training), skeleton.peak(reasoning) if reference else 0)
 
 
-def sharded_passes(lean: Any, shape: Shape, reference: Shape | None, precision: Precision) -> Passes:
+def sharded_passes(lean: Skeleton, shape: Shape, reference: Shape | None, precision: Precision) -> Passes:
     """Under FSDP2. `lean` is the model with its weights in the dtype that it computes in."""
+
+    def training(model: Any) -> int:
+        return sharded_peak(model, shape, precision, training_peak)
+
+    def reasoning(model: Any) -> int:
+        assert reference
+        return sharded_peak(model, reference, precision, reasoning_peak)
+
     return Passes(
-        sharded_peak(lean, shape, precision, training_peak),
-        sharded_peak(lean, reference, precision, reasoning_peak) if reference else 0,
-        _gathered(lean),
+        lean.peak(training), lean.peak(reasoning) if reference else 0, _gathered(lean.model)
     )
 
 
@@ -253,25 +266,28 @@ def align_memory(
     )
 
 
-def fisher_memory(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> StageMemory:
+def fisher_memory(skeleton: Skeleton, shape: Shape, probes: int, *, checkpointing: bool) -> StageMemory:
     """The Fisher stage, which one GPU does: the sums in fp32, and a sample of the elements for each half."""
+    model = skeleton.model
     elements = sum(p.numel() for p in trainable_parameters(model).values())
-    work = fisher_peak(model, shape, probes, checkpointing=checkpointing)
+    work = skeleton.peak(lambda one: fisher_peak(one, shape, probes, checkpointing=checkpointing))
     return StageMemory({"weights": _bytes(model), "Fisher sums": sums_bytes(elements)}, work)
 
 
-def warmup_memory(model: Any, shape: Shape, *, checkpointing: bool) -> StageMemory:
+def warmup_memory(skeleton: Skeleton, shape: Shape, *, checkpointing: bool) -> StageMemory:
     """The warm-up of a LoRA adapter, over before the Fisher's sums are there: AdamW's moments, and a step's pass."""
+    model = skeleton.model
     moments = 2 * sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
-    work = warmup_peak(model, shape, checkpointing=checkpointing)
+    work = skeleton.peak(lambda one: warmup_peak(one, shape, checkpointing=checkpointing))
     return StageMemory({"weights": _bytes(model), "optimizer": moments}, work)
 
 
-def generation_memory(model: Any, shape: Shape, vocabulary: int) -> StageMemory:
+def generation_memory(skeleton: Skeleton, shape: Shape, vocabulary: int) -> StageMemory:
     """Generation with `transformers` when all sequences are as long as they may become; sampling is in float64."""
-    cache, step = decoding_bytes(model, shape)
+    cache = skeleton.size(lambda model: cache_bytes(model, shape))
+    step = skeleton.peak(lambda model: decoding_peak(model, shape)) - cache
     sampling = 4 * 8 * shape.sequences * vocabulary
-    return StageMemory({"weights": _bytes(model), "KV cache": cache}, max(step, sampling))
+    return StageMemory({"weights": _bytes(skeleton.model), "KV cache": cache}, max(step, sampling))
 
 
 def _bytes(model: nn.Module) -> int:

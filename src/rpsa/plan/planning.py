@@ -26,6 +26,7 @@ from rpsa.models import (
 )
 from rpsa.pipeline.alignment import training_arguments
 from rpsa.plan.dry_run import Precision, Shape, build_model, fake_tensors, load_config
+from rpsa.plan.layers import SHALLOW, Skeleton, are_alike, with_layers
 from rpsa.plan.memory import (
     AlignMemory,
     Freezing,
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe, gpu_memory: float = 80, gpus: Sequence[int] = (1, 
         with fake_tensors():
             methods += _methods(base)
             stages[name] = list(_single_gpu_stages(base))
-            parameters[name] = sum(p.numel() for p in base.model(recipe.model.dtype).parameters())
+            parameters[name] = sum(p.numel() for p in base.skeleton(recipe.model.dtype).model.parameters())
     cells = recipe.cells()
     return Plan(
         name=recipe.name,
@@ -120,14 +121,20 @@ class Base:
         self.gpu_memory = gpu_memory
         self.config = load_config(name, recipe.model)
         self.cells: list[Cell] = [cell for cell in recipe.cells() if cell.base == name]
-        self._models: dict[str, Any] = {}
+        self._skeletons: dict[str, Skeleton] = {}
 
-    def model(self, dtype: str, lora: Mapping[str, Any] | None = None) -> Any:
-        """The skeleton, built once. Call it in `fake_tensors`."""
+    def skeleton(self, dtype: str, lora: Mapping[str, Any] | None = None) -> Skeleton:
+        """The model without weights, built once. Call it in `fake_tensors`."""
         key = json.dumps([dtype, dict(lora or {})])
-        if key not in self._models:
-            self._models[key] = build_model(self.config, dtype, lora)
-        return self._models[key]
+        if key not in self._skeletons:
+            model = build_model(self.config, dtype, lora)
+            shallow = (
+                [build_model(with_layers(self.config, number), dtype, lora) for number in SHALLOW]
+                if are_alike(model)
+                else []
+            )
+            self._skeletons[key] = Skeleton(model, shallow)
+        return self._skeletons[key]
 
     @property
     def reference_tokens(self) -> int:
@@ -186,16 +193,16 @@ def _fisher(base: Base, cell: Cell) -> SingleGpuStage:
     settings = base.recipe.fisher
     is_lora = cell.starts_from_fisher
     dtype = training_dtype(cell.train, "lora" if is_lora else "fft", base.recipe.model)
-    model = base.model(dtype, cell.lora if is_lora else {})
+    skeleton = base.skeleton(dtype, cell.lora if is_lora else {})
     shape = Shape(min(settings.batch_size, base.recipe.reference.n), base.reference_tokens)
     probes = settings.probes if settings.estimator == "token_signs" else 1
     checkpointing = settings.activation_checkpointing
-    memory = fisher_memory(model, shape, probes, checkpointing=checkpointing)
+    memory = fisher_memory(skeleton, shape, probes, checkpointing=checkpointing)
     reference = reference_responses(base.recipe)
     tokens = reference.count * base.mean_reference_tokens
     passes = reference.tokens if settings.estimator == "per_token" else probes
     operations = fisher_operations(
-        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in skeleton.model.parameters()),
         tokens,
         passes,
         lora=is_lora,
@@ -209,22 +216,22 @@ def _fisher(base: Base, cell: Cell) -> SingleGpuStage:
 
     if not is_lora or not settings.warmup_steps:
         return _stage(base, stage, memory, seconds)
-    warmup, warmup_seconds = _warmup(base, model, is_bf16=is_bf16)
+    warmup, warmup_seconds = _warmup(base, skeleton, is_bf16=is_bf16)
     largest = max(memory, warmup, key=lambda one: one.total)  # the one is over when the other begins
     return _stage(base, stage, largest, lambda gpu: warmup_seconds(gpu) + seconds(gpu))
 
 
-def _warmup(base: Base, model: Any, *, is_bf16: bool) -> tuple[StageMemory, Callable[[Gpu], float]]:
+def _warmup(base: Base, skeleton: Skeleton, *, is_bf16: bool) -> tuple[StageMemory, Callable[[Gpu], float]]:
     """An adapter's steps on D_ref; a batch of more sequences than there are takes some again."""
     settings = base.recipe.fisher
     shape = Shape(settings.batch_size, base.reference_tokens)
     checkpointing = settings.activation_checkpointing
     tokens = settings.warmup_steps * shape.sequences * base.mean_reference_tokens
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in skeleton.model.parameters())
     operations = training_operations(parameters, tokens, lora=True, checkpointing=checkpointing)
     launch = settings.warmup_steps * launch_seconds(checkpointing=checkpointing)
     return (
-        warmup_memory(model, shape, checkpointing=checkpointing),
+        warmup_memory(skeleton, shape, checkpointing=checkpointing),
         lambda gpu: max(launch, compute_seconds(operations, gpu, bf16=is_bf16)),
     )
 
@@ -234,8 +241,8 @@ def _generation(
 ) -> SingleGpuStage:
     sequences = min(batch, max(r.count for r in responses))
     longest = prompt + max(r.limit for r in responses)
-    model = base.model(generation_dtype(base.recipe.model, on_gpu=True))
-    memory = generation_memory(model, Shape(sequences, longest), base.config.get_text_config().vocab_size)
+    skeleton = base.skeleton(generation_dtype(base.recipe.model, on_gpu=True))
+    memory = generation_memory(skeleton, Shape(sequences, longest), base.config.get_text_config().vocab_size)
     total = sum(r.total for r in responses)
     mean = total // sum(r.count for r in responses)
     cache = memory.kept["KV cache"] * (prompt + mean // 2) // longest
@@ -262,7 +269,7 @@ class _DryRun:
 
     cell: Cell
     args: Any
-    model: Any
+    skeleton: Skeleton
     shape: Shape
 
     @property
@@ -286,8 +293,9 @@ class _Planner:
         if cell.alternatives and cell.alternatives.rehearsal_share:
             safety = with_rehearsal(safety, cell, self.base.recipe)
         freezing = _freezing(args, cell.align) if cell.align else None
-        model = self.base.model(dtype, cell.lora)
-        run = _DryRun(cell, args, model, Shape(args.per_device_train_batch_size, safety.longest))
+        skeleton = self.base.skeleton(dtype, cell.lora)
+        model = skeleton.model
+        run = _DryRun(cell, args, skeleton, Shape(args.per_device_train_batch_size, safety.longest))
         instead = _instead(args, model) if cell.alternatives and not cell.align else None
         memory = align_memory(model, self._passes_of(run), str(args.optim.value), freezing, instead)
         layouts = [self._layout(run, memory, gpus, safety) for gpus in self.base.gpus]
@@ -307,18 +315,18 @@ class _Planner:
     def _passes_of(self, run: _DryRun, *, sharded: bool = False) -> Passes:
         precision = Precision(bool(run.args.bf16), _checkpoints(run.args))
         reference = self._reference_shape(run)
-        dtype = next(run.model.parameters()).dtype
+        dtype = next(run.skeleton.model.parameters()).dtype
         share = _trained_share(run.args) if run.cell.align and not sharded else None
         key = repr(
             (sharded, dict(run.cell.lora), dtype, run.shape, reference, precision, run.accumulated, share)
         )
         if key not in self._passes:
             if sharded:
-                lean = self.base.model("bfloat16" if precision.bf16 else "float32", run.cell.lora)
+                lean = self.base.skeleton("bfloat16" if precision.bf16 else "float32", run.cell.lora)
                 self._passes[key] = sharded_passes(lean, run.shape, reference, precision)
             else:
                 self._passes[key] = dry_passes(
-                    run.model, run.shape, reference, precision, share, accumulated=run.accumulated
+                    run.skeleton, run.shape, reference, precision, share, accumulated=run.accumulated
                 )
         return self._passes[key]
 
