@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rpsa.errors import RPSAError
+from rpsa.fisher import hooked
 from rpsa.fisher.footprint import dry_passes
 from rpsa.fisher.log_probs import evaluation_mode, label_log_probs
 from rpsa.models import location
 from rpsa.parameters import trainable_parameters
+from rpsa.plan.configs import missing
 from rpsa.recipe.sections import Model
 
 
@@ -42,11 +44,7 @@ def load_config(name: str, model: Model) -> Any:
         if Path(location(name)).is_dir():
             said = str(error).strip().partition("\n")[0]
             raise RPSAError(f"model {name}: its config cannot be loaded: {said}") from error
-        raise RPSAError(
-            f"model {name}: its config is not on this machine and cannot be fetched; run "
-            f"`hf download {name} config.json` where there is a network, or name a folder with that file "
-            f"(model.name=FOLDER)"
-        ) from error
+        raise missing(name) from error
 
 
 @contextmanager
@@ -257,12 +255,23 @@ def sharded_peak(model: Any, shape: Shape, precision: Precision, peak: Callable[
 def fisher_peak(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> int:
     """Bytes beside weights and sums of the Fisher estimate of one batch."""
     peaks = []
-    with _checkpointing(model, checkpointing):
+    with _checkpointing(model, checkpointing), _blocks_of_a_gpu():
         for dry_pass in dry_passes(model, shape.sequences, shape.tokens, probes):
             with LiveBytes([*_tensors(model), *dry_pass.held]) as live:
                 dry_pass.run()
             peaks.append(live.peak)
     return max(peaks)
+
+
+@contextmanager
+def _blocks_of_a_gpu() -> Iterator[None]:
+    """Within, gradients are squared in pieces as large as on a GPU, and as few: fake tensors say they are a CPU's."""
+    before = hooked._CPU_STACK, hooked._CPU_BLOCK
+    hooked._CPU_STACK = hooked._CPU_BLOCK = hooked._DEVICE_BLOCK
+    try:
+        yield
+    finally:
+        hooked._CPU_STACK, hooked._CPU_BLOCK = before
 
 
 def decoding_peak(model: Any, shape: Shape) -> int:

@@ -34,6 +34,7 @@ from rpsa.plan.dry_run import (
     warmup_peak,
 )
 from rpsa.plan.layers import Skeleton
+from rpsa.plan.serving import ACTIVATIONS
 
 Sharding = Literal["one GPU", "DDP", "FSDP2"]
 
@@ -42,6 +43,8 @@ _STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
 _GIB = 1 << 30
 _CONTEXT_BYTES = _GIB
 _FRAGMENTATION = 0.05
+_COUNTED = 64
+"""Tokens whose keys and values are looked at; all are alike."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class AlignMemory:
     passes: Passes
     freezing: Freezing | None
     instead: Instead | None = None
+    anchored: bool = False
+    """Whether each step has a pass of an anchor, which is like that of g_R."""
 
     def on(self, gpus: int, sharding: Sharding) -> StageMemory:
         """Memory of each of `gpus`. `passes` must be those of the sharding."""
@@ -152,7 +157,7 @@ class AlignMemory:
             kept["masks"] = self.trainable // (4 if self.freezing.dynamic else 8) // parts
             kept["audit"] = self._audit_bytes(parts)
             signs = self.trainable // 4 // parts if self.freezing.dynamic else 0
-        passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r else 0)
+        passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r or self.anchored else 0)
         passes += self.passes.gathered if sharding == "FSDP2" else -self._gradient_bytes()
         return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
 
@@ -215,29 +220,33 @@ class AlignMemory:
 
 def dry_passes(
     skeleton: Skeleton,
-    shape: Shape,
+    shape: Shape | None,
     reference: Shape | None,
     precision: Precision,
     compact: float | None = None,
     *,
     accumulated: bool,
 ) -> Passes:
-    """On one GPU or under DDP. `reference` is g_R's batch, if it is measured; the others as in `dry_run`."""
+    """On one GPU or under DDP, of a step's batch and of g_R's; None: it is not asked for. The others as in `dry_run`."""
 
     def training(model: Any) -> int:
+        assert shape
         return training_peak(model, shape, precision, compact, accumulated=accumulated)
 
     def reasoning(model: Any) -> int:
         assert reference
         return reasoning_peak(model, reference, precision, accumulated=accumulated)
 
-    return Passes(skeleton.peak(training), skeleton.peak(reasoning) if reference else 0)
+    return Passes(skeleton.peak(training) if shape else 0, skeleton.peak(reasoning) if reference else 0)
 
 
-def sharded_passes(lean: Skeleton, shape: Shape, reference: Shape | None, precision: Precision) -> Passes:
+def sharded_passes(
+    lean: Skeleton, shape: Shape | None, reference: Shape | None, precision: Precision
+) -> Passes:
     """Under FSDP2. `lean` is the model with its weights in the dtype that it computes in."""
 
     def training(model: Any) -> int:
+        assert shape
         return sharded_peak(model, shape, precision, training_peak)
 
     def reasoning(model: Any) -> int:
@@ -245,7 +254,7 @@ def sharded_passes(lean: Skeleton, shape: Shape, reference: Shape | None, precis
         return sharded_peak(model, reference, precision, reasoning_peak)
 
     return Passes(
-        lean.peak(training), lean.peak(reasoning) if reference else 0, _gathered(lean.model)
+        lean.peak(training) if shape else 0, lean.peak(reasoning) if reference else 0, _gathered(lean.model)
     )
 
 
@@ -288,6 +297,16 @@ def generation_memory(skeleton: Skeleton, shape: Shape, vocabulary: int) -> Stag
     step = skeleton.peak(lambda model: decoding_peak(model, shape)) - cache
     sampling = 4 * 8 * shape.sequences * vocabulary
     return StageMemory({"weights": _bytes(skeleton.model), "KV cache": cache}, max(step, sampling))
+
+
+def server_memory(skeleton: Skeleton, tokens: int) -> StageMemory:
+    """The least that vLLM needs: weights, and a cache for one sequence of `tokens`. It takes what there is."""
+    cache = skeleton.size(lambda model: cache_bytes(model, Shape(1, _COUNTED))) * tokens // _COUNTED
+    return StageMemory({"weights": _bytes(skeleton.model), "KV cache": cache}, ACTIVATIONS)
+
+
+def weights_bytes(skeleton: Skeleton) -> int:
+    return _bytes(skeleton.model)
 
 
 def _bytes(model: nn.Module) -> int:
