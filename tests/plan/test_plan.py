@@ -299,7 +299,10 @@ def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
         Estimation(model, trainable_parameters(model), data, settings).run()
     with fake_tensors():
         planned = fisher_memory(
-            Skeleton(build_model(config, "float32")), Shape(SEQUENCES, THOUGHT), 2, checkpointing=checkpointing
+            Skeleton(build_model(config, "float32")),
+            Shape(SEQUENCES, THOUGHT),
+            2,
+            checkpointing=checkpointing,
         )
     print(f"{name} Fisher: {planned.total} of {size_of(known) + live.peak}")
     assert planned.kept["weights"] == size_of(known)

@@ -107,7 +107,9 @@ def test_lengths_have_the_mean_and_the_spread() -> None:
     found = lengths(2000, 1000, 10**6)
     mean = sum(found) / len(found)
     assert mean == pytest.approx(1000, rel=0.01)
-    assert math.sqrt(sum((n - mean) ** 2 for n in found) / len(found)) == pytest.approx(1000 * SPREAD, rel=0.05)
+    assert math.sqrt(sum((n - mean) ** 2 for n in found) / len(found)) == pytest.approx(
+        1000 * SPREAD, rel=0.05
+    )
     assert sum(found[:1000]) == pytest.approx(sum(found[1000:]), rel=0.05)
     assert max(lengths(100, 1000, 1500)) == 1500
     assert lengths(1, 30, 100) == [pytest.approx(24, abs=2)]

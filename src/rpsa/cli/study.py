@@ -9,6 +9,8 @@ from rpsa.cli.parsing import KeepFinished, Overrides, RecipeFile, readable_error
 from rpsa.errors import RPSAError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rpsa.recipe import Recipe
 
 
@@ -93,11 +95,10 @@ def plan(
 ) -> None:
     """Say what a recipe needs before it runs: memory, steps, tokens, hours, disk, money. Loads no weights."""
     with readable_errors():
-        checked = _loaded(recipe, overrides)
         numbers = _whole_numbers(gpus)
         from rpsa.plan.configs import check_configs
 
-        check_configs(checked)
+        checked = _loaded(recipe, overrides, check_configs)
         from rpsa.models import quiet
         from rpsa.plan import make_plan
         from rpsa.plan.render import render, to_json
@@ -110,11 +111,13 @@ def plan(
             render(made, explain=explain)
 
 
-def _loaded(recipe: Path, overrides: list[str] | None) -> "Recipe":
+def _loaded(
+    recipe: Path, overrides: list[str] | None, first: "Callable[[Recipe], None] | None" = None
+) -> "Recipe":
     from rpsa.recipe import load_recipe
     from rpsa.recipe.shipped import named_recipe
 
-    return load_recipe(named_recipe(recipe), overrides or [])
+    return load_recipe(named_recipe(recipe), overrides or [], first)
 
 
 def _whole_numbers(text: str) -> list[int]:

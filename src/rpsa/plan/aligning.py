@@ -101,9 +101,7 @@ class _Planner:
             safety=safety,
             layouts=layouts,
             measurement_cost=self._measurement_cost(safety) if _measures_g_r(cell) else None,
-            training={
-                gpu: TrainingTime(*next(iter(of.items()))) for gpu, of in times.items() if of
-            },
+            training={gpu: TrainingTime(*next(iter(of.items()))) for gpu, of in times.items() if of},
             runs=runs,
             saved_bytes=memory.trainable_bytes,
             checkpoint_bytes=_checkpoint_bytes(args, memory),
@@ -310,5 +308,3 @@ def _trained_share(args: Any) -> float | None:
 def _checkpoints(args: Any) -> bool:
     """Newer versions of transformers have a new name for it."""
     return bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing))
-
-

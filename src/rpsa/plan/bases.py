@@ -102,5 +102,3 @@ class Base:
     def _tokenizer(self) -> Any:
         is_here = (Path(location(self.name)) / "tokenizer.json").is_file()
         return load_tokenizer(self.name, self.recipe.model) if is_here else None
-
-

@@ -306,7 +306,10 @@ def _peak(model: Any, loss: Callable[[], Tensor], precision: Precision, runs: in
     model.train()
     with _checkpointing(model, precision.checkpointing), LiveBytes(_tensors(model)) as live:
         for _ in range(runs):
-            loss().backward()  # type: ignore[no-untyped-call]
+            value = loss()
+            live.mark("loss", 0)  # autocast's copies of the weights are gone
+            value.backward()  # type: ignore[no-untyped-call]
+            del value
     for parameter in model.parameters():
         parameter.grad = None
     return live.peak

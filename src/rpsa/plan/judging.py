@@ -81,7 +81,9 @@ def _judgings(settings: Evaluate, responses: Sequence[ResponseTokens]) -> Iterat
     first = [*answers, *([1.0] if settings.judge_traces else [])]
     thoughts = [1 - ANSWER_SHARE] if own.get("judge_thoughts") else []
     of_thoughts = own.get("thought_judge")
-    yield from _judged(settings.judge, settings.judge_settings, attacks, first + ([] if of_thoughts else thoughts))
+    yield from _judged(
+        settings.judge, settings.judge_settings, attacks, first + ([] if of_thoughts else thoughts)
+    )
     if of_thoughts:
         yield from _judged(of_thoughts, own.get("thought_judge_settings") or {}, attacks, thoughts)
     if settings.second_judge:

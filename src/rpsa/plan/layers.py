@@ -93,12 +93,11 @@ def extrapolated_peak(peak: Callable[[Any], int], shallow: Sequence[Any], layers
     peaks = []
     for low, high in zip(*(_segments(peak, model) for model in shallow), strict=True):
         for (kind, layer, times), least in low.items():
-            near = [layer] if layer < _ENDS else []  # as far from the first layer in both models, or from the last
+            near = (
+                [layer] if layer < _ENDS else []
+            )  # as far from the first layer in both models, or from the last
             near += [layer + m - n] if n - layer <= _ENDS else []
-            peaks += [
-                least + (high[kind, other, times] - least) * (layers - n) // (m - n)
-                for other in near
-            ]
+            peaks += [least + (high[kind, other, times] - least) * (layers - n) // (m - n) for other in near]
     return max(peaks)
 
 

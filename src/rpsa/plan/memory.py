@@ -34,7 +34,7 @@ from rpsa.plan.dry_run import (
     warmup_peak,
 )
 from rpsa.plan.layers import Skeleton
-from rpsa.plan.serving import ACTIVATIONS
+from rpsa.plan.serving import activations
 
 Sharding = Literal["one GPU", "DDP", "FSDP2"]
 
@@ -157,7 +157,9 @@ class AlignMemory:
             kept["masks"] = self.trainable // (4 if self.freezing.dynamic else 8) // parts
             kept["audit"] = self._audit_bytes(parts)
             signs = self.trainable // 4 // parts if self.freezing.dynamic else 0
-        passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r or self.anchored else 0)
+        passes = max(
+            self.passes.training + signs, self.passes.reasoning if self._measures_g_r or self.anchored else 0
+        )
         passes += self.passes.gathered if sharding == "FSDP2" else -self._gradient_bytes()
         return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
 
@@ -302,7 +304,8 @@ def generation_memory(skeleton: Skeleton, shape: Shape, vocabulary: int) -> Stag
 def server_memory(skeleton: Skeleton, tokens: int) -> StageMemory:
     """The least that vLLM needs: weights, and a cache for one sequence of `tokens`. It takes what there is."""
     cache = skeleton.size(lambda model: cache_bytes(model, Shape(1, _COUNTED))) * tokens // _COUNTED
-    return StageMemory({"weights": _bytes(skeleton.model), "KV cache": cache}, ACTIVATIONS)
+    weights = _bytes(skeleton.model)
+    return StageMemory({"weights": weights, "KV cache": cache}, activations(weights))
 
 
 def weights_bytes(skeleton: Skeleton) -> int:

@@ -200,7 +200,9 @@ def _generation(
         by_gpu[gpu.name] = {together: seconds + loss + sum(judge.seconds(gpu) for judge in judges)}
         if gpu == base.gpu:
             arithmetic = said + [judge.arithmetic(gpu) for judge in judges if judge.model]
-            arithmetic += [f"reasoning loss of {held_out.count} responses: {loss / 60:.1f} min"] if held_out else []
+            arithmetic += (
+                [f"reasoning loss of {held_out.count} responses: {loss / 60:.1f} min"] if held_out else []
+            )
     return SingleGpuStage(
         name,
         share,
@@ -231,7 +233,12 @@ def _served(
     weights, token_bytes = weights_bytes(skeleton), base.token_bytes(skeleton)
     each = 2.0 * base.parameters / (operations_a_second(gpu, "bf16") * UTILISATION)
     by = server(
-        asking.settings.engine, gpu.memory * 2**30, weights, token_bytes, gpu.bandwidth * BANDWIDTH_SHARE, each
+        asking.settings.engine,
+        gpu.memory * 2**30,
+        weights,
+        token_bytes,
+        gpu.bandwidth * BANDWIDTH_SHARE,
+        each,
     )
     asked = [Asked(math.ceil(r.count / asking.engines), asking.prompt, r.tokens, r.limit) for r in responses]
     wave = WAVE if asking.engines == 1 else None
@@ -252,5 +259,3 @@ def _said(responses: ResponseTokens, done: Served) -> str:
         f"  {responses.name}: {responses.count:,} × ~{responses.tokens:,} tokens, "
         f"{done.at_once:.0f} at a time, {done.rate:,.0f} tokens a second: {done.seconds / 60:.1f} min"
     )
-
-

@@ -97,7 +97,7 @@ class Plan:
         return in_order([*of_stages, *(method.work for method in self.methods)])
 
 
-_WIDTH = 110
+_WIDTH = 122
 _NOTES = (
     "All of this is estimates. Memory: what stays is exact; passes are dry runs with the longest sequences that the "
     "settings admit. A stage fits if 1 GiB and 5% are left. Times: 40% of the peak operations, 60% of the bandwidth, "
@@ -157,8 +157,15 @@ def render(plan: Plan, console: Console | None = None, *, explain: bool = False)
 
 def _render_study(plan: Plan, console: Console) -> None:
     study = plan.study
-    how = "training and Fisher by `accelerate launch` on all of them, one after the other; " if study.launched else ""
-    console.print(f"\nThe study on {study.gpu} GPUs: {how}the rest in as many workers as `matrix.parallel` says", markup=False)
+    how = (
+        "training and Fisher by `accelerate launch` on all of them, one after the other; "
+        if study.launched
+        else ""
+    )
+    console.print(
+        f"\nThe study on {study.gpu}-{study.memory:g} GPUs: {how}the rest in as many workers as `matrix.parallel` says",
+        markup=False,
+    )
     table = _table("GPUs", "as written", "matrix.parallel as GPUs", "GPU hours", "USD")
     for total in study.totals:
         table.add_row(
@@ -183,11 +190,11 @@ def whole_study(study: Study) -> str:
     stored = f"{_gigabytes(study.disk_bytes)} of disk, {_gigabytes(study.download_bytes)} to download"
     total = study.total
     if total is None or total.seconds is None or total.gpu_hours is None:
-        return f"Whole study: fits on none of these numbers of {study.gpu} GPUs; {stored}"
+        return f"Whole study: fits on none of these numbers of {study.gpu}-{study.memory:g} GPUs; {stored}"
     plural = "s" if _number(total.gpu_hours) != "1" else ""
     paid = "" if total.usd is None else f"${total.usd:,.0f}, "
     return (
-        f"Whole study on {total.gpus} × {study.gpu}: {_duration(total.seconds)}, {_number(total.gpu_hours)} GPU "
+        f"Whole study on {total.gpus} × {study.gpu}-{study.memory:g}: {_duration(total.seconds)}, {_number(total.gpu_hours)} GPU "
         f"hour{plural}, {paid}{stored}"
     )
 
@@ -215,7 +222,13 @@ def _number(value: float) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return (
+        f"{size / 1e9:,.0f} GB"
+        if size >= 1e10
+        else f"{size / 1e9:.1f} GB"
+        if size >= 1e8
+        else f"{size / 1e6:.1f} MB"
+    )
 
 
 def _table(*columns: str) -> Table:

@@ -23,8 +23,7 @@ WAVE = 512
 MAX_SEQUENCES = 256
 UTILISATION = 0.9
 """vLLM's `gpu_memory_utilization`."""
-ACTIVATIONS = 2 << 30
-"""Of one step, and CUDA graphs, beside weights and cache."""
+_ACTIVATIONS = 2 << 30
 STEP = 0.005
 """Seconds that a step takes at the least: scheduling, sampling, and kernels replayed as one graph."""
 START_SECONDS = 90
@@ -81,6 +80,11 @@ class Served:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def activations(weights: int) -> int:
+    """Bytes of one step, and of CUDA graphs, beside weights and cache: an eighth of the weights, at most 2 GiB."""
+    return min(_ACTIVATIONS, weights // 8)
+
+
 def server(
     engine: Mapping[str, Any],
     gpu_memory: float,
@@ -91,7 +95,9 @@ def server(
 ) -> Server:
     """The engine that a recipe's `engine` makes of GPUs with `gpu_memory` bytes; the rest is of one GPU, too."""
     parts = int(engine.get("tensor_parallel_size", 1))
-    usable = parts * (gpu_memory * float(engine.get("gpu_memory_utilization", UTILISATION)) - ACTIVATIONS)
+    usable = parts * (
+        gpu_memory * float(engine.get("gpu_memory_utilization", UTILISATION)) - activations(weights)
+    )
     return Server(
         cache=max(0, int((usable - weights) // token_bytes)),
         weights=weights,
@@ -132,7 +138,9 @@ def expected(asked: Sequence[Asked], by: Server, wave: int | None = WAVE) -> Ser
         for order in range(_ORDERS)
     ]
     return Served(
-        sum(one.seconds for one in found) / _ORDERS, found[0].tokens, sum(one.steps for one in found) / _ORDERS
+        sum(one.seconds for one in found) / _ORDERS,
+        found[0].tokens,
+        sum(one.steps for one in found) / _ORDERS,
     )
 
 

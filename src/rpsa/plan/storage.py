@@ -19,7 +19,11 @@ def downloads(recipe: Recipe, bases: Sequence[Base], evaluation: Sequence[Respon
     """Models as their owners store them. Data sets are some megabytes each."""
     found = []
     for base in bases:
-        if base.name.startswith("tiny:") or Path(base.name).is_dir() and any(Path(base.name).glob("*.safetensors")):
+        if (
+            base.name.startswith("tiny:")
+            or Path(base.name).is_dir()
+            and any(Path(base.name).glob("*.safetensors"))
+        ):
             continue
         dtype = torch_dtype(base.config, "auto")
         size = base.parameters * dtype.itemsize
@@ -61,5 +65,3 @@ def left_on_disk(base: Base, methods: Sequence[MethodPlan], stages: Sequence[Sin
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
-
-

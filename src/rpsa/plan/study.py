@@ -78,6 +78,8 @@ class Study:
     """`gpu` is the kind that `totals` are of; `gpus` the number that the recipe is written for, or the fewest."""
 
     gpu: str
+    memory: float
+    """GiB of one."""
     gpus: int | None
     launched: bool
     """Whether training and Fisher go through `accelerate launch`, one after the other on all GPUs."""
@@ -136,7 +138,7 @@ def make_study(
     possible = [total.gpus for total in totals if total.seconds is not None]
     own = _processes(recipe) or recipe.matrix.parallel
     chosen = own if own > 1 and own in possible else min(possible, default=None)
-    return Study(gpu.name, chosen, is_launched, totals, calls, disk, download)
+    return Study(gpu.name, gpu.memory, chosen, is_launched, totals, calls, disk, download)
 
 
 def wall_seconds(
