@@ -3,6 +3,7 @@
     python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (a minute each)
     python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
+    python benchmarks/docs_numbers.py robustness RUN_DIR   the tables of a finished recipes/tiny/robustness.yaml
     python benchmarks/docs_numbers.py write                texts from plans.json alone
 
 `plans` keeps its results in `plans.json` beside this file. It needs no network: the models' configs are below. `demo`
@@ -297,6 +298,15 @@ def bench(folder: Path) -> dict[Path, str]:
     return {page: with_block(page, "bench", f"{of_figure(figure)}\n{table}")}
 
 
+def robustness(folder: Path) -> dict[Path, str]:
+    """The page that shows the tables of a run that is there; its figure is copied."""
+    figure = ROOT / "docs" / "images" / "tiny-tampering.png"
+    shutil.copyfile(folder / "report" / "tampering.png", figure)
+    table = (folder / "report" / "robustness.md").read_text().strip()
+    page = ROOT / "docs" / "robustness.md"
+    return {page: with_block(page, "robustness", f"{of_figure(figure)}\n{table}")}
+
+
 def of_figure(path: Path) -> str:
     """Ties the table to the figure of the same run."""
     return f"<!-- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()} -->"
@@ -313,17 +323,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "demo", "bench", "write"])
+    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "write"])
     parser.add_argument(
         "names",
         nargs="*",
-        help="models (default: all), or the run's folder (runs/tiny-demo, runs/tiny-bench)",
+        help="models (default: all), or the run's folder (runs/tiny-demo, runs/tiny-bench, ...)",
     )
     arguments = parser.parse_args()
     if arguments.what == "demo":
         written = demo(Path(*(arguments.names or [ROOT / "runs" / "tiny-demo"])).absolute())
     elif arguments.what == "bench":
         written = bench(Path(*(arguments.names or [ROOT / "runs" / "tiny-bench"])).absolute())
+    elif arguments.what == "robustness":
+        written = robustness(Path(*(arguments.names or [ROOT / "runs" / "tiny-robustness"])).absolute())
     else:
         plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
         if arguments.what == "plans":

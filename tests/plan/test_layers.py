@@ -1,7 +1,8 @@
 """The peak of a deep model from two shallow ones, against a dry run of all its layers: equal to the byte."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,18 +52,17 @@ def skeletons(config: PreTrainedConfig, dtype: str, lora: bool) -> tuple[Skeleto
     return Skeleton(whole), Skeleton(whole, [build(with_layers(config, number)) for number in SHALLOW])
 
 
-PEAKS: dict[str, Callable[[Any], int]] = {
-    f"{name}, {'bf16' if bf16 else 'fp32'}, {'checkpointed' if checkpointed else 'stored'}": (
-        lambda model, run=run, precision=Precision(bf16, checkpointed): run(model, precision)
-    )
-    for bf16, checkpointed in itertools.product([True, False], [True, False])
-    for name, run in {
-        "training": lambda model, precision: training_peak(model, SHAPE, precision),
-        "accumulated": lambda model, precision: training_peak(model, SHAPE, precision, accumulated=True),
-        "compact": lambda model, precision: training_peak(model, SHAPE, precision, 0.4, accumulated=True),
-        "reasoning": lambda model, precision: reasoning_peak(model, SHAPE, precision, accumulated=True),
-    }.items()
-} | {
+def dry_runs() -> Iterator[tuple[str, Callable[[Any], int]]]:
+    for bf16, checkpointed in itertools.product([True, False], [True, False]):
+        how = Precision(bf16, checkpointed)
+        said = f"{'bf16' if bf16 else 'fp32'}, {'checkpointed' if checkpointed else 'stored'}"
+        yield f"training, {said}", partial(training_peak, shape=SHAPE, precision=how)
+        yield f"accumulated, {said}", partial(training_peak, shape=SHAPE, precision=how, accumulated=True)
+        yield f"compact, {said}", partial(training_peak, shape=SHAPE, precision=how, compact=0.4, accumulated=True)
+        yield f"reasoning, {said}", partial(reasoning_peak, shape=SHAPE, precision=how, accumulated=True)
+
+
+PEAKS: dict[str, Callable[[Any], int]] = dict(dry_runs()) | {
     "sharded": lambda model: sharded_peak(model, SHAPE, Precision(True, True), training_peak),
     "Fisher": lambda model: fisher_peak(model, SHAPE, 2, checkpointing=False),
     "Fisher, checkpointed": lambda model: fisher_peak(model, SHAPE, 2, checkpointing=True),

@@ -26,7 +26,7 @@ from rpsa.fisher.samples import read_samples
 from rpsa.parameters import trainable_parameters
 from rpsa.plan import make_plan
 from rpsa.plan.dry_run import LiveBytes, Precision, Shape, build_model, fake_tensors, reasoning_peak
-from rpsa.plan.layers import SHALLOW, Skeleton, extrapolated_peak, with_layers
+from rpsa.plan.layers import Skeleton
 from rpsa.plan.memory import (
     AlignMemory,
     Freezing,

@@ -83,8 +83,8 @@ def test_judges_read_answers_and_cost_time_here_and_calls_elsewhere() -> None:
         judge="llama-guard-3",
         second_judge="rubric",
         second_judge_settings={"base_url": "http://127.0.0.1/v1", "model": "m"},
+        judge_thoughts=False,
     )
-    settings = settings.model_copy(update={"judge_thoughts": False})
     guard, rubric = judgings(settings, evaluation_responses(settings))
     assert (guard.texts, guard.parameters, rubric.model) == (313, 8_000_000_000, None)
     assert guard.tokens_in == 313 * 300 + round(ANSWER_SHARE * 313 * 800)
@@ -92,9 +92,13 @@ def test_judges_read_answers_and_cost_time_here_and_calls_elsewhere() -> None:
     reading = 2 * 8e9 * guard.tokens_in / (989e12 * 0.4)
     assert guard.seconds(h100) == pytest.approx(reading + 313 * 8 / 16 * 0.025)
     assert rubric.seconds(h100) == 0
-    traces = settings.model_copy(update={"judge_traces": True, "second_judge": None})
-    [both] = judgings(traces, evaluation_responses(traces))
-    assert both.texts == 2 * guard.texts
+    with_thoughts = settings.model_copy(update={"judge_thoughts": True, "second_judge": None})
+    [both] = judgings(with_thoughts, evaluation_responses(with_thoughts))
+    assert (both.texts, both.tokens_in) == (2 * 313, 2 * 313 * 300 + 313 * 800)
+    apart = with_thoughts.model_copy(update={"thought_judge": "reasoningshield"})
+    assert [(one.judge, one.texts) for one in judgings(apart, evaluation_responses(apart))] == [
+        ("llama-guard-3", 313), ("reasoningshield", 313)
+    ]  # fmt: skip
     assert [judge_parameters(name) for name in ("cais/HarmBench-Llama-2-13b-cls", "x/Guard-Gen-0.6B", "a/b")] == [
         13_000_000_000, 600_000_000, 8_000_000_000
     ]  # fmt: skip

@@ -75,7 +75,7 @@ class _Planner:
     def method(self, cell: Cell, runs: int) -> MethodPlan:
         # bf16 is refused on a machine without a GPU, but not for the CPU
         on_cpu = replace(cell, train={**cell.train, "use_cpu": True})
-        args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder, quiet=True)
+        args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder)
         dtype = alignment_dtype(cell, self.base.recipe.model)
         safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpsa.evaluation.judges import judge_model
+from rpsa.evaluation.judges import can_see, judge_model
 from rpsa.evaluation.run import REFUSAL
 from rpsa.plan.study import Calls
 from rpsa.plan.time import BANDWIDTH_SHARE, SECONDS_PER_PASS, Gpu, ResponseTokens, compute_seconds
@@ -76,16 +76,12 @@ def own_judgings(safety: Safety, responses: ResponseTokens) -> list[Judging]:
 def _judgings(settings: Evaluate, responses: Sequence[ResponseTokens]) -> Iterator[Judging]:
     attacks = [one for one in responses if one.judged and one.kind == "attack"]
     refusals = [one for one in responses if one.judged and one.kind == "over_refusal"]
-    own = settings.model_dump()
-    answers = [ANSWER_SHARE]
-    first = [*answers, *([1.0] if settings.judge_traces else [])]
-    thoughts = [1 - ANSWER_SHARE] if own.get("judge_thoughts") else []
-    of_thoughts = own.get("thought_judge")
-    yield from _judged(
-        settings.judge, settings.judge_settings, attacks, first + ([] if of_thoughts else thoughts)
-    )
-    if of_thoughts:
-        yield from _judged(of_thoughts, own.get("thought_judge_settings") or {}, attacks, thoughts)
+    answers, thoughts = [ANSWER_SHARE], [1 - ANSWER_SHARE]
+    has_both = settings.judge_thoughts and not settings.thought_judge and "thought" in can_see(settings.judge)
+    first = answers + (thoughts if has_both else [])
+    yield from _judged(settings.judge, settings.judge_settings, attacks, first)
+    if settings.judge_thoughts and settings.thought_judge:
+        yield from _judged(settings.thought_judge, settings.thought_judge_settings, attacks, thoughts)
     if settings.second_judge:
         yield from _judged(settings.second_judge, settings.second_judge_settings, attacks, answers)
     yield from _judged(settings.refusal_judge, settings.refusal_judge_settings, refusals, answers)

@@ -229,7 +229,7 @@ def dry_passes(
     *,
     accumulated: bool,
 ) -> Passes:
-    """On one GPU or under DDP, of a step's batch and of g_R's; None: it is not asked for. The others as in `dry_run`."""
+    """On one GPU or under DDP, of a step's batch and of g_R's (None: not asked for). The others as in `dry_run`."""
 
     def training(model: Any) -> int:
         assert shape

@@ -27,6 +27,7 @@ from rpsa.plan.time import (
     UTILISATION,
     Gpu,
     ResponseTokens,
+    attacked_responses,
     compute_seconds,
     evaluation_responses,
     fisher_operations,
@@ -69,6 +70,14 @@ def single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
         judges = judgings(recipe.evaluate, responses)
         yield _generation(
             base, "evaluate", "evaluate, each model", len(base.cells), responses, asked, judges, held_out
+        )
+    under_attack = attacked_responses(recipe)
+    attacks = base.tasks("robustness")
+    if under_attack and attacks:
+        asked = Asking(recipe.evaluate, prompt_tokens(recipe.evaluate.tasks[0]))
+        judges = judgings(recipe.evaluate, under_attack)
+        yield _generation(
+            base, "robustness", "attacks, each", len(attacks), under_attack, asked, judges
         )
 
 

@@ -191,11 +191,10 @@ def whole_study(study: Study) -> str:
     total = study.total
     if total is None or total.seconds is None or total.gpu_hours is None:
         return f"Whole study: fits on none of these numbers of {study.gpu}-{study.memory:g} GPUs; {stored}"
-    plural = "s" if _number(total.gpu_hours) != "1" else ""
     paid = "" if total.usd is None else f"${total.usd:,.0f}, "
     return (
-        f"Whole study on {total.gpus} × {study.gpu}-{study.memory:g}: {_duration(total.seconds)}, {_number(total.gpu_hours)} GPU "
-        f"hour{plural}, {paid}{stored}"
+        f"Whole study on {total.gpus} × {study.gpu}-{study.memory:g}: {_duration(total.seconds)}, "
+        f"{_number(total.gpu_hours)} GPU hours, {paid}{stored}"
     )
 
 

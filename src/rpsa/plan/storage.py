@@ -19,10 +19,8 @@ def downloads(recipe: Recipe, bases: Sequence[Base], evaluation: Sequence[Respon
     """Models as their owners store them. Data sets are some megabytes each."""
     found = []
     for base in bases:
-        if (
-            base.name.startswith("tiny:")
-            or Path(base.name).is_dir()
-            and any(Path(base.name).glob("*.safetensors"))
+        if base.name.startswith("tiny:") or (
+            Path(base.name).is_dir() and any(Path(base.name).glob("*.safetensors"))
         ):
             continue
         dtype = torch_dtype(base.config, "auto")

@@ -16,7 +16,7 @@ from rpsa.provenance import Stage
 from rpsa.recipe.loading import parse_yaml
 from rpsa.recipe.schema import Recipe
 
-_ORDER: tuple[Stage, ...] = ("reference", "safety", "fisher", "align", "evaluate")
+_ORDER: tuple[Stage, ...] = ("reference", "safety", "fisher", "align", "evaluate", "robustness")
 _LAUNCHED: tuple[Stage, ...] = ("fisher", "align")
 
 

@@ -169,6 +169,16 @@ def evaluation_responses(settings: Evaluate) -> list[ResponseTokens]:
     return [_task_responses(task, settings) for task in expanded(settings.tasks)]
 
 
+def attacked_responses(recipe: Recipe) -> list[ResponseTokens]:
+    """What is asked again under each attack: requests, unless the recipe names tasks. No data are fetched."""
+    if recipe.robustness is None:
+        return []
+    tasks = recipe.robustness.tasks
+    if tasks is not None:
+        return evaluation_responses(recipe.evaluate.model_copy(update={"tasks": tasks}))
+    return [one for one in evaluation_responses(recipe.evaluate) if one.kind != "reasoning"]
+
+
 def _task_responses(task: str, settings: Evaluate) -> ResponseTokens:
     limit = settings.max_new_tokens
     if known := BENCHMARKS.get(task):
