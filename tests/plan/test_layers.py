@@ -58,7 +58,10 @@ def dry_runs() -> Iterator[tuple[str, Callable[[Any], int]]]:
         said = f"{'bf16' if bf16 else 'fp32'}, {'checkpointed' if checkpointed else 'stored'}"
         yield f"training, {said}", partial(training_peak, shape=SHAPE, precision=how)
         yield f"accumulated, {said}", partial(training_peak, shape=SHAPE, precision=how, accumulated=True)
-        yield f"compact, {said}", partial(training_peak, shape=SHAPE, precision=how, compact=0.4, accumulated=True)
+        yield (
+            f"compact, {said}",
+            partial(training_peak, shape=SHAPE, precision=how, compact=0.4, accumulated=True),
+        )
         yield f"reasoning, {said}", partial(reasoning_peak, shape=SHAPE, precision=how, accumulated=True)
 
 

@@ -249,7 +249,7 @@ def _checkpoints_at_once(args: Any, layout: Layout) -> int:
     written = max(1, int(layout.steps.steps / every) if every >= 1 else 1)
     if args.save_total_limit is None:
         return written
-    kept = max(args.save_total_limit, 2 if args.load_best_model_at_end else 1)
+    kept: int = max(args.save_total_limit, 2 if args.load_best_model_at_end else 1)
     return min(written, kept + 1)
 
 

@@ -90,12 +90,11 @@ def extrapolated_peak(peak: Callable[[Any], int], shallow: Sequence[Any], layers
         peak: the most of one or several `LiveBytes` that it counts with, in bytes.
     """
     n, m = SHALLOW
-    peaks = []
+    peaks: list[int] = []
     for low, high in zip(*(_segments(peak, model) for model in shallow), strict=True):
         for (kind, layer, times), least in low.items():
-            near = (
-                [layer] if layer < _ENDS else []
-            )  # as far from the first layer in both models, or from the last
+            # as far from the first layer in both models, or from the last
+            near = [layer] if layer < _ENDS else []
             near += [layer + m - n] if n - layer <= _ENDS else []
             peaks += [least + (high[kind, other, times] - least) * (layers - n) // (m - n) for other in near]
     return max(peaks)
@@ -111,7 +110,7 @@ def _segments(peak: Callable[[Any], int], model: Any) -> list[dict[tuple[str, in
             hidden: Tensor = output[0] if isinstance(output, tuple) else output
             watched[-1].mark("forward", number)
             if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: watched[-1].mark("backward", number))
+                hidden.register_hook(lambda _: watched[-1].mark("backward", number))  # type: ignore[no-untyped-call]
 
         return after
 

@@ -76,9 +76,7 @@ def single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
     if under_attack and attacks:
         asked = Asking(recipe.evaluate, prompt_tokens(recipe.evaluate.tasks[0]))
         judges = judgings(recipe.evaluate, under_attack)
-        yield _generation(
-            base, "robustness", "attacks, each", len(attacks), under_attack, asked, judges
-        )
+        yield _generation(base, "robustness", "attacks, each", len(attacks), under_attack, asked, judges)
 
 
 def _fisher(base: Base, cell: Cell) -> SingleGpuStage:

@@ -221,6 +221,8 @@ def _number(value: float) -> str:
 
 
 def _gigabytes(size: int) -> str:
+    if size == 0:
+        return "nothing"
     return (
         f"{size / 1e9:,.0f} GB"
         if size >= 1e10
