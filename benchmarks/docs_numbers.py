@@ -1,6 +1,6 @@
 """Writes the figures that the README, the docs and the recipes show, so that nobody copies them by hand.
 
-    python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (minutes each)
+    python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (a minute each)
     python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
     python benchmarks/docs_numbers.py robustness RUN_DIR   the tables of a finished recipes/tiny/robustness.yaml
@@ -78,6 +78,8 @@ METHODS = (
     "matrix.methods={original: {}, fft: {}, fft+rpsa: {}, "
     "fft+compact: {paradigm: fft, align: {frozen_ratio: 0.6, compact: true}}, lora: {}, lora+rpsa: {}}"
 )
+USD_PER_HOUR = 3.0
+"""Of an H100, in the examples."""
 DEMO_PLAN = ["matrix.bases=[tiny:0]", "matrix.methods=[fft, fft+rpsa]"]
 
 
@@ -101,14 +103,25 @@ def configs() -> Iterator[None]:
 
 
 def planned(model: Shipped, *more: str) -> dict[str, Any]:
-    """GiB by method, number of GPUs and stage, and the whole text. Call it within `configs`."""
+    """GiB by method, number of GPUs and stage, the whole text, and the study in a line. Call it within `configs`."""
+    plan = plan_of(model, model.recipe, METHODS, *more)
+    found = figures(plan, model) | {"recommended": figures(plan_of(model, "recommended.yaml", *more), model)}
+    if model.recipe == "paper-study.yaml":
+        from rpsa.plan.render import whole_study
+
+        found["study"] = whole_study(plan_of(model, model.recipe, *more).study)
+    return found | {"text": rendered(plan)}
+
+
+def plan_of(model: Shipped, recipe: str, *more: str) -> Any:
     from rpsa.plan import make_plan
     from rpsa.recipe import load_recipe
 
-    recipe = load_recipe(
-        ROOT / "recipes" / model.folder / model.recipe, [f"model.name={model.name}", METHODS, *more]
-    )
-    plan = make_plan(recipe)
+    path = ROOT / "recipes" / model.folder / recipe
+    return make_plan(load_recipe(path, [f"model.name={model.name}", *more]), usd_per_hour=USD_PER_HOUR)
+
+
+def figures(plan: Any, model: Shipped) -> dict[str, Any]:
     return {
         "parameters": plan.parameters[model.name],
         "align": {
@@ -119,7 +132,6 @@ def planned(model: Shipped, *more: str) -> dict[str, Any]:
             for method in plan.methods
         },
         "stages": {stage.stage: gib(stage.memory.total) for stage in plan.stages[model.name]},
-        "text": rendered(plan),
     }
 
 
@@ -129,7 +141,7 @@ def rendered(plan: Any) -> str:
     from rpsa.plan.render import render
 
     out = io.StringIO()
-    render(plan, Console(file=out, width=110))
+    render(plan, Console(file=out, width=122))
     return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 
@@ -182,7 +194,7 @@ def memory_line(plan: dict[str, Any], method: str) -> str:
     if layouts["2"][1] == "FSDP2":
         parts += [f"{math.ceil(layouts[n][0])} on each of {n}" for n in ("2", "4", "8")]
     text = ", ".join(parts)
-    if method.endswith("rpsa"):
+    if method.endswith(("rpsa", "constant_kl")):
         text += (
             f"; Fisher {math.ceil(plan['stages']['Fisher, LoRA' if 'lora' in method else 'Fisher, full'])}"
         )
@@ -191,10 +203,11 @@ def memory_line(plan: dict[str, Any], method: str) -> str:
 
 def texts(plans: dict[str, Any]) -> dict[Path, str]:
     """Every file that shows a plan, as it should be."""
-    llama = plans[SHIPPED[0].name]["text"]
+    page = ROOT / "docs" / "plan.md"
+    shown = with_block(page, "plan", fenced(plans[SHIPPED[0].name]["text"]))
     found = {
         ROOT / "README.md": with_block(ROOT / "README.md", "models", memory_table(plans)),
-        ROOT / "docs" / "plan.md": with_block(ROOT / "docs" / "plan.md", "plan", fenced(llama)),
+        page: with_block(page, "study", fenced(plans[SHIPPED[0].name]["study"]), shown),
         ROOT / "docs" / "recipes.md": with_block(
             ROOT / "docs" / "recipes.md", "demo plan", fenced(demo_plan())
         ),
@@ -202,8 +215,11 @@ def texts(plans: dict[str, Any]) -> dict[Path, str]:
     for model in SHIPPED:
         for path in (ROOT / "recipes" / model.folder).glob("*.yaml"):
             method = "lora+rpsa" if path.stem.startswith("lora+rpsa") else path.stem
-            if method in plans[model.name]["align"]:
-                line = MEMORY + memory_line(plans[model.name], method)
+            plan = plans[model.name]
+            if path.stem == "recommended":
+                plan, [method] = plan["recommended"], plan["recommended"]["align"]
+            if method in plan["align"]:
+                line = MEMORY + memory_line(plan, method)
                 text, count = re.subn(rf"^{re.escape(MEMORY)}.*$", line, path.read_text(), flags=re.MULTILINE)
                 if count != 1:
                     raise SystemExit(f"{path}: {count} lines begin with {MEMORY!r}, not one")
@@ -215,9 +231,10 @@ def fenced(text: str) -> str:
     return f"```text\n{text}\n```"
 
 
-def with_block(path: Path, name: str, block: str) -> str:
+def with_block(path: Path, name: str, block: str, text: str | None = None) -> str:
+    """The file, or `text` in its place, with another block of this name."""
     start, end = f"<!-- docs_numbers: {name} -->", f"<!-- end of {name} -->"
-    before, _, rest = path.read_text().partition(start)
+    before, _, rest = (text or path.read_text()).partition(start)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{path}: lacks {start} or {end}")
