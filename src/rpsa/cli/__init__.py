@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.around import chat, environment, publish, recipes_app
+from rpsa.cli.around import chat, environment, fetch, publish, recipes_app
 from rpsa.cli.inspection import audit, schema, tiny_app, verify
 from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
@@ -59,5 +59,6 @@ app.command()(perturb)
 app.command()(chat)
 app.command()(publish)
 app.add_typer(recipes_app, name="recipes")
+app.command()(fetch)
 app.command("env")(environment)
 app.add_typer(tiny_app, name="tiny")
