@@ -3,6 +3,7 @@
     python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (minutes each)
     python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
+    python benchmarks/docs_numbers.py smollm2 RUN_DIR      tables of a finished bench of recipes/smollm2-135m
     python benchmarks/docs_numbers.py write                texts from plans.json alone
 
 `plans` keeps its results in `plans.json` beside this file. It needs no network: the models' configs are below. `demo`
@@ -215,8 +216,12 @@ def fenced(text: str) -> str:
 
 
 def with_block(path: Path, name: str, block: str) -> str:
+    return in_block(path.read_text(), path, name, block)
+
+
+def in_block(text: str, path: Path, name: str, block: str) -> str:
     start, end = f"<!-- docs_numbers: {name} -->", f"<!-- end of {name} -->"
-    before, _, rest = path.read_text().partition(start)
+    before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{path}: lacks {start} or {end}")
@@ -280,6 +285,109 @@ def bench(folder: Path) -> dict[Path, str]:
     return {page: with_block(page, "bench", f"{of_figure(figure)}\n{table}")}
 
 
+# The study of SmolLM2
+
+
+def smollm2(folder: Path) -> dict[Path, str]:
+    """The page that shows a finished study: every method, its difference to the plain one, and what it was chosen from."""
+    from rpsa.artifacts import read_json
+    from rpsa.pipeline.reporting import collect
+    from rpsa.recipe import Recipe
+
+    recipe = Recipe.model_validate(read_json(folder / "test" / "given.json") | {"output_dir": f"{folder}/test"})
+    results, missing = collect(recipe)
+    if missing:
+        raise SystemExit(f"{folder}: {len(missing)} runs have no result, such as {min(missing)}")
+    runs = list(results.values())
+    original = next(run for run in runs if run.is_original)
+    by_method: dict[str, list[Any]] = {}
+    for run in runs:
+        if not run.is_original:
+            by_method.setdefault(run.method, []).append(run)
+    choice = read_json(folder / "choice.json")
+    chosen = {one["method"]: one["settings"] for one in choice["chosen"]}
+    page = ROOT / "docs" / "smollm2.md"
+    blocks = {
+        "smollm2": methods_table(original, by_method, chosen),
+        "smollm2 differences": differences_table(by_method),
+        "smollm2 choice": choice_table(choice),
+    }
+    text = page.read_text()
+    for name, block in blocks.items():
+        text = in_block(text, page, name, block)
+    return {page: text}
+
+
+def figures_of(run: Any) -> dict[str, float]:
+    """What a column shows of a run: rates in percent, losses in nats a token."""
+    assert run.loss is not None
+    rates = {**without_mean(run.asr), **run.over_refusal}
+    return {
+        "Solved ↑": 100 * run.reasoning["mean"],
+        "Problems refused ↓": 100 * run.refused,
+        "NLL ↓": run.loss.nll,
+        "KL ↓": run.loss.kl or 0.0,
+        **{f"{name.removeprefix('rpsa_')} ↓": 100 * rate for name, rate in without_mean(rates).items()},
+    }
+
+
+def without_mean(rates: Any) -> dict[str, float]:
+    return {name: rate for name, rate in rates.items() if name != "mean"}
+
+
+def methods_table(original: Any, by_method: dict[str, list[Any]], chosen: dict[str, dict[str, Any]]) -> str:
+    names = list(figures_of(original))
+    rows = [["original", "", *(shown(name, [figures_of(original)[name]]) for name in names)]]
+    for method, runs in by_method.items():
+        found = [figures_of(run) for run in runs]
+        settings = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in chosen[method].items())
+        rows.append([method, settings, *(shown(name, [one[name] for one in found]) for name in names)])
+    return markdown_table(["Method", "Chosen", *names], rows)
+
+
+def differences_table(by_method: dict[str, list[Any]]) -> str:
+    """Each method less the plain one of its paradigm, seed by seed."""
+    rows, names = [], []
+    for method, runs in by_method.items():
+        plain = {run.seed: figures_of(run) for run in by_method[method.partition("+")[0]]}
+        if "+" not in method:
+            continue
+        found = [(figures_of(run), plain[run.seed]) for run in runs]
+        names = list(found[0][0])
+        rows.append([method, *(shown(n, [own[n] - other[n] for own, other in found], "+") for n in names)])
+    return markdown_table(["Method less plain", *names], rows)
+
+
+def choice_table(choice: dict[str, Any]) -> str:
+    """Every point that was tried on the development seed; the chosen ones are bold."""
+    picked = {one["method"]: one["settings"] for one in choice["chosen"]}
+    names = list(choice["tried"][0]["means"])
+    rows = []
+    for one in choice["tried"]:
+        said = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in one["settings"].items())
+        figures = [f"{100 * one['means'][name] + 0.0:.1f}" if one["means"] else "failed" for name in names]
+        missed = "" if one["shortfall"] is None else f"{100 * one['shortfall']:.1f}"
+        bold = picked.get(one["method"]) == one["settings"]
+        rows.append([one["method"], f"**{said}**" if bold else said, *figures, missed])
+    heads = ["Drop of solved" if name == "reasoning" else name.removeprefix("rpsa_") for name in names]
+    return markdown_table(["Method", "Settings", *heads, "Shortfall"], rows)
+
+
+def shown(name: str, values: list[float], sign: str = "") -> str:
+    """The mean, and its 95% interval over seeds where there are three."""
+    from rpsa.evaluation.statistics import mean_interval
+
+    form = f"{sign}.3f" if name.startswith(("NLL", "KL")) else f"{sign}.1f"
+    interval = mean_interval(values)
+    mean = f"{sum(values) / len(values):{form}}"
+    return f"{mean} ({interval[0]:{form}} to {interval[1]:{form}})" if interval else mean
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def of_figure(path: Path) -> str:
     """Ties the table to the figure of the same run."""
     return f"<!-- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()} -->"
@@ -296,7 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "demo", "bench", "write"])
+    parser.add_argument("what", choices=["plans", "demo", "bench", "smollm2", "write"])
     parser.add_argument(
         "names",
         nargs="*",
@@ -307,6 +415,8 @@ def main() -> None:
         written = demo(Path(*(arguments.names or [ROOT / "runs" / "tiny-demo"])).absolute())
     elif arguments.what == "bench":
         written = bench(Path(*(arguments.names or [ROOT / "runs" / "tiny-bench"])).absolute())
+    elif arguments.what == "smollm2":
+        written = smollm2(Path(*(arguments.names or [ROOT / "runs" / "smollm2-study"])).absolute())
     else:
         plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
         if arguments.what == "plans":

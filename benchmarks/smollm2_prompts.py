@@ -295,7 +295,7 @@ def benign(model: str) -> list[dict[str, str]]:
     tokenizer = load_tokenizer(model, Model())
     generator = TransformersGenerator(load_model(model, Model()), tokenizer, 32, NO_THOUGHT)
     ids = [render_prompt(tokenizer, f"{prompt} {BRIEFLY}", NO_THOUGHT) for prompt in prompts]
-    sampling = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=64, seed=0)
+    sampling = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=40, seed=0)
     said = dict(generator.generate(ids, sampling, [str(n) for n in range(len(ids))]))
     return [
         {"prompt": prompt, "response": said[n].text}
