@@ -289,12 +289,14 @@ def bench(folder: Path) -> dict[Path, str]:
 
 
 def smollm2(folder: Path) -> dict[Path, str]:
-    """The page that shows a finished study: every method, its difference to the plain one, and what it was chosen from."""
+    """The page that shows a finished study: every method, what it is less the plain one, what it was chosen from."""
     from rpsa.artifacts import read_json
     from rpsa.pipeline.reporting import collect
     from rpsa.recipe import Recipe
 
-    recipe = Recipe.model_validate(read_json(folder / "test" / "given.json") | {"output_dir": f"{folder}/test"})
+    recipe = Recipe.model_validate(
+        read_json(folder / "test" / "given.json") | {"output_dir": f"{folder}/test"}
+    )
     results, missing = collect(recipe)
     if missing:
         raise SystemExit(f"{folder}: {len(missing)} runs have no result, such as {min(missing)}")

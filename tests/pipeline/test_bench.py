@@ -52,7 +52,10 @@ def test_a_method_is_tuned_over_what_its_paradigm_is_and_itself(tmp_path: Path) 
     ("overrides", "message"),
     [
         (["bench=null", "safety.data=tiny:balanced"], "bench: missing"),
-        (["bench.bases=[tiny:3]", "bench.seeds=[1]", "matrix.seeds=[2, 1]"], "bench.bases: tiny:3 is a base of the test, too (matrix.bases), with seed 1;"),
+        (
+            ["bench.bases=[tiny:3]", "bench.seeds=[1]", "matrix.seeds=[2, 1]"],
+            "bench.bases: tiny:3 is a base of the test, too (matrix.bases), with seed 1;",
+        ),
         (["bench.tune={fft: {train.learning_rate: [1e-3]}}"], "bench.tune: nothing for lora"),
         (["bench.tune={ftt: {train.learning_rate: [1e-3]}}"], "bench.tune.ftt: neither a method"),
         (["matrix.grid={train.learning_rate: [1e-3]}"], "bench: not together with sweeps or matrix.grid"),

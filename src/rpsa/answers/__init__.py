@@ -54,8 +54,8 @@ def grade(response_text: str, gold: str, kind: AnswerKind, thought: ThoughtForma
     """Whether a whole response (thought included) answers `gold`.
 
     `math` compares by value, `integer` and `letter` as such, `number` as an integer that, where nothing is stated, is
-    the last number of the answer (for models that keep to no format), `exact` as words: the box or the stated answer, or else
-    the whole answer, up to whitespace.
+    the last number of the answer (for models that keep to no format), `exact` as words: the box or the stated answer,
+    or else the whole answer, up to whitespace.
     """
     answer = final_answer(response_text, thought)
     if answer is None:

@@ -42,7 +42,9 @@ def recipes_copy(
 
 def fetch(
     model: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, 540 MB.", show_default=False)],
-    to: Annotated[Path | None, typer.Option(help="The folder to write; default: its name.", show_default=False)] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The folder to write; default: its name.", show_default=False)
+    ] = None,
     gguf: Annotated[
         Path | None,
         typer.Option(help="Its GGUF file, where there is no package index.", show_default=False),
