@@ -130,7 +130,7 @@ def test_a_fetched_folder_is_a_model_with_its_prompts(offered: Path, tmp_path: P
     manifest = json.loads((out / fetching.MANIFEST).read_text())
     assert manifest["sha256"] == sha256_of(offered)
     assert manifest["perplexity"]["english"] > 1
-    rows = [json.loads(line) for line in (out / "refusals.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "prompts" / "refusals.jsonl").read_text().splitlines()]
     assert all(set(row) == {"prompt", "response"} for row in rows)
     assert fetching.fetch("smollm2", out, offered) == manifest, "a second fetch replaces the first"
 

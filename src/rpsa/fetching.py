@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "fetched.json"
 """What a fetched folder has beside the model: where it is from, and how well it predicts English."""
+PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def fetch(name: str, out: Path, gguf: Path | None = None) -> dict[str, Any]:
             "made_with": package_versions(("rpsa", "torch", "transformers", "gguf")),
             "perplexity": check_english(new),
         }
+        (new / PROMPTS).mkdir()
         for prompts in sorted((recipes_folder() / wanted.prompts).glob("*.jsonl")):
-            shutil.copyfile(prompts, new / prompts.name)
+            shutil.copyfile(prompts, new / PROMPTS / prompts.name)
         atomic_write(new / MANIFEST, stable_json(manifest))
     return manifest
 
