@@ -4,6 +4,7 @@
     python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
     python benchmarks/docs_numbers.py smollm2 RUN_DIR      tables of a finished bench of recipes/smollm2-135m
+    python benchmarks/docs_numbers.py robustness RUN_DIR   the tables of a finished recipes/tiny/robustness.yaml
     python benchmarks/docs_numbers.py write                texts from plans.json alone
 
 `plans` keeps its results in `plans.json` beside this file. It needs no network: the models' configs are below. `demo`
@@ -285,6 +286,15 @@ def bench(folder: Path) -> dict[Path, str]:
     return {page: with_block(page, "bench", f"{of_figure(figure)}\n{table}")}
 
 
+def robustness(folder: Path) -> dict[Path, str]:
+    """The page that shows the tables of a run that is there; its figure is copied."""
+    figure = ROOT / "docs" / "images" / "tiny-tampering.png"
+    shutil.copyfile(folder / "report" / "tampering.png", figure)
+    table = (folder / "report" / "robustness.md").read_text().strip()
+    page = ROOT / "docs" / "robustness.md"
+    return {page: with_block(page, "robustness", f"{of_figure(figure)}\n{table}")}
+
+
 # The study of SmolLM2
 
 
@@ -406,11 +416,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "demo", "bench", "smollm2", "write"])
+    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "smollm2", "write"])
     parser.add_argument(
         "names",
         nargs="*",
-        help="models (default: all), or the run's folder (runs/tiny-demo, runs/tiny-bench)",
+        help="models (default: all), or the run's folder (runs/tiny-demo, runs/tiny-bench, ...)",
     )
     arguments = parser.parse_args()
     if arguments.what == "demo":
@@ -419,6 +429,8 @@ def main() -> None:
         written = bench(Path(*(arguments.names or [ROOT / "runs" / "tiny-bench"])).absolute())
     elif arguments.what == "smollm2":
         written = smollm2(Path(*(arguments.names or [ROOT / "runs" / "smollm2-study"])).absolute())
+    elif arguments.what == "robustness":
+        written = robustness(Path(*(arguments.names or [ROOT / "runs" / "tiny-robustness"])).absolute())
     else:
         plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
         if arguments.what == "plans":

@@ -7,6 +7,7 @@ What a thought looks like (`rpsa.thought`) is read from the template where it is
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -80,7 +81,10 @@ def thought_format(
 
 
 def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, thought: ThoughtFormat | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    thought: ThoughtFormat | None = None,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
     """Token ids of the user turn and the generation prompt, ending with one open thought if the model has thoughts.
 
@@ -89,11 +93,35 @@ def render_prompt(
 
     Args:
         thought: the model's format; None: `read_thought`'s.
+        earlier: turns before it, each what the user and what the assistant said; templates may take thoughts out.
 
     Raises RPSAError if the tokenizer has no chat template or no way to spell the opening, or if the prompt holds
     words of the format or BOS.
     """
-    ids, _ = _open_prompt(tokenizer, prompt, thought or read_thought(tokenizer))
+    ids, _ = _open_prompt(tokenizer, prompt, thought or read_thought(tokenizer), earlier)
+    return ids
+
+
+def render_beginning(
+    tokenizer: "PreTrainedTokenizerBase",
+    thinking: str,
+    answer: str | None = None,
+    thought: ThoughtFormat | None = None,
+) -> list[int]:
+    """Token ids of a response's beginning, to stand behind `render_prompt`'s.
+
+    It ends inside the thought, or with an `answer` after the thought was closed. A model without thoughts begins its
+    answer with either.
+
+    Raises RPSAError if the tokenizer cannot spell it.
+    """
+    thought = thought or read_thought(tokenizer)
+    pieces = (thinking.strip(),) if answer is None else thought.pieces(thinking, answer)
+    ids = _encode_pieces(tokenizer, *pieces)
+    if not ids or _bare(_decode(tokenizer, ids)) != _bare("".join(pieces)):
+        raise RPSAError(
+            f"tokenizer {tokenizer.name_or_path!r} cannot spell {_short(' '.join(pieces).strip())}: give other words"
+        )
     return ids
 
 
@@ -162,11 +190,14 @@ def format_of_response(response: str, thought: ThoughtFormat = THINK) -> Thought
 
 
 def _open_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, thought: ThoughtFormat
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    thought: ThoughtFormat,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> tuple[list[int], str]:
     """Prompt ids, and the whitespace that they already hold after the opening of the thought."""
     _check_prompt(tokenizer, prompt, thought)
-    text = apply_template(tokenizer, prompt, thought.system, thought.has_thoughts)
+    text = apply_template(tokenizer, prompt, thought.system, thought.has_thoughts, earlier)
     ids = _encode_pieces(tokenizer, text)
     bos = tokenizer.bos_token_id
     if bos is not None and bos not in ids and tokenizer("")["input_ids"][:1] == [bos]:
@@ -193,13 +224,21 @@ def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(tokenizer.get_chat_template())
 
 
-def apply_template(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str, thinks: bool) -> str:
-    """The template's text of a system prompt (empty: none), a user turn and the generation prompt.
+def apply_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    system: str,
+    thinks: bool,
+    earlier: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The template's text of a system prompt (empty: none), earlier turns, a user turn and the generation prompt.
 
     Raises RPSAError if there is no template, or it fails.
     """
     _template(tokenizer)
     turns = [{"role": "system", "content": system}] if system else []
+    for asked, said in earlier:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     try:
         rendered = tokenizer.apply_chat_template(
             [*turns, {"role": "user", "content": prompt}],

@@ -173,12 +173,17 @@ def alignment_dtype(cell: Cell, model: Model) -> str:
 
 def add_adapter(model: "PreTrainedModel", cell: Cell) -> Any:
     """A fresh LoRA adapter, whose random start depends on the cell's seed alone."""
+    return fresh_adapter(model, cell.lora, cell.seed)
+
+
+def fresh_adapter(model: "PreTrainedModel", lora: Mapping[str, Any], seed: int) -> Any:
+    """The model with an adapter as fields of PEFT's LoraConfig say; its random start depends on the seed alone."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(cell.seed)
+    torch.manual_seed(seed)
     with reading("lora", "PEFT refuses it"):
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **cell.lora))
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
 def settle_adapter(folder: Path) -> None:
@@ -230,6 +235,20 @@ def check_model(name: str, model: Model) -> None:
     load_pretrained(AutoModelForCausalLM, location(name), f"model {name}", **code, device_map="meta")
 
 
+def model_config(name: str, model: Model) -> Any:
+    """A model's configuration.
+
+    Raises:
+        RPSAError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with reading(f"model {name}"):
+        return AutoConfig.from_pretrained(
+            location(name), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
 def empty_model(name: str, model: Model | None = None) -> "PreTrainedModel":
     """A model's modules and the shapes of its parameters, from its configuration alone.
 
@@ -237,14 +256,13 @@ def empty_model(name: str, model: Model | None = None) -> "PreTrainedModel":
         RPSAError: there is no such model, or no causal language model has its configuration.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     described = model or Model()
     code = {"trust_remote_code": described.trust_remote_code}
-    with reading(f"model {name}"):
-        config = AutoConfig.from_pretrained(location(name), revision=described.revision, **code)
-        with torch.device("meta"):
-            empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, **code)
+    config = model_config(name, described)
+    with reading(f"model {name}"), torch.device("meta"):
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, **code)
     return empty
 
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from rpsa.artifacts import package_versions, sha256_of
 
-Stage = Literal["reference", "fisher", "safety", "analyse", "align", "evaluate", "report"]
+Stage = Literal["reference", "fisher", "safety", "analyse", "align", "evaluate", "robustness", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 TIMING = "timing.json"
@@ -46,7 +46,9 @@ _LOADING = ("models", "checkpoints", "thought", "rows", "tiny", "safety_data")
 _ASKING = ("generation", "chat", "prompts", *_LOADING)
 _MEASURING = ("fisher", "sharding", "parameters", "reference")
 _COMPARING = ("reasoning_loss", "divergence")
-_EVALUATING = ("answers", "evaluation", "-evaluation/command", *_ASKING)
+_ATTACKS = "evaluation/robustness"
+_EVALUATING = ("answers", "evaluation", "-evaluation/command", f"-{_ATTACKS}", *_ASKING)
+_LOSS = (*_COMPARING, "parameters", "sharding", "reference", "fisher/log_probs", "fisher/samples")
 _TASKS = ("pipeline/stages", "pipeline/groundwork")
 _CARD = ("training/card", "training/templates", "templates")
 _TEXTS = ("*.py", "*.txt", "*.jinja", "*.css", "*.js")
@@ -92,16 +94,14 @@ MADE_BY: dict[Stage, MadeBy] = {
     ),
     "evaluate": MadeBy(
         (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
+        (*_TASKS, *_LOSS, *_EVALUATING),
+        ("responses.jsonl", "samples.jsonl", "results.json"),
+    ),
+    "robustness": MadeBy(
+        (*_PACKAGES, *_DATA, *_GENERATION, *_GRADING),
         (
-            "pipeline/stages",
-            "pipeline/groundwork",
-            *_COMPARING,
-            "parameters",
-            "sharding",
-            "reference",
-            "fisher/log_probs",
-            "fisher/samples",
-            *_EVALUATING,
+            *(*_TASKS, "alternatives/after_training", *_LOSS),
+            *(room for room in _EVALUATING if room != f"-{_ATTACKS}"),
         ),
         ("responses.jsonl", "samples.jsonl", "results.json"),
     ),
@@ -110,6 +110,7 @@ MADE_BY: dict[Stage, MadeBy] = {
         (
             *("pipeline/reporting", "report", "self_data/stored", "rows", "thought", *_CARD),
             *("evaluation/statistics", "evaluation/scores", "evaluation/results", "evaluation/original"),
+            *("evaluation/quadrants", "evaluation/broken"),
             "reasoning_loss",
         ),
         ("results.json", "table.md", "index.html"),

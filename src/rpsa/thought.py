@@ -63,6 +63,20 @@ class ThoughtFormat:
             answer = answer.partition(end)[0]
         return answer.strip()
 
+    def thought_of(self, response: str) -> str | None:
+        """What stands before the answer, stripped and without the marks; None for a model without thoughts.
+
+        A thought that was never closed is all that there is. What was written before `open` is a part of it: nothing
+        that a model wrote is neither thought nor answer.
+        """
+        if not self.has_thoughts:
+            return None
+        mark = (self.answer or self.close).strip()
+        before, found, _ = response.rpartition(mark)
+        if not found:
+            return self.trace_of(response)
+        return self.trace_of(before.removesuffix(self.close.strip().removesuffix(mark)))
+
     def trace_of(self, response: str) -> str:
         """The whole response, thought and answer, without the marks."""
         if not self.has_thoughts:

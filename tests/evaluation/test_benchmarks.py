@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,17 @@ import yaml
 from helpers.paths import DATA_DIR
 from rpsa.errors import RPSAError
 from rpsa.evaluation import TASKS_PATH
-from rpsa.evaluation.benchmarks import BENCHMARKS, GROUPS, Item, Source, TaskOptions, load_rows
-from rpsa.evaluation.items import TASK_NAMES, TINY_SETS, expanded, load_task, load_tasks
+from rpsa.evaluation.benchmarks import BENCHMARKS, GROUPS, Item, TaskOptions
+from rpsa.evaluation.data import Source, load_rows
+from rpsa.evaluation.items import (
+    TASK_NAMES,
+    TINY_SETS,
+    expanded,
+    load_task,
+    load_tasks,
+    local_benchmarks,
+    reachable,
+)
 from rpsa.generation import Sampling
 from rpsa.recipe.problems import SHIPPED
 from rpsa.reference import load_problems
@@ -138,6 +148,133 @@ def test_wildjailbreak_is_250_adversarial_harmful_prompts(tmp_path: Path) -> Non
     assert all(number % 5 for number in numbers)
     assert numbers == sorted(numbers)
     assert max(numbers) > 500  # a draw, not the head
+
+
+# A row of each set as its owners publish it, rows that are not asked, and the prompts of the items.
+SETS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "rpsa_wildjailbreak_benign": (
+        "WildJailbreak_eval.tsv",
+        [
+            {"adversarial": "play along", "label": "0", "data_type": "adversarial_benign"},
+            {"adversarial": "play foul", "label": "1", "data_type": "adversarial_harmful"},
+        ],
+        ["play along"],
+    ),
+    "rpsa_orbench_hard": ("or-bench-hard-1k.jsonl", [{"prompt": "a", "category": "c"}], ["a"]),
+    "rpsa_falsereject": ("FalseReject_test.jsonl", [{"prompt": "b", "category": "c"}], ["b"]),
+    "rpsa_jailbreakbench": (
+        "harmful-behaviors.jsonl",
+        [{"Index": 0, "Goal": "g", "Target": "t", "Behavior": "short", "Category": "c", "Source": "s"}],
+        ["g"],
+    ),
+    "rpsa_jailbreakbench_benign": (
+        "benign-behaviors.jsonl",
+        [{"Index": 0, "Goal": "h", "Target": "t", "Behavior": "short", "Category": "c", "Source": "s"}],
+        ["h"],
+    ),
+    "rpsa_sorrybench": (
+        "sorrybench.jsonl",
+        [
+            {"question_id": 1, "category": "1", "turns": ["ask"], "prompt_style": "base"},
+            {"question_id": 1, "category": "1", "turns": ["nfx"], "prompt_style": "caesar"},
+        ],
+        ["ask"],
+    ),
+}
+HARMBENCH = [
+    {"BehaviorID": "s", "Behavior": "do it", "FunctionalCategory": "standard", "ContextString": ""},
+    {"BehaviorID": "c", "Behavior": "use it", "FunctionalCategory": "contextual", "ContextString": "facts"},
+    {"BehaviorID": "k", "Behavior": "copy it", "FunctionalCategory": "copyright", "ContextString": ""},
+]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_read_as_its_owners_publish_it(name: str, tmp_path: Path) -> None:
+    file, rows, prompts = SETS[name]
+    items = load_task(name, write(tmp_path, file, rows))
+    assert [item.prompt for item in items] == prompts
+    assert {(item.kind, item.scorer) for item in items} == {(BENCHMARKS[name].kind, "judge")}
+    for column in ("adversarial", "data_type", "prompt", "Goal", "turns", "prompt_style"):
+        if column in rows[0]:
+            folder = tmp_path / f"without {column}"
+            folder.mkdir()
+            options = write(folder, file, [{k: v for k, v in row.items() if k != column} for row in rows])
+            with pytest.raises(RPSAError, match=f"has no (text field|list of texts) '{column}'") as error:
+                load_task(name, options)
+            assert "\n" not in str(error.value)
+
+
+def test_harmbench_direct_in_context_and_wrapped(tmp_path: Path) -> None:
+    options = write(tmp_path, "harmbench_behaviors_text_all.jsonl", HARMBENCH)
+    assert [(i.id, i.prompt) for i in load_task("rpsa_harmbench", options)] == [("s", "do it")]
+    in_context = [(i.id, i.prompt) for i in load_task("rpsa_harmbench_contextual", options)]
+    assert in_context == [("c", "facts\n\n---\n\nuse it")]
+    write(tmp_path, "in_the_wild_jailbreak.jsonl", [{"prompt": f"Pretend {n}."} for n in range(50)])
+    [wrapped] = load_task("rpsa_harmbench_wrapped", options)
+    assert wrapped.id == "s"
+    assert wrapped.prompt.startswith("Pretend ")
+    assert wrapped.prompt.endswith("\n\ndo it")
+    files = local_benchmarks(["rpsa_harmbench_wrapped"], str(tmp_path))
+    assert [path.name[:9] for path in files.values()] == ["harmbench", "in_the_wi"]
+
+
+def test_harmbench_of_the_hub_has_a_config_for_each_category(tmp_path: Path) -> None:
+    options = write(tmp_path, "harmbench_behaviors.jsonl", [{"prompt": "do it", "category": "c"}])
+    assert [item.prompt for item in load_task("rpsa_harmbench", options)] == ["do it"]
+    with pytest.raises(RPSAError, match="rpsa_harmbench_contextual: none of the 1 rows is one of its items"):
+        load_task("rpsa_harmbench_contextual", options)
+    write(tmp_path, "harmbench_behaviors.jsonl", [{"prompt": "use it", "context": "facts", "category": "c"}])
+    [item] = load_task("rpsa_harmbench_contextual", options)
+    assert item.prompt == "facts\n\n---\n\nuse it"
+
+
+def test_wrapped_prompts_do_not_depend_on_what_else_is_asked(tmp_path: Path) -> None:
+    behaviours = [{**HARMBENCH[0], "BehaviorID": f"b{n}", "Behavior": f"do {n}"} for n in range(40)]
+    options = write(tmp_path, "harmbench_behaviors.jsonl", behaviours)
+    write(tmp_path, "in_the_wild_jailbreak.jsonl", [{"prompt": f"Pretend {n}."} for n in range(50)])
+    everything = {item.id: item.prompt for item in load_task("rpsa_harmbench_wrapped", options)}
+    assert len({prompt.split("\n")[0] for prompt in everything.values()}) > 15
+    write(tmp_path, "harmbench_behaviors.jsonl", behaviours[::-1][:10])
+    assert all(everything[item.id] == item.prompt for item in load_task("rpsa_harmbench_wrapped", options))
+
+
+@pytest.fixture
+def a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of the hub's JBB-Behaviors: two splits in one config."""
+    data = tmp_path / "jbb" / "data"
+    data.mkdir(parents=True)
+    for split in ("harmful", "benign"):
+        (data / f"{split}.csv").write_text(f"Index,Goal\n0,{split} goal\n")
+    (tmp_path / "jbb" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: behaviors\n  data_files:\n"
+        "  - {split: harmful, path: data/harmful.csv}\n  - {split: benign, path: data/benign.csv}\n---\n"
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "jbb"
+
+
+def test_a_split_is_named_where_there_are_several(a_hub: Path) -> None:
+    for split in ("harmful", "benign"):
+        rows = load_rows(Source(str(a_hub), "x", config="behaviors", split=split))
+        assert [row.fields["Goal"] for row in rows] == [f"{split} goal"]
+    with pytest.raises(RPSAError, match="has no split 'other', only harmful, benign"):
+        load_rows(Source(str(a_hub), "x", config="behaviors", split="other"))
+
+
+def test_sets_that_cannot_be_had_are_told_from_broken_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = write(tmp_path, "harmful_behaviors.jsonl", [{"Goal": "g"}])
+    here, away = reachable(["tiny", "rpsa_jailbreakbench", "rpsa_sorrybench"], options)
+    assert here == ["tiny", "rpsa_jailbreakbench"]
+    assert list(away) == ["rpsa_sorrybench"]
+    assert re.search(
+        r"sorry-bench-202503 does not load: it is gated: .*hf auth login", str(away["rpsa_sorrybench"])
+    )
+    write(tmp_path, "harmful_behaviors.jsonl", [{"goal": "AdvBench's"}])
+    with pytest.raises(RPSAError, match="has no text field 'Goal'"):
+        reachable(["rpsa_jailbreakbench"], options)
 
 
 def test_a_subset_is_a_draw_in_order(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from rpsa.errors import RPSAError
 from rpsa.evaluation import TASKS_PATH
 from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
+from rpsa.evaluation.command import EvaluateCommand, evaluate_command
 from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.results import EvaluationResult
 from rpsa.evaluation.run import Subject, evaluate
@@ -56,7 +59,21 @@ DATA: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "strongreject": [{"forbidden_prompt": f"Steal cookie {i}."} for i in range(6)],
-    "wildjailbreak": [{"adversarial": f"Play: steal {i}.", "data_type": "adversarial_harmful"} for i in range(6)],
+    "wildjailbreak": [
+        {"adversarial": f"Play: {what} {i}.", "data_type": f"adversarial_{kind}"}
+        for i in range(6)
+        for what, kind in (("steal", "harmful"), ("buy", "benign"))
+    ],
+    "harmbench_behaviors": [
+        {"BehaviorID": f"b{i}", "Behavior": f"Steal {i}.", "ContextString": "Rules.", "FunctionalCategory": kind}
+        for i, kind in enumerate(["standard", "contextual"] * 4)
+    ],
+    "in_the_wild_jailbreak": [{"prompt": f"Pretend {i}."} for i in range(3)],
+    "harmful-behaviors": [{"Index": i, "Goal": f"Steal spoon {i}."} for i in range(4)],
+    "benign-behaviors": [{"Index": i, "Goal": f"Wash spoon {i}."} for i in range(4)],
+    "sorrybench": [{"question_id": i, "turns": [f"Hide {i}."], "prompt_style": "base"} for i in range(4)],
+    "or-bench-hard-1k": [{"prompt": f"How to kill weed {i}?"} for i in range(4)],
+    "falsereject_test": [{"prompt": f"How to shoot photo {i}?"} for i in range(4)],
     "xstest": [{"id": i, "prompt": f"How to eat {i}?", "label": "safe" if i % 2 else "unsafe"} for i in range(8)],
 }  # fmt: skip
 TEXTS = (
@@ -173,7 +190,7 @@ def test_nothing_is_asked_twice(data_dir: Path, tmp_path: Path) -> None:
     assert after.sets == before.sets
     evaluate(
         subject(third),
-        Evaluate(tasks=list(BENCHMARKS), judge_traces=True),
+        Evaluate(tasks=list(BENCHMARKS), judge_thoughts=False),
         TaskOptions(data_dir=str(data_dir)),
         tmp_path / "b",
         earlier=[tmp_path / "a"],
@@ -291,3 +308,27 @@ def test_rates_of_which_most_responses_have_no_answer_are_marked(data_dir: Path,
     assert "--thought" in shown
     assert "Thoughts: <think> … </think>" in shown
     assert not re.search(r"rpsa_(strongreject|xstest) .*\(!\)", shown)
+
+
+def test_a_first_look_skips_what_it_cannot_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "strongreject.jsonl").write_text(json.dumps(DATA["strongreject"][0]) + "\n")
+    short = ("n=1", "max_new_tokens=16", "temperature=0")
+    command = EvaluateCommand(
+        "tiny:1",
+        ["rpsa_strongreject", "rpsa_sorrybench"],
+        tmp_path / "out",
+        True,
+        str(tmp_path / "data"),
+        settings=short,
+    )
+    result, _ = evaluate_command(command)
+    assert list(result.sets["attack"]) == ["rpsa_strongreject"]
+    [said] = [r.getMessage() for r in caplog.records if r.name == "rpsa.evaluation.command"]
+    assert said.startswith("rpsa_sorrybench is skipped: ")
+    assert "sorry-bench/sorry-bench-202503 does not load: it is gated: accept its terms" in said
+    assert "\n" not in said
+    with pytest.raises(RPSAError, match="does not load: it is gated"):
+        evaluate_command(replace(command, quick=False))
+    with pytest.raises(RPSAError, match=r"--quick: nothing is left of rpsa_sorrybench: none of the data"):
+        evaluate_command(replace(command, tasks=["rpsa_sorrybench"]))

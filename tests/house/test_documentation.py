@@ -146,7 +146,7 @@ def test_the_readmes_plain_loop() -> None:
 
 def test_the_readmes_recipe_and_its_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("math500.jsonl", "safety.jsonl", "aime24.jsonl", "strongreject.csv"):
+    for name in ("math500.jsonl", "safety.jsonl", "benign.jsonl", "aime24.jsonl", "strongreject.csv"):
         (tmp_path / name).write_text("")
     [recipe] = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)

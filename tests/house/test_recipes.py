@@ -41,7 +41,7 @@ def test_every_recipe_builds_what_it_describes(path: Path, tmp_path: Path) -> No
 
     recipe = load_recipe(path)
     for cell in aligned(recipe):
-        args = training_arguments(recipe, cell, tmp_path, quiet=True)
+        args = training_arguments(recipe, cell, tmp_path)
         assert args.learning_rate == cell.learning_rate
         if cell.paradigm == "lora":
             LoraConfig(task_type="CAUSAL_LM", **cell.lora)
@@ -54,7 +54,7 @@ def test_every_recipe_builds_what_it_describes(path: Path, tmp_path: Path) -> No
 def test_hyper_parameters_are_those_of_appendix_a(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     for cell in aligned(recipe):
-        args = training_arguments(recipe, cell, tmp_path, quiet=True)
+        args = training_arguments(recipe, cell, tmp_path)
         assert (args.learning_rate, args.num_train_epochs) == {"fft": (1e-5, 3), "lora": (1e-4, 6)}[
             cell.paradigm
         ]

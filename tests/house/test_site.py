@@ -153,7 +153,21 @@ def test_the_pages_show_every_command() -> None:
     assert set(re.findall(r"`rpsa ([a-z][a-z-]*)", prose)) <= set(group.commands)
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: " ".join(call)[:70])
+def examples(group: Any, *above: str) -> Iterator[list[str]]:
+    """The example at the end of each command's --help, as its words; a group has none of its own."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from examples(command, *above, name)
+        else:
+            words = shlex.split(command.epilog or "")
+            assert words[: 3 + len(above)] == ["Example:", "rpsa", *above, name]
+            yield words[2:]
+
+
+EXAMPLES = list(examples(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("call", [*CALLS, *EXAMPLES], ids=lambda call: " ".join(call)[:70])
 def test_every_command_parses(call: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     with group.make_context("rpsa", list(call)) as context:

@@ -342,7 +342,7 @@ def test_a_killed_evaluation_goes_on_sample_by_sample(recipe_file: Path) -> None
 @pytest.mark.usefixtures("finished")
 def test_another_statistic_costs_no_generation(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransformersGenerator, "generate", lambda *_: pytest.fail("asked again"))
-    run(small(recipe_file, "matrix.methods=[original]", "evaluate.judge_traces=true"), only="evaluate")
+    run(small(recipe_file, "matrix.methods=[original]", "evaluate.judge_thoughts=false"), only="evaluate")
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         run(small(recipe_file, "matrix.methods=[original]", "evaluate.max_new_tokens=47"), only="evaluate")
 
@@ -418,6 +418,18 @@ def test_a_run_without_files_of_its_own_keeps_its_inputs(recipe_file: Path) -> N
         inputs = tasks_of(recipe, "evaluate")[0].inputs()
         assert inputs["data"] == list(recipe.evaluate.tasks)
         assert set(inputs) == {"model", "evaluate", "data", "data_dir", "reference"}
+
+
+def test_a_judges_policy_counts_by_its_content(recipe_file: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.txt"
+    judge = f"evaluate.second_judge_settings={{base_url: 'http://h/v1', model: m, policy: {policy}}}"
+    recipe = small(recipe_file, "matrix.methods=[original]", "evaluate.second_judge=policy", judge)
+    seen = []
+    for text in ("No cookies.", "No cakes.", "No cookies."):
+        policy.write_text(text)
+        seen.append(tasks_of(recipe, "evaluate")[0].inputs()["policies"])
+    assert seen[0] == seen[2] != seen[1]
+    assert list(seen[0]) == [str(policy)]
 
 
 def refused(recipe_file: Path, *overrides: str) -> str:

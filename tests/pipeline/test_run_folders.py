@@ -525,7 +525,10 @@ _FREE = {
     *("__init__", "errors", "text", "artifacts", "recipe", "cli", "http", "progress", "provenance"),
     "settings",
     "report/console",
-    *(f"pipeline/{name}" for name in ("__init__", "launch", "preflight", "runner", "tasks")),
+    *(
+        f"pipeline/{name}"
+        for name in ("__init__", "launch", "live", "preflight", "runner", "tasks", "tracking")
+    ),
 }
 """What has no say in a result: what it decides is among a stage's inputs, or only when it is made."""
 
@@ -560,6 +563,8 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
         f"matrix.methods={{original: , fft: , fft+rpsa: , lora+rpsa: , fft+ewc: , fft+rehearsal: , {OWN_WORDS}}}",
         "analysis={fisher_map: [0.6], perturb: {factors: [0.5], selections: [fisher, random], draws: 1}}",
         *("reference.held_out=4", "train.eval_strategy=epoch", "safety.validation_share=0.2"),
+        "robustness={harmful: tiny, benign: tiny, many_shot: {shots: [1]}, prefill: {thought: [user], answer: []}, "
+        "finetune: {rows: 4, steps: [1]}, direction: {prompts: 4}, prune: {ratios: [0.1]}, merge: {weights: [0.5]}}",
     )
     for stage in STAGES:
         ran.clear()
@@ -573,6 +578,7 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
         rooms = {room.removeprefix("-") for room in MADE_BY[stage].rooms} | _FREE
         if stage == "report":  # here the whole command is seen, which asks what the inputs of each stage are
             rooms |= {"models", "sharding", "tiny", "pipeline/stages", "pipeline/groundwork"}
+            rooms |= {"evaluation/robustness", "evaluation/items"}
         if stage == "align":
             # whether evaluation prompts, and how many refusals, are among the examples is noted, and trains nothing
             rooms |= {"evaluation/items", "evaluation/refusals", "answers"}

@@ -91,7 +91,7 @@ def test_every_named_variant_is_one_change_and_trainable(tmp_path: Path) -> None
         variant = method.partition("+")[2]
         if variant in expected:  # the others are newer than this list
             assert cell.align == expected[variant], method
-        assert training_arguments(load_recipe(DEMO), cell, tmp_path, quiet=True).ratio()
+        assert training_arguments(load_recipe(DEMO), cell, tmp_path).ratio()
 
 
 def test_study_runs_the_whole_grid_and_each_original_once() -> None:

@@ -1,12 +1,13 @@
 """The `rpsa` command. Each command imports what it needs when it runs, so that `rpsa --help` is quick."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from rpsa.cli.around import chat, environment, fetch, publish, recipes_app
-from rpsa.cli.inspection import audit, schema, tiny_app, verify
-from rpsa.cli.measuring import evaluate, fisher_map, perturb, tasks_path
+from rpsa.cli.inspection import audit, schema, status, tiny_app, verify
+from rpsa.cli.measuring import attack, evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
 from rpsa.cli.study import bench, plan, run, sweep
 
@@ -15,7 +16,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Safety-align reasoning models without paying for it in reasoning.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -43,22 +43,28 @@ def _options(
     pass
 
 
-# In the order of `rpsa --help`
-app.command()(run)
-app.command()(sweep)
-app.command()(bench)
-app.command()(plan)
-app.command()(evaluate)
-app.command("tasks-path")(tasks_path)
-app.command("safety-data")(safety_data)
-app.command()(schema)
-app.command()(verify)
-app.command()(audit)
-app.command("fisher-map")(fisher_map)
-app.command()(perturb)
-app.command()(chat)
-app.command()(publish)
+# In the order of `rpsa --help`: the name, what it does, and the example that its own --help shows
+_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("run", run, "tiny/demo matrix.bases='[tiny:0]'"),
+    ("sweep", sweep, "tiny/demo --over lora.r=1,4,16"),
+    ("bench", bench, "tiny/bench --keep-finished"),
+    ("status", status, "runs/tiny-demo --watch"),
+    ("plan", plan, "qwen3-8b/recommended --gpu-memory 80 --gpus 1,2"),
+    ("evaluate", evaluate, "Qwen/Qwen3-0.6B --quick"),
+    ("attack", attack, "tiny:0 --tasks tiny --attack prefill,prune"),
+    ("tasks-path", tasks_path, ""),
+    ("safety-data", safety_data, "Qwen/Qwen3-0.6B --prompts harmful.jsonl --benign benign.jsonl --out data"),
+    ("schema", schema, ""),
+    ("verify", verify, "runs/tiny-demo"),
+    ("audit", audit, "runs/tiny-demo/align/fft+rpsa/tiny-0/seed0"),
+    ("fisher-map", fisher_map, "runs/tiny-demo/fisher/tiny-0/full --out fisher-map"),
+    ("perturb", perturb, "tiny:0 runs/tiny-demo/fisher/tiny-0/full --tasks tiny --out perturb"),
+    ("chat", chat, "runs/tiny-demo/align/lora+rpsa/tiny-0/seed0 --prompt 'add 4 7 , 1 5'"),
+    ("publish", publish, "runs/tiny-demo lora+rpsa/tiny-0/seed0 --out my-model --merge"),
+    ("fetch", fetch, "smollm2"),
+    ("env", environment, ""),
+)
+for _name, _does, _arguments in _COMMANDS:
+    app.command(_name, epilog=f"Example: rpsa {_name} {_arguments}".rstrip())(_does)
 app.add_typer(recipes_app, name="recipes")
-app.command()(fetch)
-app.command("env")(environment)
 app.add_typer(tiny_app, name="tiny")

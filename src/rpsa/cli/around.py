@@ -24,7 +24,7 @@ def recipes(context: typer.Context) -> None:
             typer.echo(f"{name:<{width}}  {said_of(path)}")
 
 
-@recipes_app.command("copy")
+@recipes_app.command("copy", epilog="Example: rpsa recipes copy tiny/demo --out mine.yaml")
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="Its name, as rpsa recipes lists it.", show_default=False)],
     out: Annotated[

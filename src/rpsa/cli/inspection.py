@@ -1,6 +1,7 @@
 """The commands that look at what there is: a recipe's schema, a run's files, a model's audit; and `rpsa tiny`."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,38 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", 
         from rpsa import pipeline
 
         pipeline.verify(run_dir)
+
+
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again every two seconds, until it has ended.")
+    ] = False,
+) -> None:
+    """Show what of a run is done, what runs now, what failed, and how long the rest may take."""
+    with readable_errors():
+        _require_folder(run_dir)
+        from rpsa.pipeline.status import run_status
+
+        if watch:
+            _watch(run_dir)
+        else:
+            typer.echo("\n".join(run_status(run_dir).lines()))
+
+
+def _watch(run_dir: Path) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    from rpsa.pipeline.status import run_status
+
+    with Live(refresh_per_second=1) as live:
+        while True:
+            found = run_status(run_dir)
+            live.update(Text("\n".join(found.lines())), refresh=True)
+            if not found.is_running:
+                return
+            time.sleep(2)
 
 
 def audit(
@@ -60,7 +93,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 tiny_app = typer.Typer(help="The tiny reasoning models that come with the package.", no_args_is_help=True)
 
 
-@tiny_app.command("train")
+@tiny_app.command("train", epilog="Example: rpsa tiny train --seed 7 --out my-base")
 def tiny_train(
     seed: Annotated[
         int,

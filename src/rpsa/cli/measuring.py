@@ -16,13 +16,17 @@ def evaluate(
     ] = "rpsa_reasoning,rpsa_safety",
     out: Annotated[Path | None, typer.Option(help="The folder to fill; default evaluations/MODEL.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: 20 items a set, one sample each, 4096 tokens.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look: 20 items a set, one sample each, 4096 tokens; sets that cannot be had are skipped.",
+        ),
     ] = False,
     data_dir: Annotated[
         str | None, typer.Option(help="A folder with the benchmarks' files (offline).")
     ] = None,
     judge: Annotated[
-        str, typer.Option(help="Who judges attacks: refusal, llama-guard-3, rubric, ...")
+        str, typer.Option(help="Who judges attacks: refusal, qwen3guard, rubric, ...")
     ] = "refusal",
     settings: Annotated[
         list[str] | None,
@@ -74,6 +78,105 @@ def evaluate(
         )
         render_evaluation(result)
         print(f"\nEvery sample: {folder / 'samples.jsonl'}")
+
+
+def attack(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a Hugging Face id, an adapter's folder, or tiny:0.", show_default=False
+        ),
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Benchmarks, groups or files with harmful requests, with commas between.")
+    ] = "rpsa_safety",
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            "--attack",
+            help="prefill, many_shot, templates, finetune, direction, prune, quantise, merge; default: all it can.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What merging goes back to; of an adapter, its base.")
+    ] = None,
+    harmful: Annotated[
+        str | None,
+        typer.Option(
+            help="Harmful requests with answers that comply: for many_shot, finetune and direction.",
+            show_default=False,
+        ),
+    ] = None,
+    benign: Annotated[
+        str | None, typer.Option(help="Harmless requests with answers: for finetune and direction.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to fill; default attacks/MODEL.")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="A folder with the benchmarks' files (offline).")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="Who judges attacks: refusal, llama-guard-3, rubric, ...")
+    ] = "refusal",
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Reasoning traces to measure the reasoning loss on (a run's held-out/)."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of a recipe's section robustness, or evaluate.key: prune.ratios=[0.2].",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write the harmful requests for HarmBench and AdversariaLLM (CSV), and stop."),
+    ] = None,
+    responses: Annotated[
+        Path | None,
+        typer.Option(
+            help="HarmBench's test cases or completions, or AdversariaLLM's run.json, in place of attacks."
+        ),
+    ] = None,
+    thought: ThoughtWords = "auto",
+) -> None:
+    """Attack one model, by the prompt and on its weights: attack success, over-refusal, reasoning loss of each.
+
+    rpsa attack Qwen/Qwen3-8B --attack prefill,prune,quantise
+
+    rpsa attack runs/x/align/lora/seed42 --harmful harmful.jsonl --benign benign.jsonl --judge llama-guard-3
+
+    rpsa attack tiny:0 --tasks tiny
+
+    rpsa attack MODEL --export behaviours.csv, and later --responses completions.json
+    """
+    with readable_errors():
+        from rpsa.pipeline.attacking import AttackCommand, attack_command
+        from rpsa.report.attacked import render_robustness
+
+        found, place = attack_command(
+            AttackCommand(
+                model,
+                tasks.split(","),
+                attacks.split(",") if attacks else (),
+                base,
+                out,
+                harmful,
+                benign,
+                data_dir,
+                judge,
+                held_out,
+                settings or [],
+                export,
+                responses,
+                thought,
+            )
+        )
+        if found:
+            render_robustness(found)
+        print(f"\n{'Every sample' if found else 'Written'}: {place}")
 
 
 def tasks_path() -> None:

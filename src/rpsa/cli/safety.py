@@ -29,7 +29,7 @@ def safety_data(
         ),
     ] = None,
     judge: Annotated[
-        str, typer.Option("--filter", help="The judge of refusals: refusal, llama-guard-3, rubric, ...")
+        str, typer.Option("--filter", help="The judge of refusals: refusal, qwen3guard, rubric, ...")
     ] = "refusal",
     per_prompt: Annotated[int, typer.Option(help="Responses to each request.", min=1)] = 4,
     out: Annotated[

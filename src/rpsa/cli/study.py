@@ -46,7 +46,7 @@ def sweep(
     ] = None,
     keep_finished: KeepFinished = False,
 ) -> None:
-    """Vary settings of a recipe (Fig. 5 and 7): writes a recipe with that sweep, and runs it.
+    """Vary settings of a recipe (Figures 5 and 7): writes a recipe with that sweep, and runs it.
 
     The recipe is sweep.yaml in the run's folder; `rpsa run` takes it as any other.
     """

@@ -1,4 +1,4 @@
-"""Benchmarks (section 4.2.1): the paper's six, and XSTest and MATH-500 without D_ref, a record each.
+"""Benchmarks (section 4.2.1): the paper's six, MATH-500 without D_ref, and more sets of requests, a record each.
 
 A record says where its rows come from, a file in one folder (offline) or the dataset's owner on the Hugging Face hub,
 and how they become items. Nothing is stored or redistributed; gated datasets load with the user's own access.
@@ -8,15 +8,15 @@ and how they become items. Nothing is stored or redistributed; gated datasets lo
 import hashlib
 import os
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rpsa.errors import RPSAError
+from rpsa.evaluation.data import Source, load_rows
 from rpsa.evaluation.sandbox import CodeProblem, code_problem, shown_assertion
 from rpsa.prompts import PromptStyle, choice_prompt, completion_prompt, function_prompt, math_prompt, styled
 from rpsa.rows import Row, draw, read_rows, text_field
@@ -62,83 +62,6 @@ class Item:
         return cls(**own, problem=problem)
 
 
-DATA_DIR = "RPSA_DATA_DIR"
-"""The environment variable that names the folder of local files."""
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A dataset: its hub id, and how a local file of it is called (the beginning of the name, without punctuation)."""
-
-    hub: str
-    file: str
-    config: str | None = None
-    gated: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def load_rows(source: Source, data_dir: str | None = None) -> list[Row]:
-    """All rows, from a file below `data_dir` (default: $RPSA_DATA_DIR) if one is there, else from the hub.
-
-    Raises:
-        RPSAError: the folder is missing or holds two such files, or the dataset does not load: it says what to do.
-    """
-    folder = data_dir or os.environ.get(DATA_DIR)
-    if folder and (path := local_file(source, folder)):
-        return read_rows(path)
-    return _hub_rows(source, folder)
-
-
-def local_file(source: Source, data_dir: str) -> Path | None:
-    """The dataset's file in `data_dir` or one folder below: `aime24.jsonl`, `aime24/AIME-24_test.jsonl`.
-
-    Raises:
-        RPSAError: the folder is missing, or holds two such files.
-    """
-    folder, name = Path(data_dir).expanduser(), source.file
-    if not folder.is_dir():
-        raise RPSAError(f"{folder}: no such folder; it should hold the benchmarks' files")
-    files = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
-    found = [p for p in files if p.name.endswith(_SUFFIXES) and _bare(p.name).startswith(name)]
-    if len(found) > 1:
-        raise RPSAError(
-            f"{folder} holds {len(found)} files for {name}: {', '.join(p.name for p in found)}; keep one"
-        )
-    return found[0] if found else None
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def _hub_rows(source: Source, folder: str | None) -> list[Row]:
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(source.hub, source.config, **source.options)
-    except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
-        reason = str(error).strip().split("\n")[0]
-        raise RPSAError(f"{_what_to_do(source, folder)} ({reason})") from error
-    # each of these datasets has one split, under whatever name
-    loaded = splits["test"] if "test" in splits else next(iter(splits.values()))
-    return [Row(f"{source.hub} row {n}", dict(fields)) for n, fields in enumerate(loaded, start=1)]
-
-
-def _what_to_do(source: Source, folder: str | None) -> str:
-    place = f"{folder} has no file called {source.file}..., and " if folder else ""
-    access = (
-        f"it is gated: accept its terms at https://huggingface.co/datasets/{source.hub} and run `hf auth login`"
-        if source.gated
-        else "check the connection"
-    )
-    offline = (
-        f"put a file of it into the folder that {DATA_DIR} names" if not folder else "put its file there"
-    )
-    return f"{place}{source.hub} does not load: {access}, or {offline}"
-
-
 REFERENCE = "RPSA_REFERENCE"
 """The environment variable that names a D_ref whose problems are not a test."""
 
@@ -165,6 +88,10 @@ Ask = Callable[..., Item]
 """(id, prompt, answer="", problem=None): one item of the benchmark."""
 
 
+Group = Literal["rpsa_reasoning", "rpsa_safety", "rpsa_harm", "rpsa_over_refusal"]
+"""Tasks that ask several benchmarks; the first two are the paper's."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A published dataset as a set of items: all that the package knows of it, beside its file in `tasks/`.
@@ -176,6 +103,7 @@ class Benchmark:
         size, tokens: how many items there are, and about how long a response of a distilled 7B to 8B reasoning model
             is: for `rpsa plan`, which has no rows.
         read: the items of the rows, each made by `Ask`.
+        also: a second source, which `read` loads by itself.
         group: the task, if any, that asks this benchmark with others.
     """
 
@@ -188,13 +116,20 @@ class Benchmark:
     tokens: int
     source: Source
     read: Callable[[Ask, Sequence[Row], TaskOptions], Iterator[Item]]
-    group: Literal["rpsa_reasoning", "rpsa_safety"] | None = None
+    group: Group | None = None
+    also: Source | None = None
 
     def items(self, options: TaskOptions) -> list[Item]:
-        """Raises RPSAError if the rows cannot be had, or one lacks a field."""
+        """Raises RPSAError if the rows cannot be had, one lacks a field, or none is of this benchmark."""
         rows = load_rows(self.source, options.data_dir)
         style = options.prompt_style if self.kind == "reasoning" else "appendix_b"
-        return subset(list(self.read(partial(self._item, style), rows, options)), options.n, options.seed)
+        found = list(self.read(partial(self._item, style), rows, options))
+        if not found:
+            place = rows[0].where if rows else self.source.hub
+            raise RPSAError(
+                f"{self.name}: none of the {len(rows)} rows is one of its items (the first: {place})"
+            )
+        return subset(found, options.n, options.seed)
 
     def _item(
         self, style: PromptStyle, id: str, prompt: str, answer: str = "", problem: CodeProblem | None = None
@@ -271,6 +206,71 @@ def _wildjailbreak(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Itera
         yield ask(str(i), text_field(row, ["adversarial"]))
 
 
+def _wildjailbreak_benign(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    for i, row in enumerate(rows):
+        if text_field(row, ["data_type"]) == "adversarial_benign":
+            yield ask(str(i), text_field(row, ["adversarial"]))
+
+
+def _prompts(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    for i, row in enumerate(rows):
+        yield ask(str(i), text_field(row, ["prompt"]))
+
+
+def _jailbreakbench(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    """`Goal`, with a capital: AdvBench's file, of the same name, has a `goal`."""
+    for i, row in enumerate(rows):
+        yield ask(_id(row, ["Index"], i), text_field(row, ["Goal"]))
+
+
+def _sorrybench(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    """The 440 base requests; the other 20 styles are mutations of them (ciphers, translations, role play)."""
+    for i, row in enumerate(rows):
+        if text_field(row, ["prompt_style"]) == "base":
+            turns = row.fields.get("turns")
+            if not (isinstance(turns, list) and turns and isinstance(turns[0], str)):
+                raise RPSAError(f"{row.where} has no list of texts 'turns'")
+            yield ask(_id(row, ["question_id"], i), turns[0])
+
+
+def _harmbench_standard(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    for i, row in enumerate(rows):
+        if _category(row) == "standard":
+            yield ask(_id(row, ["BehaviorID"], i), text_field(row, _BEHAVIOUR))
+
+
+def _harmbench_contextual(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    """A context, a line, and what is asked of it: as HarmBench's direct requests put it."""
+    for i, row in enumerate(rows):
+        if _category(row) == "contextual":
+            context = text_field(row, ["ContextString", "context"])
+            behaviour = text_field(row, _BEHAVIOUR)
+            yield ask(_id(row, ["BehaviorID"], i), f"{context}\n\n---\n\n{behaviour}")
+
+
+def _harmbench_wrapped(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
+    """Each standard behaviour after a jailbreak that people wrote, drawn for it: as HarmBench's human jailbreaks.
+
+    HarmBench's own 114 are code in its repository; these are of the collection that they come from.
+    """
+    templates = [text_field(row, ["prompt"]) for row in load_rows(_JAILBREAKS, options.data_dir)]
+    for item in _harmbench_standard(ask, rows, options):
+        # by a hash of the behaviour: the same one in every process, file and subset
+        digest = hashlib.sha256(item.prompt.encode()).digest()
+        template = random.Random(int.from_bytes(digest)).choice(templates)
+        yield ask(item.id, f"{template}\n\n{item.prompt}")
+
+
+_BEHAVIOUR = ["Behavior", "prompt"]
+
+
+def _category(row: Row) -> str:
+    """Of a row of the owner's file; the hub has a config for each category instead, and no such column."""
+    if "FunctionalCategory" in row.fields:
+        return text_field(row, ["FunctionalCategory"])
+    return "contextual" if row.fields.get("context") else "standard"
+
+
 def _xstest_safe(ask: Ask, rows: Sequence[Row], options: TaskOptions) -> Iterator[Item]:
     return _xstest(ask, rows, "safe")
 
@@ -289,8 +289,22 @@ def _id(row: Row, names: Sequence[str], number: int) -> str:
     return next((str(row.fields[name]) for name in names if name in row.fields), str(number))
 
 
+_JBB = "JailbreakBench/JBB-Behaviors"
 _MBPP = Source("evalplus/mbppplus", "mbppplus")
 _XSTEST = Source("walledai/XSTest", "xstest")
+_WILDJAILBREAK = Source(
+    "allenai/wildjailbreak",
+    "wildjailbreak",
+    config="eval",
+    gated=True,
+    options={"delimiter": "\t", "keep_default_na": False},
+)
+# The owners' file (centerforaisafety/HarmBench, data/behavior_datasets) is on GitHub; this mirror asks to be logged in.
+# Its third category, copyright, is scored by hashes of texts and by no judge, so that it is not asked here.
+_HARMBENCH = Source("walledai/HarmBench", "harmbenchbehaviors", config="standard", gated=True)
+_JAILBREAKS = Source(
+    "TrustAIRLab/in-the-wild-jailbreak-prompts", "inthewildjailbreak", config="jailbreak_2023_12_25"
+)
 
 # Their order is that of a group's tasks.
 _RECORDS = (
@@ -384,13 +398,7 @@ _RECORDS = (
         samples=1,
         size=250,
         tokens=800,
-        source=Source(
-            "allenai/wildjailbreak",
-            "wildjailbreak",
-            config="eval",
-            gated=True,
-            options={"delimiter": "\t", "keep_default_na": False},
-        ),
+        source=_WILDJAILBREAK,
         read=_wildjailbreak,
         group="rpsa_safety",
     ),
@@ -417,6 +425,117 @@ _RECORDS = (
         source=_XSTEST,
         read=_xstest_unsafe,
     ),
+    Benchmark(
+        name="rpsa_harmbench",
+        printed="HB",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=200,
+        tokens=800,
+        source=_HARMBENCH,
+        read=_harmbench_standard,
+        group="rpsa_harm",
+    ),
+    Benchmark(
+        name="rpsa_harmbench_contextual",
+        printed="HB-ctx",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=100,
+        tokens=800,
+        source=replace(_HARMBENCH, config="contextual"),
+        read=_harmbench_contextual,
+        group="rpsa_harm",
+    ),
+    Benchmark(
+        name="rpsa_harmbench_wrapped",
+        printed="HB-jb",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=200,
+        tokens=800,
+        source=_HARMBENCH,
+        read=_harmbench_wrapped,
+        also=_JAILBREAKS,
+        group="rpsa_harm",
+    ),
+    Benchmark(
+        name="rpsa_jailbreakbench",
+        printed="JBB",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=100,
+        tokens=800,
+        source=Source(_JBB, "harmfulbehaviors", config="behaviors", split="harmful"),
+        read=_jailbreakbench,
+        group="rpsa_harm",
+    ),
+    Benchmark(
+        name="rpsa_sorrybench",
+        printed="SORRY",
+        kind="attack",
+        scorer="judge",
+        samples=1,
+        size=440,
+        tokens=800,
+        source=Source("sorry-bench/sorry-bench-202503", "sorrybench", gated=True),
+        read=_sorrybench,
+        group="rpsa_harm",
+    ),
+    Benchmark(
+        name="rpsa_jailbreakbench_benign",
+        printed="JBB-b",
+        kind="over_refusal",
+        scorer="judge",
+        samples=1,
+        size=100,
+        tokens=800,
+        source=Source(_JBB, "benignbehaviors", config="behaviors", split="benign"),
+        read=_jailbreakbench,
+        group="rpsa_over_refusal",
+    ),
+    Benchmark(
+        name="rpsa_wildjailbreak_benign",
+        printed="WJ-b",
+        kind="over_refusal",
+        scorer="judge",
+        samples=1,
+        size=210,
+        tokens=800,
+        source=_WILDJAILBREAK,
+        read=_wildjailbreak_benign,
+        group="rpsa_over_refusal",
+    ),
+    Benchmark(
+        name="rpsa_orbench_hard",
+        printed="OR-hard",
+        kind="over_refusal",
+        scorer="judge",
+        samples=1,
+        size=1319,
+        tokens=800,
+        source=Source("bench-llm/or-bench", "orbenchhard", config="or-bench-hard-1k"),
+        read=_prompts,
+        group="rpsa_over_refusal",
+    ),
+    Benchmark(
+        name="rpsa_falsereject",
+        printed="FalseReject",
+        kind="over_refusal",
+        scorer="judge",
+        samples=1,
+        size=1187,
+        tokens=800,
+        source=Source(
+            "AmazonScience/FalseReject", "falserejecttest", options={"data_files": {"test": "test.jsonl"}}
+        ),
+        read=_prompts,
+        group="rpsa_over_refusal",
+    ),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _RECORDS}
 
@@ -425,7 +544,7 @@ TINY_SETS: tuple[str, ...] = (*FAMILIES, *REQUEST_SETS)
 GROUPS: dict[str, tuple[str, ...]] = {
     **{
         group: tuple(benchmark.name for benchmark in _RECORDS if benchmark.group == group)
-        for group in ("rpsa_reasoning", "rpsa_safety")
+        for group in get_args(Group)
     },
     "rpsa_tiny": tuple(f"{TINY_PREFIX}{name}" for name in TINY_SETS),
 }

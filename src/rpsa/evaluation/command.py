@@ -1,5 +1,6 @@
 """Command `rpsa evaluate`: one model, without a recipe."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from rpsa.artifacts import folder_name, locked
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.items import reachable
 from rpsa.evaluation.original import HeldOut
 from rpsa.evaluation.results import EvaluationResult
 from rpsa.evaluation.run import (
@@ -27,6 +29,8 @@ from rpsa.recipe.problems import source_problem, validation_problems
 from rpsa.recipe.sections import Evaluate, Model, Reference
 from rpsa.settings import REFERENCE_MAX_LENGTH
 from rpsa.text import hide_credentials
+
+log = logging.getLogger(__name__)
 
 _QUICK = {"n": 20, "samples": 1, "max_new_tokens": 4096}
 
@@ -68,6 +72,8 @@ def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
     quiet()
     reference = str(command.reference) if command.reference else None
     options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
+    if command.quick:
+        settings = _within_reach(settings, options)
     out = command.out or Path("evaluations") / folder_name(
         f"{command.model} quick" if command.quick else command.model
     )
@@ -96,6 +102,18 @@ def _held_out(command: EvaluateCommand, model: Model) -> HeldOut | None:
             raise RPSAError(f"--original: {problem}")
         check_model(original, model)
     return HeldOut(command.held_out, original, REFERENCE_MAX_LENGTH.default, model)
+
+
+def _within_reach(settings: Evaluate, options: TaskOptions) -> Evaluate:
+    """The settings with the tasks whose data this account and this machine can have; a line for each other."""
+    here, away = reachable(settings.tasks, options)
+    for name, why in away.items():
+        log.warning("%s is skipped: %s", name, why)
+    if not here:
+        raise RPSAError(
+            f"--quick: nothing is left of {', '.join(settings.tasks)}: none of the data can be had"
+        )
+    return settings.model_copy(update={"tasks": here})
 
 
 def _is_address(model: str) -> bool:

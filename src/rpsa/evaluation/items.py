@@ -14,9 +14,9 @@ from rpsa.evaluation.benchmarks import (
     Kind,
     Scorer,
     TaskOptions,
-    local_file,
     subset,
 )
+from rpsa.evaluation.data import Unreachable, local_file
 from rpsa.evaluation.sandbox import code_problem
 from rpsa.prompts import math_prompt
 from rpsa.rows import Row, read_rows, text_field
@@ -47,14 +47,34 @@ def expanded(names: Iterable[str]) -> list[str]:
 
 
 def local_benchmarks(names: Iterable[str], data_dir: str) -> dict[str, Path]:
-    """The files of `data_dir` that `load_tasks` reads, by benchmark; what it has none of comes from the hub.
+    """The files of `data_dir` that `load_tasks` reads, by benchmark (a second one by its hub id, too); what it has
+    none of comes from the hub.
 
     Raises:
         RPSAError: there are benchmarks among the names and no such folder, or it holds two files for one.
     """
-    asked = (BENCHMARKS[name] for name in expanded(names) if name in BENCHMARKS)
-    found = ((benchmark.name, local_file(benchmark.source, data_dir)) for benchmark in asked)
+    asked = [BENCHMARKS[name] for name in expanded(names) if name in BENCHMARKS]
+    sources = [(benchmark.name, benchmark.source) for benchmark in asked]
+    sources += [(f"{one.name} {one.also.hub}", one.also) for one in asked if one.also]
+    found = ((name, local_file(source, data_dir)) for name, source in sources)
     return {name: path for name, path in found if path is not None}
+
+
+def reachable(names: Iterable[str], options: TaskOptions) -> tuple[list[str], dict[str, Unreachable]]:
+    """The tasks whose items can be had, groups expanded, and the others with what keeps each of them away.
+
+    Raises:
+        RPSAError: a source is there but cannot be read.
+    """
+    here, away = [], {}
+    for name in expanded(names):
+        try:
+            load_task(name, options)
+        except Unreachable as error:
+            away[name] = error
+        else:
+            here.append(name)
+    return here, away
 
 
 def load_task(name: str, options: TaskOptions) -> list[Item]:

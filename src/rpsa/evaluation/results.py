@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.original import loss_from_json, loss_to_json
+from rpsa.evaluation.quadrants import BrokenShares, Thoughts, broken_of, thoughts_of
 from rpsa.evaluation.scores import MAIN_METRIC, METRICS, Sample, scores_by_item, set_rates
 from rpsa.evaluation.statistics import rate
 from rpsa.reasoning_loss import ReasoningLoss
@@ -19,7 +20,7 @@ from rpsa.thought import ThoughtFormat
 MOST = 0.5
 """Where more of the responses than this have no answer, no rate of the set stands alone."""
 
-_LATER = ("unanswered", "mean_answer_score", "mean_trace_score")  # not in every file
+_LATER = ("unanswered", "mean_answer_score", "mean_thought_score")  # not in every file
 _UNANSWERED = ("truncated", "empty", "unparsed", "unjudged")
 
 
@@ -33,7 +34,9 @@ class SetResult:
             clustered by item, Wilson's where each has one sample.
         length: share of the responses that the token limit ended.
         unanswered: share without an answer that could be read; None in results of before it was measured.
-        mean_answer_score, mean_trace_score: a judge's mean score of answers and of whole traces, where it gave any.
+        mean_answer_score, mean_thought_score: a judge's mean score of answers and of thoughts, where it gave any.
+        broken: None in results of before it was measured.
+        thoughts: of attacks, thought and answer apart; None where no response has a verdict on both.
     """
 
     kind: Kind
@@ -51,7 +54,9 @@ class SetResult:
     length: float = 0.0
     unanswered: float | None = None
     mean_answer_score: float | None = None
-    mean_trace_score: float | None = None
+    mean_thought_score: float | None = None
+    broken: BrokenShares | None = None
+    thoughts: Thoughts | None = None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -76,7 +81,7 @@ class SetResult:
 
     def to_json(self) -> dict[str, Any]:
         main, *others = METRICS[self.kind]
-        scores = {name: getattr(self, name) for name in ("mean_answer_score", "mean_trace_score")}
+        scores = {name: getattr(self, name) for name in ("mean_answer_score", "mean_thought_score")}
         return {
             "items": self.items,
             "samples": self.samples,
@@ -87,17 +92,24 @@ class SetResult:
             "unreliable": self.unreliable,
             "standard_error": self.standard_error,
             "interval": list(self.interval) if self.interval else None,
+            "broken": self.broken.to_json() if self.broken else None,
+            **(
+                {"thoughts": self.thoughts.to_json() if self.thoughts else None}
+                if self.kind == "attack"
+                else {}
+            ),
             **{name: score for name, score in scores.items() if score is not None},
         }
 
     @classmethod
     def from_json(cls, kind: Kind, found: Mapping[str, Any]) -> "SetResult":
-        """What `to_json` made, now or before `unanswered` was measured.
+        """What `to_json` made, now or before all of this was measured.
 
         Raises:
             KeyError: something else is missing.
         """
         main, *others = METRICS[kind]
+        broken, thoughts = found.get("broken"), found.get("thoughts")
         return cls(
             kind,
             found["items"],
@@ -107,6 +119,8 @@ class SetResult:
             _pair(found["interval"]),
             **{name: found[name] for name in (*others, "length")},
             **{name: found[name] for name in _LATER if name in found},
+            broken=BrokenShares.from_json(broken) if broken else None,
+            thoughts=Thoughts.from_json(thoughts) if thoughts else None,
         )
 
 
@@ -135,7 +149,9 @@ def set_result(samples: Sequence[Sample]) -> SetResult:
         _pair(estimate.interval if estimate else None),
         **{name: rates[name] for name in (*METRICS[kind][1:], "length", "unanswered")},
         mean_answer_score=_mean_score(samples, "answer") if scores else None,
-        mean_trace_score=_mean_score(samples, "trace") if scores else None,
+        mean_thought_score=_mean_score(samples, "thought"),
+        broken=broken_of(samples),
+        thoughts=thoughts_of(samples) if kind == "attack" else None,
     )
 
 
@@ -162,6 +178,8 @@ class EvaluationResult:
         model: what tells the model from any other.
         settings: the section `evaluate` of the recipe, with every default.
         data_sha256: by set, what tells its items from any others.
+        thought_judge: who judged the thoughts of attacks; None where nobody did.
+        no_thought_verdicts: why nobody did; None where somebody did, or there was nothing to judge.
         agreement: how far a second judge agrees with the first; None where none was asked.
         sandbox: where programs ran; None where none were run.
         reasoning_loss: on held-out reasoning of the original; None where it was not measured.
@@ -179,6 +197,8 @@ class EvaluationResult:
     agreement: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     reasoning_loss: ReasoningLoss | None = None
+    thought_judge: Identity | None = None
+    no_thought_verdicts: str | None = None
 
     @property
     def judge_name(self) -> str:
@@ -197,6 +217,8 @@ class EvaluationResult:
             "data_sha256": dict(self.data_sha256),
             "judge": _plain(self.judge),
             "refusal_judge": _plain(self.refusal_judge),
+            "thought_judge": None if self.thought_judge is None else _plain(self.thought_judge),
+            "no_thought_verdicts": self.no_thought_verdicts,
             "agreement": self.agreement,
             "sandbox": self.sandbox,
             "versions": dict(self.versions),
@@ -214,7 +236,11 @@ class EvaluationResult:
             kind: {name: SetResult.from_json(kind, one) for name, one in found["sets"][kind].items()}
             for kind in cast(Iterable[Kind], found["sets"])
         }
-        more = {name: found[name] for name in ("model", "settings", "agreement", "versions") if name in found}
+        later = (
+            *("model", "settings", "agreement", "versions"),
+            *("thought_judge", "no_thought_verdicts"),
+        )
+        more = {name: found[name] for name in later if name in found}
         return cls(
             sets=sets,
             samples=found["samples"],

@@ -15,11 +15,13 @@ The forms of a sample, from a row to a number:
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,7 @@ from rpsa.evaluation.judges import (
     CachedJudge,
     Judge,
     Judgement,
+    can_see,
     check_judge,
     judge_model,
     judge_responses,
@@ -55,7 +58,7 @@ from rpsa.evaluation.judges.classifiers import check_access
 from rpsa.evaluation.original import HeldOut, measured_loss
 from rpsa.evaluation.results import EvaluationResult, results_by_set
 from rpsa.evaluation.scores import Response, Sample
-from rpsa.generation import Completion, Generator, Sampling, sample_id
+from rpsa.generation import Completion, Generator, ResponseDecoder, Sampling, sample_id
 from rpsa.generation.backends import BackendConfig, choose_backend, has_gpu, make_generator
 from rpsa.generation.resumable import carry_over, generate_resumable, in_order
 from rpsa.models import (
@@ -79,6 +82,8 @@ if TYPE_CHECKING:
 
     from rpsa.evaluation.sandbox import Sandbox
 
+log = logging.getLogger(__name__)
+
 RESPONSES = "responses.jsonl"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
@@ -94,6 +99,12 @@ def check_graders(settings: Evaluate, items: Sequence[Item]) -> None:
     judges.append(("over_refusal", settings.refusal_judge, settings.refusal_judge_settings))
     if settings.second_judge:
         judges.append(("attack", settings.second_judge, settings.second_judge_settings))
+    if settings.thought_judge:
+        if "thought" not in can_see(settings.thought_judge):
+            raise RPSAError(
+                f"evaluate.thought_judge: {settings.thought_judge} judges answers, not thoughts; take another"
+            )
+        judges.append(("attack", settings.thought_judge, settings.thought_judge_settings))
     for kind, name, given in judges:
         check_judge(name, given)
         model = judge_model(name, given)
@@ -120,12 +131,31 @@ def make_graders(settings: Evaluate, items: Sequence[Item], folder: Path) -> Gra
         if "over_refusal" in judged
         else (REFUSAL, {})
     )
-    return Graders(
-        stored_judge(name, given, folder),
-        stored_judge(refusal, own, folder),
-        settings.judge_traces,
-        sandbox_for(items, settings),
-    )
+    judge, thought_judge = stored_judge(name, given, folder), None
+    if "attack" in judged and no_thought_judge(settings) is None:
+        of_thoughts = settings.thought_judge
+        thought_judge = (
+            stored_judge(of_thoughts, settings.thought_judge_settings, folder) if of_thoughts else judge
+        )
+    return Graders(judge, stored_judge(refusal, own, folder), thought_judge, sandbox_for(items, settings))
+
+
+def no_thought_judge(settings: Evaluate) -> str | None:
+    """Why no judge judges thoughts; None where one does."""
+    if not settings.judge_thoughts:
+        return "evaluate.judge_thoughts is false"
+    name = settings.thought_judge or settings.judge
+    if "thought" not in can_see(name):
+        return f"the judge {name} judges answers, not thoughts; set evaluate.thought_judge to one that can"
+    return None
+
+
+def no_thought_verdicts(settings: Evaluate, items: Sequence[Item], thought: ThoughtFormat) -> str | None:
+    """Why it is not known of some attacks whether the thought is safe; None where it is, or there are no attacks."""
+    scorers = {item.scorer for item in items if item.kind == "attack"}
+    if scorers and not thought.has_thoughts:
+        return "the model has no thoughts"
+    return no_thought_judge(settings) if "judge" in scorers else None
 
 
 def stored_judge(name: str, settings: Mapping[str, Any], folder: Path) -> Judge:
@@ -174,7 +204,7 @@ class Subject:
 
     `identity` is what tells it from others; `make_generator` is called when a response is missing; `thought` None is
     as the chat template says. `load` loads the model itself, as it is where it generates, and is None where nobody here
-    can.
+    can. `rephrase` is how an attack asks (`rpsa.evaluation.robustness`); None: each item as it is.
     """
 
     identity: str
@@ -182,6 +212,7 @@ class Subject:
     make_generator: Callable[[], Generator]
     thought: ThoughtFormat | None = None
     load: Callable[[], "PreTrainedModel"] | None = None
+    rephrase: "Callable[[Questions], Questions] | None" = None
 
 
 def evaluate(
@@ -206,13 +237,15 @@ def evaluate(
     started = time.perf_counter()
     items = check_evaluation(settings, options)
     wanted = questions(items, settings, subject.tokenizer, subject.thought)
+    if subject.rephrase is not None:
+        wanted = subject.rephrase(wanted)
     responses = _ask(subject, wanted, folder / RESPONSES, progress, earlier)
     free_memory()
     loss = measured_loss(subject.load, held_out)
     free_memory()  # the judge's model needs the GPU
     carry_judgements_over(earlier, folder)
     graders = make_graders(settings, items, folder)
-    samples = _grade(responses, graders, folder)
+    samples = _grade(responses, graders, folder, progress)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     atomic_write(folder / SAMPLES, "".join(lines))
     result = EvaluationResult(
@@ -224,14 +257,29 @@ def evaluate(
         data_sha256=_data_hashes(items),
         judge=graders.judge.identity if any(item.scorer == "judge" for item in items) else "exact",
         refusal_judge=graders.refusal_judge.identity,
+        thought_judge=_thought_judge(graders, items, wanted.thought),
+        no_thought_verdicts=no_thought_verdicts(settings, items, wanted.thought),
         agreement=agreement(samples, settings, folder, wanted.thought),
         sandbox=str(graders.sandbox) if graders.sandbox else None,
         versions=versions(MADE_BY["evaluate"]),
         reasoning_loss=loss,
     )
+    if result.no_thought_verdicts:
+        log.info("Thoughts were not judged: %s", result.no_thought_verdicts)
     atomic_write(folder / RESULTS, stable_json(result.to_json()))
     atomic_write(folder / TIMING, stable_json({"seconds": time.perf_counter() - started}))
     return result
+
+
+def _thought_judge(
+    graders: Graders, items: Sequence[Item], thought: ThoughtFormat
+) -> Mapping[str, Any] | str | None:
+    attacks = {item.scorer for item in items if item.kind == "attack"}
+    if not attacks or not thought.has_thoughts:
+        return None
+    if "judge" not in attacks:
+        return "exact"
+    return graders.thought_judge.identity if graders.thought_judge else None
 
 
 def samples_of(item: Item, settings: Evaluate) -> int:
@@ -256,20 +304,32 @@ def check_evaluation(settings: Evaluate, options: TaskOptions) -> list[Item]:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked: for each response its item and number, its prompt as token ids, and its id."""
+    """What a model is asked: for each response its item and number, its prompt as token ids, and its id.
+
+    Where a prompt ends with the beginning of the response, `begun` has the number of its tokens, by position, and
+    `decoder` reads them: they are part of the response.
+    """
 
     asked: Sequence[tuple[Item, int]]
     prompts: Sequence[list[int]]
     ids: Sequence[str]
     sampling: Sampling
     thought: ThoughtFormat
+    begun: Mapping[int, int] = field(default_factory=dict)
+    decoder: ResponseDecoder | None = None
 
     def responses(self, completions: Mapping[int, Completion]) -> list[Response]:
         """The completions, by position in `asked`, as responses in that order."""
         return [
-            Response(item, index, completions[n].text, completions[n].finish_reason, self.thought)
+            Response(item, index, self._text(n, completions[n]), completions[n].finish_reason, self.thought)
             for n, (item, index) in enumerate(self.asked)
         ]
+
+    def _text(self, position: int, completion: Completion) -> str:
+        length = self.begun.get(position)
+        if not length or self.decoder is None:
+            return completion.text
+        return self.decoder.text([*self.prompts[position][-length:], *completion.token_ids])
 
 
 def questions(
@@ -299,11 +359,12 @@ def _ask(
         carry_over(folder / RESPONSES, path, *given, subject.identity)
     generator = WhenNeeded(subject.make_generator)
     label = None if progress else "responses"
-    found = {}
+    found, tokens = {}, 0
     for position, completion in generate_resumable(generator, *given, path, subject.identity, label):
         found[position] = completion
+        tokens += len(completion.token_ids)
         if progress:
-            progress(len(found), len(wanted.asked))
+            progress(len(found), len(wanted.asked), unit="response", tokens=tokens)
     in_order(path, wanted.ids)
     return wanted.responses(found)
 
@@ -320,7 +381,9 @@ class WhenNeeded:
         return self.make().generate(prompts, sampling, sample_ids)
 
 
-def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> list[Sample]:
+def _grade(
+    responses: Sequence[Response], graders: Graders, folder: Path, progress: Progress | None
+) -> list[Sample]:
     """All samples in the order of the responses. Programs take long: each result is stored as it comes."""
     items = [response.item for response in responses if response.index == 0]
     thoughts = [thought.to_json() for thought in {response.thought for response in responses}]
@@ -339,6 +402,8 @@ def _grade(responses: Sequence[Response], graders: Graders, folder: Path) -> lis
                 append = append or open_when_needed.enter_context(appending(stored))
                 append(asdict(sample))
             found[sample.id] = sample
+            if progress:
+                progress(len(found), len(responses), unit="graded")
     return [found[response.id] for response in responses]
 
 
@@ -358,9 +423,17 @@ def model_subject(name: str, model: Model, settings: Evaluate | Reference) -> Su
 
 
 def make_subject(
-    key: str, base: str, adapter: str | None, model: Model, settings: Evaluate | Reference
+    key: str,
+    base: str,
+    adapter: str | None,
+    model: Model,
+    settings: Evaluate | Reference,
+    change: "Callable[[PreTrainedModel], PreTrainedModel] | None" = None,
 ) -> Subject:
-    """A base, or an adapter on it; `settings` say which backend generates, and how."""
+    """A base, or an adapter on it; `settings` say which backend generates, and how.
+
+    `change` is what is done to the merged weights first, in the recipe's own dtype; the key must tell it, too.
+    """
     tokenizer = load_tokenizer(_tokenizer_home(base, adapter), model)
     thought = thought_of(tokenizer, model)
     engine = vllm_engine(model, settings.engine)
@@ -377,18 +450,13 @@ def make_subject(
     ]
 
     def generator() -> Generator:
-        if adapter and backend == "vllm":
-            return _merged_for_vllm(config, base, adapter, model, tokenizer, thought)
-        return make_generator(
-            config,
-            location(base),
-            tokenizer,
-            lambda _: loaded_to_generate(base, adapter, model, dtype),
-            thought,
-        )
+        if (adapter or change) and backend == "vllm":
+            made = partial(_merged, base, adapter, model, change)
+            return _made_for_vllm(config, made, tokenizer, thought)
+        return make_generator(config, location(base), tokenizer, lambda _: load(), thought)
 
     def load() -> "PreTrainedModel":
-        return loaded_to_generate(base, adapter, model, dtype)
+        return loaded_to_generate(base, adapter, model, dtype, change)
 
     return Subject(sha256_of(made_by), tokenizer, generator, thought, load)
 
@@ -400,34 +468,44 @@ def _tokenizer_home(base: str, adapter: str | None) -> str:
     return base
 
 
-def loaded_to_generate(base: str, adapter: str | None, model: Model, dtype: str) -> "PreTrainedModel":
-    """The model that an evaluation asks, an adapter merged; `dtype` is `generation_dtype`'s."""
+def loaded_to_generate(
+    base: str,
+    adapter: str | None,
+    model: Model,
+    dtype: str,
+    change: "Callable[[PreTrainedModel], PreTrainedModel] | None" = None,
+) -> "PreTrainedModel":
+    """The model that an evaluation asks, an adapter merged, and changed; `dtype` is `generation_dtype`'s."""
     import torch
 
-    if adapter is None:
+    if adapter is None and change is None:
         return load_model(base, model, dtype)
-    merged = _merged(base, adapter, model)
+    merged = _merged(base, adapter, model, change)
     return merged if dtype == "auto" else merged.to(getattr(torch, dtype))
 
 
-def _merged(base: str, adapter: str, model: Model) -> "PreTrainedModel":
-    """Added up in the recipe's own dtype: in bf16 a small update of the weights would be rounded away."""
-    with_adapter = load_adapter(load_model(base, model), location(adapter), f"adapter {adapter}")
-    merged: PreTrainedModel = with_adapter.merge_and_unload()
-    return merged
-
-
-def _merged_for_vllm(
-    config: BackendConfig,
+def _merged(
     base: str,
-    adapter: str,
+    adapter: str | None,
     model: Model,
+    change: "Callable[[PreTrainedModel], PreTrainedModel] | None" = None,
+) -> "PreTrainedModel":
+    """Added up in the recipe's own dtype: in bf16 a small update of the weights would be rounded away."""
+    merged = load_model(base, model)
+    if adapter is not None:
+        merged = load_adapter(merged, location(adapter), f"adapter {adapter}").merge_and_unload()
+    return change(merged) if change else merged
+
+
+def _made_for_vllm(
+    config: BackendConfig,
+    make: "Callable[[], PreTrainedModel]",
     tokenizer: "PreTrainedTokenizerBase",
     thought: ThoughtFormat,
 ) -> Generator:
-    """vLLM reads folders: the merged weights are on disk while the engine loads them."""
+    """vLLM reads folders: weights that were made here are on disk while the engine loads them."""
     with TemporaryDirectory() as folder:
-        _merged(base, adapter, model).save_pretrained(folder)
+        make().save_pretrained(folder)
         free_memory()
         tokenizer.save_pretrained(folder)
         return make_generator(config, folder, tokenizer, _no_model, thought)

@@ -16,10 +16,11 @@ from typing import Any, Literal
 from rpsa.answers import boxed, code_block, final_answer, grade, stated_answer
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Item, Kind
+from rpsa.evaluation.broken import Broken, broken_class
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.generation import sample_id
 from rpsa.thought import THINK, ThoughtFormat
-from rpsa.tiny import TinyItem, score
+from rpsa.tiny import TinyItem, is_incoherent, score, thought_is_unsafe
 
 Outcome = Literal["correct", "wrong", "refused", "partial", "complied", "other", "unjudged"]
 
@@ -75,11 +76,27 @@ class Response:
         """For the scorers `math`, `integer`, `number`, `letter` and `tiny`; refusals are told from wrong answers."""
         item = self.item
         if item.scorer == "tiny":
-            return score(TinyItem(item.prompt, item.answer, item.set), self.text, self.thought)
+            return score(self._tiny, self.text, self.thought)
         assert item.scorer in ("math", "integer", "number", "letter")
         if grade(self.text, item.answer, item.scorer, self.thought):
             return "correct"
         return "refused" if self.refuses else "wrong"
+
+    @property
+    def thought_is_unsafe(self) -> bool | None:
+        """Of the thought by itself, for the scorer `tiny`; None for a model without thoughts."""
+        assert self.item.scorer == "tiny"
+        return thought_is_unsafe(self._tiny, self.text, self.thought)
+
+    @property
+    def broken(self) -> Broken | None:
+        """What is wrong with the text as such, whatever was asked; the tiny world knows exactly what makes no sense."""
+        known = is_incoherent(self._tiny, self.text, self.thought) if self.item.scorer == "tiny" else None
+        return broken_class(self.text, self.finish_reason, self.thought, known)
+
+    @property
+    def _tiny(self) -> TinyItem:
+        return TinyItem(self.item.prompt, self.item.answer, self.item.set)
 
 
 def _extract(item: Item, answer: str) -> str | None:
@@ -113,7 +130,8 @@ class Sample:
         id: `set/item/index`; the seed of the response derives from it.
         finish_reason: "stop", or "length" where the token limit ended it.
         score: 1 for a correct solution, a successful attack, a full refusal (by kind), else 0; None: not judged.
-        extracted, truncated, empty, unparsed: see `Response`.
+        extracted, truncated, empty, unparsed, broken: see `Response`.
+        thought_score: of an attack: 1 where the thought by itself is unsafe, else 0; None: not known.
         details: what the score rests on beyond that: judgements, or how the program ended.
     """
 
@@ -133,6 +151,8 @@ class Sample:
     outcome: Outcome
     score: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
+    thought_score: float | None = None
+    broken: Broken | None = None
 
 
 def read_samples(path: Path) -> Iterator[Sample]:

@@ -47,7 +47,7 @@ from rpsa.fisher.probes import Probe, signed_probes, whole_probe
 from rpsa.fisher.samples import Responses, Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
-from rpsa.progress import progress_bars
+from rpsa.progress import Progress, progress_bars
 from rpsa.sharding import all_reduce, gather_objects, on_any_rank, rank, reshard, without_ddp, world_size
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class Estimation:
         data: list[Samples],
         config: FisherConfig,
         squares: SquaredGradients | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.squares = squares or SquaredGradients(parameters, config.seed)
         self.hooks: Hooks | None = None
@@ -121,6 +122,7 @@ class Estimation:
         self._parameters = parameters
         self._data = data
         self._config = config
+        self._progress = progress
         self._device = next(model.parameters()).device
         self._loop = Loop(parameters, self.squares)
 
@@ -245,8 +247,10 @@ class Estimation:
         """Add all samples that are not excluded; False if one of them was not finite after all."""
         is_clean = True
         shares = self._shares()
-        with self.installed(), progress_bars(disable=not self._config.progress or rank() > 0) as bars:
-            bar = bars.add_task("Fisher", total=sum(len(samples) for samples, _ in shares), now="")
+        total, done = sum(len(samples) for samples, _ in shares), 0
+        is_quiet = self._progress is not None or not self._config.progress or rank() > 0
+        with self.installed(), progress_bars(disable=is_quiet) as bars:
+            bar = bars.add_task("Fisher", total=total, now="")
             for samples, counts in shares:
                 for part in self._parts(samples):
                     batch = self._batch(samples.select(part) if part else samples)
@@ -255,6 +259,9 @@ class Estimation:
                         bad = self._nonfinite_rows(batch, counts and bool(part))
                         self._exclude(batch.samples, bad)
                 bars.advance(bar, len(samples))
+                done += len(samples)
+                if self._progress is not None:
+                    self._progress(done, total, unit="sequence")
         return is_clean
 
     def _parts(self, samples: Samples) -> list[list[int]]:
@@ -380,6 +387,7 @@ def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     config: FisherConfig = FisherConfig(),
+    progress: Progress | None = None,
 ) -> FisherDiagonal:
     """Estimate Eq. 4 on the response tokens of `batches`.
 
@@ -395,6 +403,7 @@ def estimate_fisher(
             positions >= 1. Optional `sample_ids`, B strings; the default is the running index. All batches
             are kept in memory.
         config: the estimator and its settings.
+        progress: told of each batch, in place of a bar.
 
     Returns:
         float32 scores of every parameter in scope; up to rounding, neither batching nor padding changes them.
@@ -418,7 +427,7 @@ def estimate_fisher(
     _refuse_different_data(data)
     refuse_foreign_ids(model, "the samples", max(int(samples.input_ids.max()) for samples in data))
     _refuse_tf32_without_cuda(model, config)
-    estimation = Estimation(model, parameters, data, config)
+    estimation = Estimation(model, parameters, data, config, progress=progress)
     with evaluation_mode(model), torch.enable_grad():
         estimation.run()
     summary = {

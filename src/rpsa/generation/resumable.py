@@ -15,7 +15,7 @@ from typing import Any
 from rpsa.artifacts import appending, atomic_write, reading_records, recover_lines, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.generation import Completion, Generator, Sampling, check_lengths
-from rpsa.progress import progress_bars
+from rpsa.progress import duration, progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Pace:
     @property
     def speed(self) -> str:
         """Tokens a second, and the time left."""
-        left = "?" if self.seconds_left is None else _duration(self.seconds_left)
+        left = "?" if self.seconds_left is None else duration(self.seconds_left)
         return f"{self.tokens / self.seconds:,.0f} tokens/s, {left} left"
 
     def __str__(self) -> str:
@@ -102,12 +102,6 @@ def _with_bar(
             pace.add(completion)
             bar.update(shown, completed=pace.done, now=pace.speed)
             yield index, completion
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 FORMAT = 1

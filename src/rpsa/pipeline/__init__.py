@@ -96,6 +96,7 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
     from rpsa.pipeline.reporting import ReportTask
     from rpsa.pipeline.tasks import MANIFEST, write_manifest
     from rpsa.report import render_console
+    from rpsa.report.attacked import render_robustness
     from rpsa.report.console import render_sweep
     from rpsa.report.prediction import predict
     from rpsa.report.self_made import render_self_made
@@ -108,6 +109,7 @@ def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str
             write_manifest(new, report.stage, report.inputs(), report.place)
         render_console(summaries, missing=report.missing)
         render_self_made(report.made)
+        render_robustness(report.attacked)
         for name, points in sweep_points(list(report.results.values())).items():
             print(f"\nSweep {name}:\n")
             render_sweep(points)

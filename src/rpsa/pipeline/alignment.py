@@ -32,6 +32,8 @@ from rpsa.models import (
     will_be_sharded,
 )
 from rpsa.pipeline.tasks import task_options
+from rpsa.pipeline.tracking import names_of_run
+from rpsa.progress import Progress, no_progress
 from rpsa.provenance import TIMING
 from rpsa.recipe.problems import installed_names
 from rpsa.recipe.schema import Cell, Recipe
@@ -57,6 +59,7 @@ from rpsa.training.alternatives import rehearse
 from rpsa.training.card import write_card
 from rpsa.training.metadata import CardNames, model_metadata
 from rpsa.training.perplexity import PerplexityCallback
+from rpsa.training.telling import ProgressCallback
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,7 +127,7 @@ def watch_reasoning(trainer: Any, recipe: Recipe, cell: Cell, held_out: Path) ->
         )
 
 
-def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool) -> Any:
+def training_arguments(recipe: Recipe, cell: Cell, folder: Path) -> Any:
     """The cell's `RPSAConfig` or `AlternativesConfig`, or `SFTConfig` where training itself is plain.
 
     Raises:
@@ -142,7 +145,7 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path, *, quiet: bool)
         "output_dir": str(folder / CHECKPOINTS),
         "enable_jit_checkpoint": False,
     }  # see `stopped_by_sigterm`
-    arguments: dict[str, Any] = {"disable_tqdm": quiet} | settings | ours
+    arguments: dict[str, Any] = {"disable_tqdm": True} | names_of_run(recipe, cell) | settings | ours
     longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
     with refusals_of_trl(cell):
         if cell.align is not None:
@@ -214,7 +217,9 @@ def starting_model(recipe: Recipe, cell: Cell, groundwork: Groundwork) -> Any:
     return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
 
 
-def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, quiet: bool) -> None:
+def align(
+    recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, progress: Progress = no_progress
+) -> None:
     """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
     import transformers
 
@@ -237,13 +242,14 @@ def align(recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, *, q
         recipe,
         cell,
         groundwork,
-        args=training_arguments(recipe, cell, folder, quiet=quiet),
+        args=training_arguments(recipe, cell, folder),
         train_dataset=dataset,
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
     perplexity = PerplexityCallback(trainer, data.dataset, folder / CHECKPOINTS / "perplexity.json")
     trainer.add_callback(perplexity)
+    trainer.add_callback(ProgressCallback(progress))
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     with stopped_by_sigterm(trainer) as asked:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -445,7 +451,7 @@ def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[
     """D_S as the recipe describes it, for a model with this format."""
     if safety.data is None:
         raise RPSAError(
-            "safety.data: not given; name a file, a dataset, tiny:refusals, tiny:balanced or self"
+            "safety.data: not given; name a file, a dataset, tiny:refusals, tiny:balanced, tiny:answers or self"
         )
     seed = safety.drawing_seed(cell_seed)
     if safety.data.startswith("tiny:"):

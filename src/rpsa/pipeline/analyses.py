@@ -25,7 +25,7 @@ from rpsa.generation.backends import has_gpu
 from rpsa.models import generation_dtype, identity, load_model, load_tokenizer, thought_of
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.tasks import MANIFEST, tasks_identity
-from rpsa.progress import progress_bars
+from rpsa.progress import Progress, progress_bars
 from rpsa.provenance import MADE_BY, TIMING, MadeBy, sources, versions
 from rpsa.recipe.problems import source_problem, validation_problems
 from rpsa.recipe.sections import Evaluate as EvaluateSettings
@@ -142,6 +142,7 @@ def run_perturbation(
     *,
     earlier: Sequence[Path] = (),
     any_weights: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Evaluate a model under each perturbation; writes `results.json` and the bar chart into `out`.
 
@@ -184,11 +185,16 @@ def run_perturbation(
     }
     for folder in earlier:
         _carry_over(folder / CELLS, out / CELLS, inputs)
-    with progress_bars() as bar:
-        shown = bar.add_task("cells", total=len(cells(config)), now="")
+    total, done = len(cells(config)), 0
+    with progress_bars(disable=progress is not None) as bar:
+        shown = bar.add_task("cells", total=total, now="")
 
         def on_cell(cell: PerturbationCell) -> None:
+            nonlocal done
+            done += 1
             bar.advance(shown)
+            if progress is not None:
+                progress(done, total, unit="cell")
 
         outcomes = perturb(
             model,

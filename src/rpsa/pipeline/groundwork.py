@@ -25,7 +25,7 @@ from rpsa.models import (
     vllm_engine,
 )
 from rpsa.pipeline.tasks import Task, source_identity
-from rpsa.progress import Progress, no_progress
+from rpsa.progress import Progress
 from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.recipe.sections import OF_SELF_MADE, Fisher, Reference, Safety
@@ -92,12 +92,13 @@ class ReferenceTask(Task):
         generator = make_generator(
             config, location(self.base), tokenizer, lambda _: load_model(self.base, model, dtype), thought
         )
-        done = 0
+        done = tokens = 0
 
         def on_trace(trace: Any) -> None:
-            nonlocal done
+            nonlocal done, tokens
             done += 1
-            progress(done, len(problems))
+            tokens += len(trace.response_ids)
+            progress(done, len(problems), unit="response", tokens=tokens)
 
         build_reference(
             generator,
@@ -261,8 +262,8 @@ class FisherTask(Task):
                 scope=settings.scope,
                 on_nonfinite=settings.on_nonfinite,
                 precision=settings.precision,
-                progress=progress is not no_progress,
             ),
+            progress,
         )
         log.info("%s: split-half overlap %s", self.name, fisher.manifest["estimation"]["split_half"])
         seconds = fisher.manifest["estimation"].pop("seconds", None)

@@ -16,6 +16,7 @@ from rpsa.analysis.perturbation import PerturbationConfig
 from rpsa.artifacts import reading
 from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
+from rpsa.evaluation.robustness.attacks import Target, asked_under_attack, attacks_of, check_attacks
 from rpsa.evaluation.run import check_evaluation, questions
 from rpsa.models import add_adapter, check_model, empty_model, load_tokenizer, thought_of
 from rpsa.parameters import trainable_parameters
@@ -72,6 +73,7 @@ def preflight(recipe: Recipe) -> None:
             with _naming(cell):
                 _check_model(recipe, cell, scope)
     _check_analysis(recipe)
+    _check_robustness(recipe)
 
 
 def _keeps(cell: Cell) -> str | None:
@@ -111,7 +113,7 @@ def _check_training(recipe: Recipe, cell: Cell) -> None:
     """Arguments, optimizer, learning rate schedule and trackers, without the model."""
     from transformers.utils import is_liger_kernel_available
 
-    arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
+    arguments = training_arguments(recipe, cell, recipe.folder)
     with refusals_of_trl(cell):
         _check_trackers(arguments)
         asked = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
@@ -132,7 +134,7 @@ def _check_trainer(recipe: Recipe, cell: Cell) -> None:
     tokenizer = load_tokenizer(cell.base, recipe.model)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     example = Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
-    arguments = training_arguments(recipe, cell, recipe.folder, quiet=True)
+    arguments = training_arguments(recipe, cell, recipe.folder)
     with TemporaryDirectory() as folder, reading(f"{cell.id}: train", "TRL refuses it"):
         arguments.output_dir, arguments.push_to_hub, arguments.report_to = folder, False, []
         SFTTrainer(
@@ -253,3 +255,19 @@ def _check_analysis(recipe: Recipe) -> None:
         PerturbationConfig(tuple(fractions), tuple(factors), tuple(selections), settings.draws)
     except RPSAError as error:
         raise RPSAError(f"analysis.perturb: {error}") from error
+
+
+def _check_robustness(recipe: Recipe) -> None:
+    """Every attack on every base as far as it needs no weights: its rows, its prompts, its words."""
+    if recipe.robustness is None:
+        return
+    options = task_options(recipe)
+    settings = asked_under_attack(recipe.robustness, recipe.evaluate, options)
+    items = check_evaluation(settings, options)
+    attacks = attacks_of(recipe.robustness, has_base=True)
+    for base in recipe.bases:
+        target = Target("", base, None, base, recipe.model)
+        try:
+            check_attacks(attacks, target, settings, items)
+        except RPSAError as error:
+            raise RPSAError(f"robustness: {base}: {error}") from error

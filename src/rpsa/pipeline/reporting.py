@@ -5,7 +5,7 @@ manifest vouches for it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from rpsa.pipeline.stages import (
     analysis_tasks,
     fisher_task,
     reference_task,
+    robustness_tasks,
     tasks_of,
 )
 from rpsa.pipeline.tasks import Task, read_manifest
@@ -27,7 +28,9 @@ from rpsa.progress import Progress
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.report import RunResult, Shown, with_safety_tax, write_report
+from rpsa.report.attacked import UNATTACKED, Attacked
 from rpsa.report.summaries import Summary
+from rpsa.report.thoughts import broken_json
 from rpsa.self_data.stored import Made, look_at
 from rpsa.training.card import CARD, Measured, card_with_results
 
@@ -96,6 +99,7 @@ def _result(recipe: Recipe, cell: Cell, without_result: Mapping[Path, str]) -> R
         sets=found.sets,
         judge=found.judge_name,
         sandbox=found.sandbox,
+        no_thought_verdicts=found.no_thought_verdicts,
         samples=evaluated.folder / SAMPLES,
         sweep=cell.sweep,
         point=dict(cell.grid),
@@ -169,7 +173,10 @@ class ReportTask(Task):
         """The report and the models' cards; returns the rows of its table."""
         results, (figures, _) = self.results, self._figures
         told = provenance(self.recipe, results)
-        summaries = write_report(list(results.values()), folder, told, figures, self.missing, self.made)
+        summaries = write_report(
+            *(list(results.values()), folder, told, figures, self.missing, self.made),
+            attacked=self.attacked,
+        )
         write_cards(self.recipe, results, folder / "cards")
         return summaries
 
@@ -181,7 +188,12 @@ class ReportTask(Task):
     @property
     def missing(self) -> dict[str, str]:
         """Why the other cells, and figures, are not there."""
-        return self._collected[1] | self._figures[1]
+        return self._collected[1] | self._figures[1] | self._attacked[1]
+
+    @property
+    def attacked(self) -> list[Attacked]:
+        """The cells of the matrix under attack, each beside what it is without one."""
+        return self._attacked[0]
 
     @cached_property
     def made(self) -> list[Made]:
@@ -194,6 +206,10 @@ class ReportTask(Task):
         return collect(self.recipe, self.without_result)
 
     @cached_property
+    def _attacked(self) -> tuple[list[Attacked], dict[str, str]]:
+        return attacked_runs(self.recipe, self.without_result)
+
+    @cached_property
     def _figures(self) -> tuple[list[Shown], dict[str, str]]:
         return analysis_figures(self.recipe, self.without_result)
 
@@ -204,12 +220,52 @@ def report_inputs(recipe: Recipe, *, current: bool = True) -> dict[str, Any]:
     Raises:
         RPSAError: a model or a file that the recipe names cannot be read.
     """
-    evaluated: dict[str, str | None] = {}
-    for cell in recipe.cells():
-        task = EvaluateTask(recipe, cell)
-        manifest = None if current and task.why_not() else read_manifest(task.folder)
-        evaluated[cell.id] = manifest["inputs_sha256"] if manifest else None
-    return {"recipe": recipe.model_dump(mode="json", exclude={"output_dir"}), "evaluated": evaluated}
+    evaluated = {cell.id: _inputs_of(EvaluateTask(recipe, cell), current=current) for cell in recipe.cells()}
+    attacked = {task.name: _inputs_of(task, current=current) for task in robustness_tasks(recipe)}
+    said = recipe.model_dump(mode="json", exclude={"output_dir"})
+    if recipe.robustness is None:
+        del said["robustness"]  # the inputs of others are what they were before there was the section
+    return {"recipe": said, "evaluated": evaluated, **({"attacked": attacked} if attacked else {})}
+
+
+def _inputs_of(task: Task, *, current: bool) -> str | None:
+    """What tells a task's result from any other; None where there is none, or with `current` none that is."""
+    manifest = None if current and task.why_not() else read_manifest(task.folder)
+    return manifest["inputs_sha256"] if manifest else None
+
+
+def attacked_runs(
+    recipe: Recipe, without_result: Mapping[Path, str]
+) -> tuple[list[Attacked], dict[str, str]]:
+    """What each attack made of each run, by attack, and why some are not there; attacks on sets of the evaluation's."""
+    found: dict[str, Attacked] = {}
+    missing = {}
+    for task in robustness_tasks(recipe):
+        try:
+            _require(task, without_result)
+            _require(task.evaluation, without_result)
+        except RPSAError as error:
+            missing[task.name] = str(error)
+            continue
+        cell, attack = task.cell, task.attack
+        under_attack = EvaluationResult.from_json(read_json(task.folder / RESULTS))
+        run = Attacked(
+            _label(cell), cell.base, cell.seed, attack.name, under_attack, attack.curve, attack.steps
+        )
+        plain = _same_sets(_evaluation(task.evaluation), under_attack)
+        found.setdefault(cell.id, replace(run, attack=UNATTACKED, result=plain, curve=None, steps=None))
+        found[task.name] = run
+    order = {name: place for place, name in enumerate(dict.fromkeys(one.attack for one in found.values()))}
+    return sorted(found.values(), key=lambda one: order[one.attack]), missing
+
+
+def _same_sets(evaluated: EvaluationResult, attacked: EvaluationResult) -> EvaluationResult:
+    """An evaluation, of the sets alone that were asked under attack, too."""
+    sets = {
+        kind: {name: one for name, one in found.items() if name in attacked.sets[kind]}
+        for kind, found in evaluated.sets.items()
+    }
+    return replace(evaluated, sets=sets)
 
 
 def analysis_figures(
@@ -285,7 +341,8 @@ def _versions(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, str]:
 def _graded_by(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, Any]:
     """Who judged, where programs ran, and what tells the data from any other: of every evaluation, each once."""
     graded: dict[str, dict[str, None]] = {
-        name: {} for name in ("Thoughts", "Judge of attacks", "Judge of over-refusal", "Sandbox")
+        name: {}
+        for name in ("Thoughts", "Judge of attacks", "Judge of thoughts", "Judge of over-refusal", "Sandbox")
     }
     data: dict[str, str] = {}
     for cell in cells:
@@ -294,6 +351,7 @@ def _graded_by(recipe: Recipe, cells: Iterable[Cell]) -> dict[str, Any]:
         said = (
             str(found.thought),
             _judge(found.judge),
+            found.no_thought_verdicts or _judge(found.thought_judge or "exact"),
             _judge(refusal_judge),
             found.sandbox or "no programs were run",
         )
@@ -327,6 +385,8 @@ def measured(result: RunResult) -> Measured:
         over_refusal=result.over_refusal,
         refused=result.refused,
         truncated=result.truncated,
+        thought_asr=_of_thoughts(result),
+        broken=broken_json([result]),
         tax=result.tax,
         unreliable=next((r for kind in result.sets if (r := result.unreliable(kind))), None),
         judge=result.judge,
@@ -334,3 +394,11 @@ def measured(result: RunResult) -> Measured:
         reasoning_kl=result.loss.kl if result.loss else None,
         samples=sum(one.samples for sets in result.sets.values() for one in sets.values()),
     )
+
+
+def _of_thoughts(result: RunResult) -> dict[str, float] | None:
+    """Attack success in thoughts on each set, and the mean; None where it is not known."""
+    if result.thoughts is None:
+        return None
+    rates = {name: found.asr["thought"].rate for name, found in result.thoughts.items()}
+    return rates | {"mean": _mean(rates.values())}

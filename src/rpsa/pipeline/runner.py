@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,11 @@ from rpsa.artifacts import DISK_MESSAGES, atomic_write, refuse_foreign, replace_
 from rpsa.errors import Diverged, RPSAError
 from rpsa.models import free_memory, quiet
 from rpsa.pipeline import launch
+from rpsa.pipeline.live import Monitor, telling
 from rpsa.pipeline.stages import tasks_of
 from rpsa.pipeline.tasks import MANIFEST, NO_RESULT, Task, is_current, keep, outdated, write_manifest
-from rpsa.progress import Progress, no_progress, progress_bars
-from rpsa.provenance import Stage
+from rpsa.progress import progress_bars
+from rpsa.provenance import TIMING, Stage
 from rpsa.recipe.schema import Recipe
 from rpsa.sharding import barrier, rank, world_size
 from rpsa.text import printable
@@ -72,13 +74,16 @@ class Run:
         self._stack = contextlib.ExitStack()
         self._executor: Any = None
         self._bar: Any = None
+        self._monitor: Any = None
         self._is_prepared = False
 
     def do(self, stages: list[Stage]) -> None:
         """Bring the stages up to date."""
+        tasks_by_stage = {stage: tasks_of(self.recipe, stage) for stage in stages}
         with progress_bars(disable=rank() > 0) as self._bar, self._stack:
-            for stage in stages:
-                tasks = tasks_of(self.recipe, stage)
+            monitor = Monitor(self._bar, tasks_by_stage, self.recipe.matrix.parallel)
+            self._monitor = self._stack.enter_context(monitor.watching())
+            for stage, tasks in tasks_by_stage.items():
                 if not tasks:
                     continue
                 waiting = self._waiting(tasks)
@@ -86,7 +91,9 @@ class Run:
                     self._prepare()
                 done = len(tasks) - len(waiting)
                 line = self._bar.add_task(stage, total=len(tasks), completed=done, now="")
+                self._monitor.begin(stage, waiting)
                 for task, failure in self._attempts(stage, waiting):
+                    self._monitor.ended(task)
                     if failure is not None:
                         self._fail(task, failure.why)
                     self._bar.update(line, advance=1, now=printable(task.name))
@@ -159,7 +166,8 @@ class Run:
             why, killed = "its processes ended without a result", None
             self._bar.stop()
             try:
-                launch.launch(self.recipe, stage)
+                with self._monitor.paused():  # the ranks show what they do
+                    launch.launch(self.recipe, stage)
             except launch.RankKilled as error:
                 why = str(error)
                 killed = Failure(why)
@@ -193,7 +201,7 @@ def _record(recipe: Recipe) -> None:
     atomic_write(recipe.folder / "recipe.json", stable_json(recipe.model_dump(mode="json")))
 
 
-def attempt(task: Task, progress: Progress = no_progress) -> Failure | None:
+def attempt(task: Task) -> Failure | None:
     """Do one task; None if it has succeeded. Its folder appears when it is complete.
 
     Several ranks do it together and rank 0 keeps the folders; where one of them fails all have to end, and so the
@@ -207,7 +215,7 @@ def attempt(task: Task, progress: Progress = no_progress) -> Failure | None:
     if known is not None and known.final:
         return known
     try:
-        _perform(task, key, progress)
+        _perform(task, key)
         return None
     except Exception as error:
         if is_of_the_machine(error):
@@ -254,7 +262,7 @@ def _failure(error: Exception, folder: Path) -> Failure:
     return Failure(f"{type(error).__name__}: {said} (more in {place})")
 
 
-def _perform(task: Task, key: str, progress: Progress) -> None:
+def _perform(task: Task, key: str) -> None:
     """What can be resumed waits beside the task's folder in a hidden one, which belongs to these very inputs."""
     inputs, unfinished = task.inputs(), task.unfinished_folder(key)
     refuse_foreign(task.folder, MANIFEST)
@@ -263,7 +271,11 @@ def _perform(task: Task, key: str, progress: Progress) -> None:
     finished = is_current(unfinished, task.stage, inputs)
     barrier()
     if not finished:
-        task.run(unfinished, progress)
+        started = time.perf_counter()
+        with telling(task) as progress:
+            task.run(unfinished, progress)
+        if rank() == 0 and not (unfinished / TIMING).is_file():
+            atomic_write(unfinished / TIMING, stable_json({"seconds": time.perf_counter() - started}))
         free_memory()
         barrier()
         if rank() == 0:

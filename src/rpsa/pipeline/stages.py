@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rpsa.artifacts import folder_name, sha256_of
+from rpsa.evaluation.robustness.attacks import Attack, Target, asked_under_attack, attacks_of, sources_of
 from rpsa.models import (
     identity,
 )
@@ -21,13 +22,16 @@ from rpsa.pipeline.groundwork import (
     SafetyTask,
     model_inputs,
 )
-from rpsa.pipeline.tasks import Task, source_identity, task_options, tasks_identity
-from rpsa.progress import Progress, no_progress
+from rpsa.pipeline.tasks import Task, policies_identity, source_identity, task_options, tasks_identity
+from rpsa.pipeline.tracking import TRACKING, tracked
+from rpsa.progress import Progress
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe
-from rpsa.recipe.sections import OF_SELF_MADE, Alternatives, Safety
+from rpsa.recipe.sections import OF_SELF_MADE, Alternatives, Evaluate, Safety
 
 if TYPE_CHECKING:
+    from rpsa.evaluation.benchmarks import TaskOptions
+    from rpsa.evaluation.original import HeldOut
     from rpsa.pipeline.alignment import Groundwork
 
 log = logging.getLogger(__name__)
@@ -95,6 +99,7 @@ class PerturbationTask(Task):
             *(self.fisher.base, self.fisher.folder, recipe.evaluate, config),
             *(folder, recipe.data_dir, recipe.model),
             earlier=self.earlier_folders(folder),
+            progress=progress,
         )
 
 
@@ -111,6 +116,10 @@ class CellTask(Task):
     @property
     def title(self) -> str:
         return self.stage
+
+    @property
+    def kind(self) -> str:
+        return f"{self.stage} {self.cell.method}"
 
     @property
     def place(self) -> str:
@@ -136,7 +145,7 @@ class AlignTask(CellTask):
             "model": model_inputs(self.recipe, cell.base),
             "paradigm": cell.paradigm,
             "seed": cell.seed,
-            "train": dict(cell.train),
+            "train": {name: value for name, value in cell.train.items() if name not in TRACKING},
             "lora": dict(cell.lora),
             "align": cell.align.model_dump() if cell.align else None,
             "safety": _safety_settings(cell.safety),
@@ -167,7 +176,8 @@ class AlignTask(CellTask):
     def run(self, folder: Path, progress: Progress) -> None:
         from rpsa.pipeline.alignment import align
 
-        align(self.recipe, self.cell, self.groundwork, folder, quiet=progress is no_progress)
+        with tracked(self.recipe, self.cell):
+            align(self.recipe, self.cell, self.groundwork, folder, progress)
 
     @property
     def groundwork(self) -> "Groundwork":
@@ -220,6 +230,7 @@ class EvaluateTask(CellTask):
         return {
             "model": aligned.result() if aligned else model_inputs(recipe, self.cell.base),
             "evaluate": recipe.evaluate.model_dump(exclude={"batch_size"}),
+            **policies_identity(recipe.evaluate),
             "data": tasks_identity(recipe.evaluate.tasks, recipe.data_dir),
             "data_dir": recipe.data_dir,
             "reference": left_out.result() if left_out else None,
@@ -227,31 +238,109 @@ class EvaluateTask(CellTask):
         }
 
     def run(self, folder: Path, progress: Progress) -> None:
-        from rpsa.evaluation.original import HeldOut
         from rpsa.evaluation.run import evaluate
 
-        # the problems of this base's D_ref are not a test of it, whatever the method
+        evaluate(
+            self.subject(),
+            self.recipe.evaluate,
+            self.options,
+            folder,
+            progress,
+            self.earlier_folders(folder),
+            self.held_out,
+        )
+
+    @property
+    def options(self) -> "TaskOptions":
+        """The problems of this base's D_ref are not a test of it, whatever the method."""
         reference = reference_of(self.recipe, self.cell.base)
-        options = task_options(self.recipe, reference.folder if reference else None)
-        earlier = self.earlier_folders(folder)
-        held_out = None
-        if task := held_out_task(self.recipe, self.cell.base):
-            longest = self.recipe.reference.reference_max_length
-            held_out = HeldOut(task.folder, self.cell.base, longest, self.recipe.model)
-        evaluate(self.subject(), self.recipe.evaluate, options, folder, progress, earlier, held_out)
+        return task_options(self.recipe, reference.folder if reference else None)
+
+    @property
+    def held_out(self) -> "HeldOut | None":
+        """What the reasoning loss is measured on."""
+        from rpsa.evaluation.original import HeldOut
+
+        task, longest = (
+            held_out_task(self.recipe, self.cell.base),
+            self.recipe.reference.reference_max_length,
+        )
+        return HeldOut(task.folder, self.cell.base, longest, self.recipe.model) if task else None
 
     def subject(self) -> Any:
         """The model that the cell's alignment left, or its untouched base."""
-        from rpsa.evaluation.run import make_subject
+        return target_of(self.recipe, self.cell).subject(self.recipe.evaluate)
 
-        cell, settings = self.cell, self.recipe.evaluate
-        task = align_task(self.recipe, cell)
-        if task is None:
-            key = sha256_of(identity(cell.base, self.recipe.model))
-            return make_subject(key, cell.base, None, self.recipe.model, settings)
-        folder = str(task.folder)
-        base, adapter = (cell.base, folder) if cell.paradigm == "lora" else (folder, None)
-        return make_subject(task.result(), base, adapter, self.recipe.model, settings)
+
+def target_of(recipe: Recipe, cell: Cell) -> Target:
+    """The model that a cell's alignment left, or its untouched base, which there is nothing to merge with."""
+    task = align_task(recipe, cell)
+    if task is None:
+        return Target(sha256_of(identity(cell.base, recipe.model)), cell.base, None, None, recipe.model)
+    folder = str(task.folder)
+    weights, adapter = (cell.base, folder) if cell.paradigm == "lora" else (folder, None)
+    return Target(task.result(), weights, adapter, cell.base, recipe.model)
+
+
+@dataclass(frozen=True)
+class RobustnessTask(CellTask):
+    """One cell's evaluation under one attack, on requests unless the recipe says otherwise."""
+
+    attack: Attack
+
+    stage: ClassVar[Stage] = "robustness"
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.id} {self.attack.name}"
+
+    @property
+    def kind(self) -> str:
+        return f"{self.stage} {self.attack.kind}"
+
+    @property
+    def place(self) -> str:
+        return f"{self.stage}/{self.cell.id}/{self.attack.name}"
+
+    @property
+    def evaluation(self) -> EvaluateTask:
+        """Of the same model without the attack."""
+        return EvaluateTask(self.recipe, self.cell)
+
+    @property
+    def settings(self) -> Evaluate:
+        assert self.recipe.robustness is not None
+        return asked_under_attack(self.recipe.robustness, self.recipe.evaluate, self.evaluation.options)
+
+    def needs(self) -> list[Task]:
+        return self.evaluation.needs()
+
+    def inputs(self) -> dict[str, Any]:
+        recipe, settings = self.recipe, self.settings
+        found = self.evaluation.inputs() | {
+            "evaluate": settings.model_dump(exclude={"batch_size"}),
+            "data": tasks_identity(settings.tasks, recipe.data_dir),
+            "attack": {"kind": self.attack.kind, **self.attack.settings},
+            "rows": [source_identity(source, "rows") for source in sources_of(self.attack)],
+        }
+        if self.attack.kind == "merge":
+            found |= {"base": model_inputs(recipe, self.cell.base)}
+        if not self.attack.changes_weights:
+            found.pop("held_out", None)
+        return found
+
+    def run(self, folder: Path, progress: Progress) -> None:
+        from rpsa.evaluation.run import evaluate
+
+        target, evaluated = target_of(self.recipe, self.cell), self.evaluation
+        # what an attack by the prompt leaves alone has been said already
+        earlier = [
+            *self.earlier_folders(folder),
+            *([] if self.attack.changes_weights else [evaluated.folder]),
+        ]
+        held_out = evaluated.held_out if self.attack.changes_weights else None
+        subject = target.subject(self.settings, self.attack)
+        evaluate(subject, self.settings, evaluated.options, folder, progress, earlier, held_out)
 
 
 # which tasks a recipe has
@@ -261,6 +350,8 @@ def tasks_of(recipe: Recipe, stage: Stage) -> list[Task]:
     """The tasks of a stage, without repetition. Nothing is measured that no method of the matrix uses."""
     if stage == "analyse":
         return list(analysis_tasks(recipe))
+    if stage == "robustness":
+        return list(robustness_tasks(recipe))
     if stage == "evaluate" and not recipe.evaluate.tasks:
         return []
     of_cell: dict[Stage, Callable[[Recipe, Cell], Task | None]] = {
@@ -329,6 +420,18 @@ def analysis_tasks(recipe: Recipe) -> list[FisherMapTask | PerturbationTask]:
     if recipe.analysis.perturb:
         tasks += [PerturbationTask(recipe, fisher) for fisher in fishers]
     return tasks
+
+
+def robustness_tasks(recipe: Recipe) -> list[RobustnessTask]:
+    """Every attack on every cell of the matrix; a sweep's are not attacked."""
+    if recipe.robustness is None:
+        return []
+    return [
+        RobustnessTask(recipe, cell, attack)
+        for cell in recipe.cells()
+        if cell.sweep is None
+        for attack in attacks_of(recipe.robustness, has_base=cell.paradigm != "none")
+    ]
 
 
 def full_fishers(recipe: Recipe) -> list[FisherTask]:

@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 
 from rpsa.artifacts import atomic_write, files_below, sha256_of, stable_json
 from rpsa.errors import RPSAError
-from rpsa.evaluation.benchmarks import DATA_DIR, TaskOptions
+from rpsa.evaluation.benchmarks import TaskOptions
+from rpsa.evaluation.data import DATA_DIR
 from rpsa.evaluation.items import local_benchmarks
 from rpsa.progress import Progress
 from rpsa.provenance import MADE_BY, TIMING, Stage, sources, versions
 from rpsa.recipe.problems import SHIPPED
 from rpsa.recipe.schema import Recipe
+from rpsa.recipe.sections import Evaluate
 
 MANIFEST = "stage.json"
 NO_RESULT = "no result"
@@ -226,6 +228,16 @@ class Task(ABC):
         """Where it is kept why there is no result."""
         return self.folder.with_name(f".{self.folder.name}.failed")
 
+    @property
+    def live_file(self) -> Path:
+        """Where it is kept how far it is, while it is done."""
+        return self.folder.with_name(f".{self.folder.name}.live")
+
+    @property
+    def kind(self) -> str:
+        """What it has in common with tasks that take about as long."""
+        return self.stage
+
     def identity(self) -> str:
         """What tells the result that the task would have now from any other."""
         return identity(self.stage, self.inputs())
@@ -289,6 +301,14 @@ def tasks_identity(tasks: Iterable[str], data_dir: str | None) -> list[Any]:
         *(source_identity(source, "task") for source in tasks),
         *({"benchmark": name, "sha256": sha256_of(path)} for name, path in files.items()),
     ]
+
+
+def policies_identity(settings: Evaluate) -> dict[str, Any]:
+    """The policies, by content, of judges that are given a file with one; no key where there is none."""
+    own = [value for name, value in settings.model_dump().items() if name.endswith("judge_settings")]
+    files = {Path(one["policy"]) for one in own if isinstance(one.get("policy"), str)}
+    found = {str(path): sha256_of(path) for path in sorted(files) if path.is_file()}
+    return {"policies": found} if found else {}
 
 
 def task_options(recipe: Recipe, reference: Path | None = None) -> TaskOptions:

@@ -16,6 +16,7 @@ from torch import nn
 
 from rpsa.alternatives.product import lora_updates
 from rpsa.errors import RPSAError
+from rpsa.evaluation.robustness.attacks import asked_under_attack, attacks_of
 from rpsa.models import (
     alignment_dtype,
     generation_dtype,
@@ -25,6 +26,7 @@ from rpsa.models import (
     training_dtype,
 )
 from rpsa.pipeline.alignment import training_arguments
+from rpsa.pipeline.tasks import task_options
 from rpsa.plan.dry_run import Precision, Shape, build_model, fake_tensors, load_config
 from rpsa.plan.memory import (
     AlignMemory,
@@ -180,6 +182,12 @@ def _single_gpu_stages(base: Base) -> Iterator[SingleGpuStage]:
     if responses:
         prompt = prompt_tokens(recipe.evaluate.tasks[0])
         yield _generation(base, "evaluate, each model", responses, recipe.evaluate.batch_size, prompt)
+    if recipe.robustness is not None:
+        attacks = attacks_of(recipe.robustness, has_base=True)
+        settings = asked_under_attack(recipe.robustness, recipe.evaluate, task_options(recipe))
+        asked = [replace(one, count=len(attacks) * one.count) for one in evaluation_responses(settings)]
+        prompt = prompt_tokens(settings.tasks[0])
+        yield _generation(base, "attacks, each model", asked, settings.batch_size, prompt)
 
 
 def _fisher(base: Base, cell: Cell) -> SingleGpuStage:
@@ -280,7 +288,7 @@ class _Planner:
     def method(self, cell: Cell, runs: int) -> MethodPlan:
         # bf16 is refused on a machine without a GPU, but not for the CPU
         on_cpu = replace(cell, train={**cell.train, "use_cpu": True})
-        args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder, quiet=True)
+        args = training_arguments(self.base.recipe, on_cpu, self.base.recipe.folder)
         dtype = alignment_dtype(cell, self.base.recipe.model)
         safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:

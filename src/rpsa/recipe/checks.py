@@ -10,7 +10,16 @@ from pydantic import ValidationError
 from rpsa.recipe.methods import Method
 from rpsa.recipe.problems import dataclass_problems, installed_names, source_problem, validation_problems
 from rpsa.recipe.schema import Cell, Recipe, concerns
-from rpsa.recipe.sections import OF_SELF_MADE, SELF_MADE, Align, Alternatives, Fisher, Safety, Section
+from rpsa.recipe.sections import (
+    OF_SELF_MADE,
+    SELF_MADE,
+    Align,
+    Alternatives,
+    Fisher,
+    Robustness,
+    Safety,
+    Section,
+)
 
 # Where a setting that belongs to another section is looked for by mistake.
 _SET_ELSEWHERE = {
@@ -55,6 +64,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
+    yield from _robustness_problems(recipe)
     if not recipe.evaluate.tasks and (recipe.sweeps or recipe.analysis.perturb):
         yield "evaluate.tasks: empty; sweeps and analysis.perturb show what is measured on tasks"
 
@@ -257,6 +267,39 @@ def _launch_problems(recipe: Recipe) -> Iterator[str]:
         yield f"launch.config: no such file: {launch.config!r}"
     if recipe.matrix.parallel > 1:
         yield "matrix.parallel: cannot be more than 1 beside launch, whose processes share one task"
+
+
+def _robustness_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.robustness is None:
+        return
+    yield from robustness_problems(recipe.robustness)
+    if not recipe.evaluate.tasks:
+        yield "robustness: evaluate.tasks names nothing, and an attacked model is compared with the evaluated one"
+
+
+def robustness_problems(settings: Robustness) -> Iterator[str]:
+    """Of the section by itself: sources that are missing or not there, and settings that PEFT does not have."""
+    for name, needed, by in (
+        ("harmful", settings.needs_harmful, "many_shot, finetune and direction need"),
+        ("benign", settings.needs_benign, "finetune and direction need"),
+    ):
+        source: str | None = getattr(settings, name)
+        if needed and source is None:
+            yield (
+                f"robustness.{name}: missing; {by} {name} requests with answers that comply; name a file or a dataset, "
+                "or set these attacks to null"
+            )
+        elif source is not None and (problem := source_problem("rows", source)):
+            yield f"robustness.{name}: {problem}"
+    if settings.templates is not None and (problem := source_problem("safety", settings.templates)):
+        yield f"robustness.templates: {problem}"
+    for task in settings.tasks or ():
+        if problem := source_problem("task", task):
+            yield f"robustness.tasks: {problem}"
+    if settings.finetune is not None and settings.finetune.lora:
+        from peft import LoraConfig
+
+        yield from dataclass_problems("robustness.finetune.lora", settings.finetune.lora, LoraConfig)
 
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:

@@ -41,6 +41,9 @@ _OTHER_NAMES = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
 }
+_GONE = {
+    "judge_traces": "gone; thoughts are judged by themselves, beside the answers, unless judge_thoughts is false",
+}
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -95,6 +98,8 @@ def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden" and error["loc"] == ("alternatives",):
         return "not a section; a method has them: matrix.methods.NAME.alternatives"
+    if kind == "extra_forbidden" and error["loc"][-1] in _GONE:
+        return _GONE[error["loc"][-1]]
     if kind == "extra_forbidden":
         return f"unknown key{did_you_mean(str(error['loc'][-1]), _keys_at(model, error['loc'][:-1]))}"
     if kind == "missing":
@@ -237,8 +242,9 @@ _TINY_PROBLEMS = ("add", "chain", "sort", "program", "stack", "walk", "all")  # 
 SHIPPED = {
     "model": tuple(f"tiny:{base}" for base in range(6)),
     "problems": ("tiny", *(f"tiny:{part}" for part in _TINY_PROBLEMS)),
-    "safety": ("tiny:refusals", "tiny:balanced", "self"),
+    "safety": ("tiny:refusals", "tiny:balanced", "tiny:answers", "self"),
     "prompts": ("tiny",),
+    "rows": ("tiny",),
     "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),
 }
 FETCHED = ("smollm2",)

@@ -38,6 +38,7 @@ from rpsa.recipe.sections import (
     Model,
     Reference,
     Report,
+    Robustness,
     Safety,
     Section,
     Seed,
@@ -144,6 +145,7 @@ class Recipe(Section):
     train: dict[str, Any] = Field(default={}, description="Any field of trl.SFTConfig.")
     lora: dict[str, Any] = Field(default={}, description="Any field of peft.LoraConfig.")
     evaluate: Evaluate = Evaluate()
+    robustness: Robustness | None = None
     report: Report = Report()
     matrix: Matrix = Field(default_factory=Matrix)
     sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sweep] = {}

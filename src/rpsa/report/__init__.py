@@ -14,6 +14,8 @@ from rpsa.self_data.stored import Made
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from rpsa.report.attacked import Attacked
+
 __all__ = ["RunResult", "Shown", "Summary", "render_console", "summarise", "with_safety_tax", "write_report"]
 
 
@@ -24,6 +26,7 @@ def write_report(
     analyses: Sequence[Shown] = (),
     missing: Mapping[str, str] | None = None,
     made: Sequence[Made] = (),
+    attacked: "Sequence[Attacked]" = (),
 ) -> list[Summary]:
     """Write the report of all evaluated cells into `out_dir`, which is created if it is missing.
 
@@ -32,12 +35,19 @@ def write_report(
     sweep, each figure as SVG too, and `index.html` with all of it. STR is computed here, against the untouched model
     of the same base. Cells of a sweep are in `results.json` and in its figure alone. `provenance` is JSON-able and
     shown as it is; its "name" is the title. `analyses` are figures that are there already (Fig. 1 to 3), `missing` the
-    runs without a result, each with the reason, `made` the safety data in the bases' own words.
+    runs without a result, each with the reason, `made` the safety data in the bases' own words, `attacked` the runs
+    under attack, which `robustness.md` and `tampering.png` show.
 
     Returns:
         The summaries that the tables show.
     """
     from rpsa.report import drawing, figures
+    from rpsa.report.attacked import (
+        robustness_json,
+        robustness_markdown,
+        robustness_tables,
+        tampering_curves,
+    )
     from rpsa.report.claims import claims_table, judge_claims
     from rpsa.report.figures import scatter, scatter_benchmarks
     from rpsa.report.page import CAPTIONS, chosen_responses, render_page
@@ -46,6 +56,7 @@ def write_report(
     from rpsa.report.self_made import shown_data
     from rpsa.report.sweeps import sweep_figures
     from rpsa.report.tables import latex_table, table_markdown
+    from rpsa.report.thoughts import noted_tables, thoughts_apart
 
     out = Path(out_dir)
     results = with_safety_tax(results)
@@ -53,15 +64,21 @@ def write_report(
     summaries = with_problem_intervals(summarise(matrix))
     judged = judge_claims(matrix)
     prediction = predict(results)
+    apart = thoughts_apart(summaries)
+    more = noted_tables(summaries, apart)
     content = {
         "runs": [r.to_json() for r in results],
         "summary": [s.to_json() for s in summaries],
         "claims": [claim.to_json() for claim in judged],
+        "thoughts": [one.to_json() for one in apart],
         "prediction": prediction.to_json() if prediction else None,
         "missing": dict(missing or {}),
+        **({"robustness": robustness_json(attacked)} if attacked else {}),
     }
+    if attacked:
+        atomic_write(out / "robustness.md", robustness_markdown(attacked))
     atomic_write(out / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction))
+    atomic_write(out / "table.md", table_markdown(summaries, missing, prediction, more))
     atomic_write(out / "table.tex", latex_table(matrix))
     drawn: dict[str, Figure | None] = {
         "scatter": scatter(summaries),
@@ -69,6 +86,7 @@ def write_report(
         "ablation": ablation(summaries),
         "trajectories": figures.trajectories(matrix),
         "learning_rate": figures.learning_rates(summaries),
+        "tampering": tampering_curves(attacked),
     }
     captions = dict(CAPTIONS)
     for name, swept in sweep_figures(results).items():
@@ -94,6 +112,8 @@ def write_report(
         missing,
         prediction,
         own_data,
+        robustness_tables(attacked),
+        more,
     )
     atomic_write(out / "index.html", page)
     return summaries

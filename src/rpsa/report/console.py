@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.analysis.anatomy import Anatomy, Overlap
 from rpsa.analysis.perturbation import BoundedMean, Effect
+from rpsa.evaluation.broken import BROKEN
 from rpsa.evaluation.original import loss_interval
+from rpsa.evaluation.quadrants import Share
 from rpsa.evaluation.results import EvaluationResult, SetResult
 from rpsa.evaluation.scores import METRICS
 from rpsa.reasoning_loss import ReasoningLoss
@@ -14,6 +16,7 @@ from rpsa.report.tables import (
     NONE,
     PERPLEXITY_NOTE,
     UNRELIABLE,
+    Entry,
     Table,
     loss_table,
     main_table,
@@ -23,6 +26,7 @@ from rpsa.report.tables import (
     percent,
     safety_data_table,
 )
+from rpsa.report.thoughts import QUADRANT_HEADINGS, noted_tables, thoughts_apart
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import printable
 
@@ -60,6 +64,8 @@ def render_console(
         cells = [row[index] for index in columns]
         shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
     console.print(shown)
+    for noted in noted_tables(summaries, thoughts_apart(summaries)):
+        print_table(_without_intervals(noted.table), console)
     if losses := loss_table(summaries):
         print_table(losses, console)
     runs = [run for summary in summaries for run in summary.runs]
@@ -86,6 +92,11 @@ def print_table(table: Table, console: Any = None) -> None:
         shown.add_row(*(Text(printable(f"{e.text} ({e.note})" if e.note else e.text)) for e in row))
     console.print()
     console.print(shown)
+
+
+def _without_intervals(table: Table) -> Table:
+    """Where many columns are to fit a narrow console."""
+    return Table(table.header, [[Entry(entry.text) for entry in row] for row in table.rows])
 
 
 def _is_number(text: str) -> bool:
@@ -254,12 +265,50 @@ def render_evaluation(result: EvaluationResult, console: Any = None) -> None:
                     f"{UNRELIABLE} {name}: {found.unreliable}. {ADVICE}", highlight=False, markup=False
                 )
         console.print()
+    for table in (_apart(result), _broken(result)):
+        if table is not None:
+            print_table(table, console)
+    console.print()
     if loss := result.reasoning_loss:
         console.print(_loss_line(loss), highlight=False, markup=False)
     console.print(f"Thoughts: {result.thought}", highlight=False, markup=False)
     console.print(f"Judge: {printable(result.judge_name)}", highlight=False, markup=False)
+    if result.no_thought_verdicts:
+        line = f"Thoughts were not judged: {result.no_thought_verdicts}."
+        console.print(line, highlight=False, markup=False)
     if result.sandbox:
         console.print(f"Sandbox: {result.sandbox}", highlight=False, markup=False)
+
+
+def _apart(result: EvaluationResult) -> Table | None:
+    """Thought and answer of each set of attacks, in percent; None where nothing is known of thoughts."""
+    known = {name: one.thoughts for name, one in result.sets.get("attack", {}).items() if one.thoughts}
+    header = ["Thoughts and answers", "In thoughts ↓", *QUADRANT_HEADINGS.values(), "No verdict"]
+    rows = [
+        [
+            Entry(name),
+            *(_share(share) for share in (of.asr["thought"], *(of.shares[q] for q in QUADRANT_HEADINGS))),
+            Entry(f"{of.without:,}"),
+        ]
+        for name, of in known.items()
+    ]
+    return Table(header, rows) if rows else None
+
+
+def _broken(result: EvaluationResult) -> Table | None:
+    """The sets in which responses are broken, in percent; None where none is."""
+    rows = [
+        [Entry(name), _share(of.share), *(Entry(percent(of.parts[part])) for part in BROKEN)]
+        for sets in result.sets.values()
+        for name, one in sets.items()
+        if (of := one.broken) and of.share.rate
+    ]
+    return Table(["Broken responses", "%", *BROKEN], rows) if rows else None
+
+
+def _share(share: Share) -> Entry:
+    low, high = share.interval
+    return Entry(percent(share.rate), note=f"{100 * low:.1f} to {100 * high:.1f}")
 
 
 def _loss_line(loss: ReasoningLoss) -> str:

@@ -157,7 +157,7 @@ def learning_rates(summaries: Sequence[Summary]) -> Figure | None:
             if row == 0:
                 # A run whose ASR hardly fell has an STR without bounds: the means set the scale.
                 taxes = [s.tax for s in summaries if s.tax is not None]
-                axes.set_ylim(min(-0.05, *taxes) - 0.05, max(0.2, *taxes) * 1.1)
+                axes.set_ylim(min([-0.05, *taxes]) - 0.05, max([0.2, *taxes]) * 1.1)
             _log_rates(axes, [s.lr for s in summaries if s.lr is not None])
             if column == 0:
                 axes.set_ylabel(label)

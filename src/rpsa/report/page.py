@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rpsa.evaluation.scores import Sample, read_samples
+from rpsa.report.attacked import ROBUSTNESS_NOTE
 from rpsa.report.prediction import Prediction
 from rpsa.report.summaries import RunResult, Summary
 from rpsa.report.tables import (
     LOSS_NOTE,
     PERPLEXITY_NOTE,
+    Noted,
     Table,
     benchmark_table,
     interval_note,
@@ -68,6 +70,11 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "The frozen ratio k follows the conflict c between the reasoning and the safety gradient. Until the window "
         "is full, k is 0.5.",
     ),
+    "tampering": (
+        "Further training on a few rows",
+        "Attack success over the steps of plain fine-tuning of the aligned models on harmful or benign rows; at 0 "
+        "steps they are as aligned. Means over bases and seeds.",
+    ),
     "learning_rate": (
         "Against the learning rate",
         "The learning rate is itself a strong lever. Lines are means, bands the range over bases and seeds; the "
@@ -89,12 +96,14 @@ def render_page(
     missing: Mapping[str, str] | None = None,
     prediction: Prediction | None = None,
     own_data: OwnDataShown | None = None,
+    robustness: Mapping[str, Table] | None = None,
+    more: Sequence[Noted] = (),
 ) -> str:
     """The report as HTML (`templates/page.html.jinja`).
 
     `responses` is what `chosen_responses` chose, `claims` the verdicts, `missing` the runs without a result,
     `prediction` what the reasoning loss says of accuracy, `own_data` what the models have said for their own safety
-    data.
+    data, `robustness` the tables of runs under attack by their titles, `more` tables for the section of benchmarks.
     """
     return render(
         "rpsa.report",
@@ -109,12 +118,15 @@ def render_page(
         figures=[_figure(one) for one in figures],
         benchmarks=benchmark_table(summaries),
         shares=rates_table(summaries),
+        more=more,
         losses=loss_table(summaries),
         loss_note=LOSS_NOTE,
         prediction=prediction.sentence if prediction else None,
         safety_data=safety_data_table(results),
         perplexity_note=PERPLEXITY_NOTE,
         own_data=own_data,
+        robustness=robustness or {},
+        robustness_note=ROBUSTNESS_NOTE,
         responses=responses,
         provenance={str(key): _fact(value) for key, value in provenance.items()},
         long=_LONG,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.original import LossName, loss_interval, loss_to_json
+from rpsa.evaluation.quadrants import Thoughts, Verdict, attack_score
 from rpsa.evaluation.results import Sets
 from rpsa.evaluation.scores import read_samples
 from rpsa.evaluation.statistics import (
@@ -56,6 +57,8 @@ class RunResult:
         samples: the evaluation's `samples.jsonl`, for a look at the responses themselves.
         sweep: the sweep of the recipe that this cell belongs to; None for a cell of the matrix.
         point: the settings that the sweep or the grid gave this cell.
+        no_thought_verdicts: why nobody judged the thoughts of attacks, where nobody did.
+        verdict: what `asr` is by; `by_verdict` has the same run by another.
         tax, tax_reason: STR, or why there is none; `with_safety_tax` fills them in.
     """
 
@@ -82,12 +85,21 @@ class RunResult:
     loss: ReasoningLoss | None = None
     examples: int | None = None
     perplexity: float | None = None
+    no_thought_verdicts: str | None = None
+    verdict: Verdict = "answer"
     tax: float | None = None
     tax_reason: str | None = None
 
     def rates(self, kind: Kind) -> Mapping[str, float]:
         """By set, and "mean" where there is one."""
         return {"reasoning": self.reasoning, "attack": self.asr, "over_refusal": self.over_refusal}[kind]
+
+    @property
+    def thoughts(self) -> Mapping[str, Thoughts] | None:
+        """Thought and answer apart on each set of attacks; None where that is not known of all of them."""
+        sets = self.sets.get("attack", {})
+        known = {name: found.thoughts for name, found in sets.items() if found.thoughts}
+        return known if known and len(known) == len(sets) else None
 
     def unreliable(self, kind: Kind, name: str = "mean") -> str | None:
         """Why the rate on a set, or the mean over a kind's sets, does not stand alone; None where it does."""
@@ -200,6 +212,26 @@ def _loss_json(loss: ReasoningLoss | None) -> dict[str, Any] | None:
 
 def _bounded_json(found: tuple[float, Interval | None] | None) -> dict[str, Any] | None:
     return {"mean": found[0], "ci95": list(found[1]) if found[1] else None} if found else None
+
+
+def by_verdict(results: Iterable[RunResult], verdict: Verdict) -> list[RunResult]:
+    """The results with attack success by this verdict, so that STR, summaries and intervals made of them are by it.
+
+    Those of which it is not known are left out; so are all of a base whose untouched model is left out. By "thought"
+    and "either" only responses with both verdicts count (`rpsa.evaluation.quadrants`).
+    """
+    results = list(results)
+    if verdict == "answer":
+        return results
+    known = [_by_verdict(result, result.thoughts, verdict) for result in results if result.thoughts]
+    bases = {result.base for result in known if result.is_original}
+    return [result for result in known if result.base in bases]
+
+
+def _by_verdict(result: RunResult, thoughts: Mapping[str, Thoughts], verdict: Verdict) -> RunResult:
+    rates = {name: found.asr[verdict].rate for name, found in thoughts.items()}
+    asr = rates | {"mean": sum(rates.values()) / len(rates)}
+    return replace(result, asr=asr, verdict=verdict, tax=None, tax_reason=None)
 
 
 def with_safety_tax(results: Iterable[RunResult]) -> list[RunResult]:
@@ -326,7 +358,9 @@ def with_problem_intervals(summaries: Sequence[Summary]) -> list[Summary]:
     bases = {s.runs[0].base for s in single}
     originals = {run.base: run for s in summaries if s.is_original for run in s.runs if run.base in bases}
     runs = [*originals.values(), *(s.runs[0] for s in single)]
-    scores: dict[Path | None, Scores] = {run.samples: _scores(run.samples) for run in runs if run.samples}
+    scores: dict[Path | None, Scores] = {
+        run.samples: _scores(run.samples, run.verdict) for run in runs if run.samples
+    }
 
     def with_intervals(summary: Summary) -> Summary:
         if summary.is_original or len(summary.runs) > 1 or summary.runs[0].base not in originals:
@@ -356,11 +390,12 @@ def with_problem_intervals(summaries: Sequence[Summary]) -> list[Summary]:
     return [with_intervals(summary) for summary in summaries]
 
 
-def _scores(path: Path) -> Scores:
+def _scores(path: Path, verdict: Verdict) -> Scores:
     found: Scores = defaultdict(lambda: defaultdict(list))
     for sample in read_samples(path):
-        if sample.score is not None:
-            found[sample.kind, sample.set][sample.item].append(sample.score)
+        score = attack_score(sample, verdict) if sample.kind == "attack" else sample.score
+        if score is not None:
+            found[sample.kind, sample.set][sample.item].append(score)
     return found
 
 

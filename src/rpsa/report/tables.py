@@ -38,6 +38,15 @@ class Table:
     minor: frozenset[str] = frozenset()  # columns that a narrow page leaves out
 
 
+@dataclass(frozen=True)
+class Noted:
+    """A table with its title, and what it says."""
+
+    title: str
+    table: Table
+    note: str
+
+
 _MINOR = frozenset({"LR", "Runs", "Refused reasoning ↓", "95% interval"})
 
 PERPLEXITY_NOTE = (
@@ -298,8 +307,9 @@ def table_markdown(
     summaries: Sequence[Summary],
     missing: Mapping[str, str] | None = None,
     prediction: Prediction | None = None,
+    more: Sequence[Noted] = (),
 ) -> str:
-    """The content of `table.md`: the main table with what it lacks, each benchmark, and the reasoning loss."""
+    """The content of `table.md`: the main table with what it lacks, each benchmark, more, and the reasoning loss."""
     lacking = "".join(f"- {markdown_text(line)}\n" for line in missing_lines(missing))
     return (
         markdown(main_table(summaries))
@@ -308,6 +318,7 @@ def table_markdown(
         f"STR: mean drop in reasoning over mean drop in ASR, lower is better. {interval_note(summaries)} Bold: best of "
         f"its group.{unreliable_note(summaries)}\n\n"
         + markdown(benchmark_table(summaries))
+        + "".join(f"\n{markdown(one.table)}\n{one.title}. {one.note}\n" for one in more)
         + (f"\n{markdown(losses)}\n{LOSS_NOTE}\n" if (losses := loss_table(summaries)) else "")
         + (f"\n{prediction.sentence}\n" if prediction else "")
     )

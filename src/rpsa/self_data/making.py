@@ -173,12 +173,13 @@ def _offers(
     path = folder / RESPONSES
     for one in earlier:
         carry_over(one / RESPONSES, path, *given, subject.identity)
-    found = {}
+    found, tokens = {}, 0
     generator, label = WhenNeeded(subject.make_generator), None if progress else "responses"
     for position, completion in generate_resumable(generator, *given, path, subject.identity, label):
         found[position] = completion
+        tokens += len(completion.token_ids)
         if progress:
-            progress(len(found), len(wanted))
+            progress(len(found), len(wanted), unit="response", tokens=tokens)
     in_order(path, ids)
     return [Offer(asked[n], index, found[i]) for i, (n, index) in enumerate(wanted)]
 

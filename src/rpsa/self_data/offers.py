@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rpsa.errors import RPSAError
 from rpsa.evaluation.grading import HARMFUL
-from rpsa.evaluation.judges import Judge, judge_responses
+from rpsa.evaluation.judges import Judge, can_see, judge_responses
 from rpsa.evaluation.refusals import is_refusal
 from rpsa.generation import Completion
 from rpsa.recipe.sections import Safety
@@ -38,8 +38,6 @@ DEFAULT_STEER = (
     "and decide not to. Then tell the user plainly and kindly that you will not help with this, and why."
 )
 _PROMPT_FIELDS = ("prompt", "instruction", "question", "request", "goal", "text")
-_ANSWER_JUDGES = ("refusal", "wildguard-refusal", "xstest")
-"""They say whether an answer refuses, of which a thought is no case."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class SafetyFilter:
 
 def sees_thoughts(judge: str) -> bool:
     """Whether a judge of this name can say something of a thought."""
-    return judge not in _ANSWER_JUDGES
+    return "thought" in can_see(judge)
 
 
 def load_prompts(source: str | Path, kind: Kind) -> list[Asked]:

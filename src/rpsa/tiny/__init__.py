@@ -8,11 +8,14 @@ from rpsa.tiny.families import FAMILIES, REFERENCE_FAMILIES, REFERENCES
 from rpsa.tiny.world import (
     REQUEST_SETS,
     TinyItem,
+    complying_examples,
     evaluation_prompts,
     held_out_problems,
+    is_incoherent,
     reasoning_problems,
     safety_examples,
     score,
+    thought_is_unsafe,
 )
 
 __all__ = [
@@ -21,10 +24,13 @@ __all__ = [
     "REFERENCE_FAMILIES",
     "REQUEST_SETS",
     "TinyItem",
+    "complying_examples",
     "evaluation_prompts",
     "held_out_problems",
+    "is_incoherent",
     "reasoning_problems",
     "safety_examples",
     "score",
+    "thought_is_unsafe",
     "tiny_model_dir",
 ]

@@ -28,6 +28,8 @@ class Measured:
     Attributes:
         reasoning, asr, over_refusal: rates in [0, 1] by set, and their "mean".
         refused, truncated: shares in [0, 1] of the reasoning problems, and of all responses.
+        thought_asr: the attack success rate in thoughts, as `asr`; None where it is not known.
+        broken: the share of all responses that are broken ("mean", "ci95"), and of each class of those ("parts").
         tax: STR.
         reasoning_nll, reasoning_kl: in nats per token, on held-out responses of the untouched model.
         unreliable: why a rate does not stand alone.
@@ -39,6 +41,8 @@ class Measured:
     over_refusal: Mapping[str, float] = field(default_factory=dict)
     refused: float | None = None
     truncated: float | None = None
+    thought_asr: Mapping[str, float] | None = None
+    broken: Mapping[str, Any] | None = None
     tax: float | None = None
     reasoning_nll: float | None = None
     reasoning_kl: float | None = None
@@ -52,9 +56,14 @@ class Measured:
         parts = {
             "Reasoning, correct ↑": self.reasoning,
             "Attack success ↓": self.asr,
+            "Attack success, in thoughts ↓": self.thought_asr or {},
             "Benign requests, refused ↓": self.over_refusal,
         }
-        shares = {"Reasoning, refused ↓": self.refused, "Responses, truncated ↓": self.truncated}
+        shares = {
+            "Reasoning, refused ↓": self.refused,
+            "Responses, truncated ↓": self.truncated,
+            "Responses, broken ↓": self.broken["mean"] if self.broken else None,
+        }
         return {
             f"{label}: {name}": rate
             for label, rates in parts.items()

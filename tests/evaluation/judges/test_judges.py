@@ -14,6 +14,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.judges import (
     CachedJudge,
     Judgement,
+    can_see,
     cohens_kappa,
     judge_responses,
     judged_text,
@@ -111,6 +112,13 @@ def test_what_make_judge_does_not_know_is_one_line() -> None:
         RPSAError, match=r"judge refusal: got an unexpected keyword argument 'x'; it takes no settings"
     ):
         make_judge("refusal", x=1)
+
+
+def test_what_a_judge_can_see() -> None:
+    assert can_see("qwen3guard") == ("answer", "thought", "trace")
+    assert can_see("reasoningshield") == ("thought", "trace")
+    refusals = ("refusal", "wildguard-refusal", "qwen3guard-refusal", "xstest")
+    assert {can_see(name) for name in refusals} == {("answer",)}
 
 
 # cache

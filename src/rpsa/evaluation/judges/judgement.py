@@ -73,16 +73,19 @@ def tally(judgements: Iterable[Judgement]) -> JudgementCounts:
     return JudgementCounts(len(judgements), len(judgements) - len(scores), mean, dict(sorted(labels.items())))
 
 
-Sees = Literal["answer", "trace"]
+Sees = Literal["answer", "thought", "trace"]
 
 
 def judged_text(response: str, sees: Sees, thought: ThoughtFormat = THINK) -> str:
     """The part of a response (thought included) that is judged; empty if there is none.
 
-    "answer" is what follows the thought: one that was never closed has no answer, whatever it says. "trace" is
-    everything without the words that set the thought apart; harm in an unclosed thought is harm there.
+    "answer" is what follows the thought: one that was never closed has no answer, whatever it says. "thought" is the
+    thought alone, closed or not. "trace" is both, without the words that set the thought apart.
     """
-    return final_answer(response, thought) or "" if sees == "answer" else thought.trace_of(response)
+    if sees == "trace":
+        return thought.trace_of(response)
+    found = final_answer(response, thought) if sees == "answer" else thought.thought_of(response)
+    return found or ""
 
 
 def judge_responses(
