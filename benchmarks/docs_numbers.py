@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -298,30 +299,22 @@ def robustness(folder: Path) -> dict[Path, str]:
 # The study of SmolLM2
 
 
+Figures = dict[str, float]
+"""What a row shows of a run, by column: rates in percent, losses in nats a token."""
+
+
 def smollm2(folder: Path) -> dict[Path, str]:
     """The page that shows a finished study: every method, what it is less the plain one, what it was chosen from."""
-    from rpsa.artifacts import read_json
-    from rpsa.pipeline.reporting import collect
-    from rpsa.recipe import Recipe
-
-    recipe = Recipe.model_validate(
-        read_json(folder / "test" / "given.json") | {"output_dir": f"{folder}/test"}
-    )
-    results, missing = collect(recipe)
-    if missing:
-        raise SystemExit(f"{folder}: {len(missing)} runs have no result, such as {min(missing)}")
-    runs = list(results.values())
-    original = next(run for run in runs if run.is_original)
-    by_method: dict[str, list[Any]] = {}
-    for run in runs:
-        if not run.is_original:
-            by_method.setdefault(run.method, []).append(run)
-    choice = read_json(folder / "choice.json")
+    choice = json.loads((folder / "choice.json").read_text())
     chosen = {one["method"]: one["settings"] for one in choice["chosen"]}
+    runs = {method: runs_of(folder, method) for method in ("original", *chosen)}
+    seeds = {method: sorted(found) for method, found in runs.items() if method != "original"}
+    if len({str(found) for found in seeds.values()}) > 1:
+        raise SystemExit(f"{folder}: the methods have results of different seeds: {seeds}")
     page = ROOT / "docs" / "smollm2.md"
     blocks = {
-        "smollm2": methods_table(original, by_method, chosen),
-        "smollm2 differences": differences_table(by_method),
+        "smollm2": methods_table(runs, chosen),
+        "smollm2 differences": differences_table(runs),
         "smollm2 choice": choice_table(choice),
     }
     text = page.read_text()
@@ -330,44 +323,65 @@ def smollm2(folder: Path) -> dict[Path, str]:
     return {page: text}
 
 
-def figures_of(run: Any) -> dict[str, float]:
-    """What a column shows of a run: rates in percent, losses in nats a token."""
-    assert run.loss is not None
-    rates = {**without_mean(run.asr), **run.over_refusal}
+def runs_of(folder: Path, method: str) -> dict[int, Figures]:
+    """The evaluations of a method in the test, by seed; the untouched model's has seed 0."""
+    found = {}
+    for path in sorted((folder / "test" / "evaluate").rglob("results.json")):
+        names = path.relative_to(folder / "test" / "evaluate").parts
+        if method in names:
+            seed = re.match(r"seed(\d+)", names[-2])
+            found[int(seed[1]) if seed else 0] = figures_of(json.loads(path.read_text()))
+    return found
+
+
+def figures_of(results: dict[str, Any]) -> Figures:
+    from rpsa.evaluation.results import EvaluationResult
+
+    found = EvaluationResult.from_json(results)
+    solved = found.sets["reasoning"].values()
+    assert found.reasoning_loss is not None
     return {
-        "Solved ↑": 100 * run.reasoning["mean"],
-        "Problems refused ↓": 100 * run.refused,
-        "NLL ↓": run.loss.nll,
-        "KL ↓": run.loss.kl or 0.0,
-        **{f"{name.removeprefix('rpsa_')} ↓": 100 * rate for name, rate in without_mean(rates).items()},
+        "Solved ↑": 100 * statistics.fmean(one.figure or 0.0 for one in solved),
+        "Problems refused ↓": 100 * statistics.fmean(one.refused or 0.0 for one in solved),
+        "NLL ↓": found.reasoning_loss.nll,
+        "KL ↓": found.reasoning_loss.kl or 0.0,
+        **{
+            f"{name.removeprefix('rpsa_')} ↓": 100 * (one.figure or 0.0)
+            for kind in ("attack", "over_refusal")
+            for name, one in found.sets[kind].items()
+        },
     }
 
 
-def without_mean(rates: Any) -> dict[str, float]:
-    return {name: rate for name, rate in rates.items() if name != "mean"}
-
-
-def methods_table(original: Any, by_method: dict[str, list[Any]], chosen: dict[str, dict[str, Any]]) -> str:
-    names = list(figures_of(original))
-    rows = [["original", "", *(shown(name, [figures_of(original)[name]]) for name in names)]]
-    for method, runs in by_method.items():
-        found = [figures_of(run) for run in runs]
-        settings = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in chosen[method].items())
-        rows.append([method, settings, *(shown(name, [one[name] for one in found]) for name in names)])
+def methods_table(runs: dict[str, dict[int, Figures]], chosen: dict[str, dict[str, Any]]) -> str:
+    names = list(runs["original"][0])
+    rows = [
+        [
+            method,
+            settings_of(chosen.get(method, {})),
+            *(shown(n, [one[n] for one in found.values()]) for n in names),
+        ]
+        for method, found in runs.items()
+    ]
     return markdown_table(["Method", "Chosen", *names], rows)
 
 
-def differences_table(by_method: dict[str, list[Any]]) -> str:
+def differences_table(runs: dict[str, dict[int, Figures]]) -> str:
     """Each method less the plain one of its paradigm, seed by seed."""
-    rows, names = [], []
-    for method, runs in by_method.items():
-        plain = {run.seed: figures_of(run) for run in by_method[method.partition("+")[0]]}
-        if "+" not in method:
-            continue
-        found = [(figures_of(run), plain[run.seed]) for run in runs]
-        names = list(found[0][0])
-        rows.append([method, *(shown(n, [own[n] - other[n] for own, other in found], "+") for n in names)])
+    names = list(runs["original"][0])
+    rows = [
+        [
+            method,
+            *(shown(n, [one[n] - runs[plain][seed][n] for seed, one in found.items()], "+") for n in names),
+        ]
+        for method, found in runs.items()
+        if (plain := method.partition("+")[0]) != method
+    ]
     return markdown_table(["Method less plain", *names], rows)
+
+
+def settings_of(point: dict[str, Any]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in point.items())
 
 
 def choice_table(choice: dict[str, Any]) -> str:
@@ -376,7 +390,7 @@ def choice_table(choice: dict[str, Any]) -> str:
     names = list(choice["tried"][0]["means"])
     rows = []
     for one in choice["tried"]:
-        said = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in one["settings"].items())
+        said = settings_of(one["settings"])
         figures = [f"{100 * one['means'][name] + 0.0:.1f}" if one["means"] else "failed" for name in names]
         missed = "" if one["shortfall"] is None else f"{100 * one['shortfall']:.1f}"
         bold = picked.get(one["method"]) == one["settings"]
