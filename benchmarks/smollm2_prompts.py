@@ -254,7 +254,7 @@ FAMILIES: Mapping[str, Family] = {
         f"{n} has {a} boxes with {b} {t} in each box. How many {t} does {n} have in total?", a * b,
     ),
 }  # fmt: skip
-"""Of one step: of six that were tried with two, the model solves a third at most."""
+"""Of one step: of four kinds of two steps the model solves a third at most."""
 BRIEFLY = "Answer in one or two sentences."
 HOW = " Answer with one short sentence."
 IN_TEST, IN_TRAINING = 32, 40
