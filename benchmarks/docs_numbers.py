@@ -3,6 +3,7 @@
     python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (a minute each)
     python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
+    python benchmarks/docs_numbers.py smollm2 RUN_DIR      tables of a finished bench of recipes/smollm2-135m
     python benchmarks/docs_numbers.py robustness RUN_DIR   the tables of a finished recipes/tiny/robustness.yaml
     python benchmarks/docs_numbers.py write                texts from plans.json alone
 
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -307,6 +309,124 @@ def robustness(folder: Path) -> dict[Path, str]:
     return {page: with_block(page, "robustness", f"{of_figure(figure)}\n{table}")}
 
 
+# The study of SmolLM2
+
+
+Figures = dict[str, float]
+"""What a row shows of a run, by column: rates in percent, losses in nats a token."""
+
+
+def smollm2(folder: Path) -> dict[Path, str]:
+    """The page that shows a finished study: every method, what it is less the plain one, what it was chosen from."""
+    choice = json.loads((folder / "choice.json").read_text())
+    chosen = {one["method"]: one["settings"] for one in choice["chosen"]}
+    runs = {method: runs_of(folder, method) for method in ("original", *chosen)}
+    seeds = {method: sorted(found) for method, found in runs.items() if method != "original"}
+    if len({str(found) for found in seeds.values()}) > 1:
+        raise SystemExit(f"{folder}: the methods have results of different seeds: {seeds}")
+    page = ROOT / "docs" / "smollm2.md"
+    blocks = {
+        "smollm2": methods_table(runs, chosen),
+        "smollm2 differences": differences_table(runs),
+        "smollm2 choice": choice_table(choice),
+    }
+    text = page.read_text()
+    for name, block in blocks.items():
+        text = with_block(page, name, block, text)
+    return {page: text}
+
+
+def runs_of(folder: Path, method: str) -> dict[int, Figures]:
+    """The evaluations of a method in the test, by seed; the untouched model's has seed 0."""
+    found = {}
+    for path in sorted((folder / "test" / "evaluate").rglob("results.json")):
+        names = path.relative_to(folder / "test" / "evaluate").parts
+        if method in names:
+            seed = re.match(r"seed(\d+)", names[-2])
+            found[int(seed[1]) if seed else 0] = figures_of(json.loads(path.read_text()))
+    return found
+
+
+def figures_of(results: dict[str, Any]) -> Figures:
+    from rpsa.evaluation.results import EvaluationResult
+
+    found = EvaluationResult.from_json(results)
+    solved = found.sets["reasoning"].values()
+    assert found.reasoning_loss is not None
+    return {
+        "Solved ↑": 100 * statistics.fmean(one.figure or 0.0 for one in solved),
+        "Problems refused ↓": 100 * statistics.fmean(one.refused or 0.0 for one in solved),
+        "NLL ↓": found.reasoning_loss.nll,
+        "KL ↓": found.reasoning_loss.kl or 0.0,
+        **{
+            f"{name.removeprefix('rpsa_')} ↓": 100 * (one.figure or 0.0)
+            for kind in ("attack", "over_refusal")
+            for name, one in found.sets[kind].items()
+        },
+    }
+
+
+def methods_table(runs: dict[str, dict[int, Figures]], chosen: dict[str, dict[str, Any]]) -> str:
+    names = list(runs["original"][0])
+    rows = [
+        [
+            method,
+            settings_of(chosen.get(method, {})),
+            *(shown(n, [one[n] for one in found.values()]) for n in names),
+        ]
+        for method, found in runs.items()
+    ]
+    return markdown_table(["Method", "Chosen", *names], rows)
+
+
+def differences_table(runs: dict[str, dict[int, Figures]]) -> str:
+    """Each method less the plain one of its paradigm, seed by seed."""
+    names = list(runs["original"][0])
+    rows = [
+        [
+            method,
+            *(shown(n, [one[n] - runs[plain][seed][n] for seed, one in found.items()], "+") for n in names),
+        ]
+        for method, found in runs.items()
+        if (plain := method.partition("+")[0]) != method
+    ]
+    return markdown_table(["Method less plain", *names], rows)
+
+
+def settings_of(point: dict[str, Any]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in point.items())
+
+
+def choice_table(choice: dict[str, Any]) -> str:
+    """Every point that was tried on the development seed; the chosen ones are bold."""
+    picked = {one["method"]: one["settings"] for one in choice["chosen"]}
+    names = list(choice["tried"][0]["means"])
+    rows = []
+    for one in choice["tried"]:
+        said = settings_of(one["settings"])
+        figures = [f"{100 * one['means'][name] + 0.0:.1f}" if one["means"] else "failed" for name in names]
+        missed = "" if one["shortfall"] is None else f"{100 * one['shortfall']:.1f}"
+        bold = picked.get(one["method"]) == one["settings"]
+        rows.append([one["method"], f"**{said}**" if bold else said, *figures, missed])
+    heads = ["Drop of solved" if name == "reasoning" else name.removeprefix("rpsa_") for name in names]
+    return markdown_table(["Method", "Settings", *heads, "Shortfall"], rows)
+
+
+def shown(name: str, values: list[float], sign: str = "") -> str:
+    """The mean, and its 95% interval over seeds where there are three."""
+    from rpsa.evaluation.statistics import mean_interval
+
+    form = f"{sign}.3f" if name.startswith(("NLL", "KL")) else f"{sign}.1f"
+    interval = mean_interval(values)
+    mean = f"{sum(values) / len(values):{form}}"
+    return f"{mean} ({interval[0]:{form}} to {interval[1]:{form}})" if interval else mean
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def of_figure(path: Path) -> str:
     """Ties the table to the figure of the same run."""
     return f"<!-- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()} -->"
@@ -323,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "write"])
+    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "smollm2", "write"])
     parser.add_argument(
         "names",
         nargs="*",
@@ -334,6 +454,8 @@ def main() -> None:
         written = demo(Path(*(arguments.names or [ROOT / "runs" / "tiny-demo"])).absolute())
     elif arguments.what == "bench":
         written = bench(Path(*(arguments.names or [ROOT / "runs" / "tiny-bench"])).absolute())
+    elif arguments.what == "smollm2":
+        written = smollm2(Path(*(arguments.names or [ROOT / "runs" / "smollm2-study"])).absolute())
     elif arguments.what == "robustness":
         written = robustness(Path(*(arguments.names or [ROOT / "runs" / "tiny-robustness"])).absolute())
     else:
