@@ -1,8 +1,9 @@
 """Writes the figures that the README, the docs and the recipes show, so that nobody copies them by hand.
 
-    python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (minutes each)
+    python benchmarks/docs_numbers.py plans [MODEL ...]    what `rpsa plan` says of the shipped models (a minute each)
     python benchmarks/docs_numbers.py demo [RUN_DIR]       the table, figure and audit of `make demo`
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
+    python benchmarks/docs_numbers.py smollm2 RUN_DIR      tables of a finished bench of recipes/smollm2-135m
     python benchmarks/docs_numbers.py robustness RUN_DIR   the tables of a finished recipes/tiny/robustness.yaml
     python benchmarks/docs_numbers.py write                texts from plans.json alone
 
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -78,6 +80,8 @@ METHODS = (
     "matrix.methods={original: {}, fft: {}, fft+rpsa: {}, "
     "fft+compact: {paradigm: fft, align: {frozen_ratio: 0.6, compact: true}}, lora: {}, lora+rpsa: {}}"
 )
+USD_PER_HOUR = 3.0
+"""Of an H100, in the examples."""
 DEMO_PLAN = ["matrix.bases=[tiny:0]", "matrix.methods=[fft, fft+rpsa]"]
 
 
@@ -101,14 +105,25 @@ def configs() -> Iterator[None]:
 
 
 def planned(model: Shipped, *more: str) -> dict[str, Any]:
-    """GiB by method, number of GPUs and stage, and the whole text. Call it within `configs`."""
+    """GiB by method, number of GPUs and stage, the whole text, and the study in a line. Call it within `configs`."""
+    plan = plan_of(model, model.recipe, METHODS, *more)
+    found = figures(plan, model) | {"recommended": figures(plan_of(model, "recommended.yaml", *more), model)}
+    if model.recipe == "paper-study.yaml":
+        from rpsa.plan.render import whole_study
+
+        found["study"] = whole_study(plan_of(model, model.recipe, *more).study)
+    return found | {"text": rendered(plan)}
+
+
+def plan_of(model: Shipped, recipe: str, *more: str) -> Any:
     from rpsa.plan import make_plan
     from rpsa.recipe import load_recipe
 
-    recipe = load_recipe(
-        ROOT / "recipes" / model.folder / model.recipe, [f"model.name={model.name}", METHODS, *more]
-    )
-    plan = make_plan(recipe)
+    path = ROOT / "recipes" / model.folder / recipe
+    return make_plan(load_recipe(path, [f"model.name={model.name}", *more]), usd_per_hour=USD_PER_HOUR)
+
+
+def figures(plan: Any, model: Shipped) -> dict[str, Any]:
     return {
         "parameters": plan.parameters[model.name],
         "align": {
@@ -119,7 +134,6 @@ def planned(model: Shipped, *more: str) -> dict[str, Any]:
             for method in plan.methods
         },
         "stages": {stage.stage: gib(stage.memory.total) for stage in plan.stages[model.name]},
-        "text": rendered(plan),
     }
 
 
@@ -129,7 +143,7 @@ def rendered(plan: Any) -> str:
     from rpsa.plan.render import render
 
     out = io.StringIO()
-    render(plan, Console(file=out, width=110))
+    render(plan, Console(file=out, width=122))
     return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 
@@ -182,7 +196,7 @@ def memory_line(plan: dict[str, Any], method: str) -> str:
     if layouts["2"][1] == "FSDP2":
         parts += [f"{math.ceil(layouts[n][0])} on each of {n}" for n in ("2", "4", "8")]
     text = ", ".join(parts)
-    if method.endswith("rpsa"):
+    if method.endswith(("rpsa", "constant_kl")):
         text += (
             f"; Fisher {math.ceil(plan['stages']['Fisher, LoRA' if 'lora' in method else 'Fisher, full'])}"
         )
@@ -191,10 +205,11 @@ def memory_line(plan: dict[str, Any], method: str) -> str:
 
 def texts(plans: dict[str, Any]) -> dict[Path, str]:
     """Every file that shows a plan, as it should be."""
-    llama = plans[SHIPPED[0].name]["text"]
+    page = ROOT / "docs" / "plan.md"
+    shown = with_block(page, "plan", fenced(plans[SHIPPED[0].name]["text"]))
     found = {
         ROOT / "README.md": with_block(ROOT / "README.md", "models", memory_table(plans)),
-        ROOT / "docs" / "plan.md": with_block(ROOT / "docs" / "plan.md", "plan", fenced(llama)),
+        page: with_block(page, "study", fenced(plans[SHIPPED[0].name]["study"]), shown),
         ROOT / "docs" / "recipes.md": with_block(
             ROOT / "docs" / "recipes.md", "demo plan", fenced(demo_plan())
         ),
@@ -202,8 +217,11 @@ def texts(plans: dict[str, Any]) -> dict[Path, str]:
     for model in SHIPPED:
         for path in (ROOT / "recipes" / model.folder).glob("*.yaml"):
             method = "lora+rpsa" if path.stem.startswith("lora+rpsa") else path.stem
-            if method in plans[model.name]["align"]:
-                line = MEMORY + memory_line(plans[model.name], method)
+            plan = plans[model.name]
+            if path.stem == "recommended":
+                plan, [method] = plan["recommended"], plan["recommended"]["align"]
+            if method in plan["align"]:
+                line = MEMORY + memory_line(plan, method)
                 text, count = re.subn(rf"^{re.escape(MEMORY)}.*$", line, path.read_text(), flags=re.MULTILINE)
                 if count != 1:
                     raise SystemExit(f"{path}: {count} lines begin with {MEMORY!r}, not one")
@@ -215,9 +233,10 @@ def fenced(text: str) -> str:
     return f"```text\n{text}\n```"
 
 
-def with_block(path: Path, name: str, block: str) -> str:
+def with_block(path: Path, name: str, block: str, text: str | None = None) -> str:
+    """The file, or `text` in its place, with another block of this name."""
     start, end = f"<!-- docs_numbers: {name} -->", f"<!-- end of {name} -->"
-    before, _, rest = path.read_text().partition(start)
+    before, _, rest = (text or path.read_text()).partition(start)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{path}: lacks {start} or {end}")
@@ -290,6 +309,124 @@ def robustness(folder: Path) -> dict[Path, str]:
     return {page: with_block(page, "robustness", f"{of_figure(figure)}\n{table}")}
 
 
+# The study of SmolLM2
+
+
+Figures = dict[str, float]
+"""What a row shows of a run, by column: rates in percent, losses in nats a token."""
+
+
+def smollm2(folder: Path) -> dict[Path, str]:
+    """The page that shows a finished study: every method, what it is less the plain one, what it was chosen from."""
+    choice = json.loads((folder / "choice.json").read_text())
+    chosen = {one["method"]: one["settings"] for one in choice["chosen"]}
+    runs = {method: runs_of(folder, method) for method in ("original", *chosen)}
+    seeds = {method: sorted(found) for method, found in runs.items() if method != "original"}
+    if len({str(found) for found in seeds.values()}) > 1:
+        raise SystemExit(f"{folder}: the methods have results of different seeds: {seeds}")
+    page = ROOT / "docs" / "smollm2.md"
+    blocks = {
+        "smollm2": methods_table(runs, chosen),
+        "smollm2 differences": differences_table(runs),
+        "smollm2 choice": choice_table(choice),
+    }
+    text = page.read_text()
+    for name, block in blocks.items():
+        text = with_block(page, name, block, text)
+    return {page: text}
+
+
+def runs_of(folder: Path, method: str) -> dict[int, Figures]:
+    """The evaluations of a method in the test, by seed; the untouched model's has seed 0."""
+    found = {}
+    for path in sorted((folder / "test" / "evaluate").rglob("results.json")):
+        names = path.relative_to(folder / "test" / "evaluate").parts
+        if method in names:
+            seed = re.match(r"seed(\d+)", names[-2])
+            found[int(seed[1]) if seed else 0] = figures_of(json.loads(path.read_text()))
+    return found
+
+
+def figures_of(results: dict[str, Any]) -> Figures:
+    from rpsa.evaluation.results import EvaluationResult
+
+    found = EvaluationResult.from_json(results)
+    solved = found.sets["reasoning"].values()
+    assert found.reasoning_loss is not None
+    return {
+        "Solved ↑": 100 * statistics.fmean(one.figure or 0.0 for one in solved),
+        "Problems refused ↓": 100 * statistics.fmean(one.refused or 0.0 for one in solved),
+        "NLL ↓": found.reasoning_loss.nll,
+        "KL ↓": found.reasoning_loss.kl or 0.0,
+        **{
+            f"{name.removeprefix('rpsa_')} ↓": 100 * (one.figure or 0.0)
+            for kind in ("attack", "over_refusal")
+            for name, one in found.sets[kind].items()
+        },
+    }
+
+
+def methods_table(runs: dict[str, dict[int, Figures]], chosen: dict[str, dict[str, Any]]) -> str:
+    names = list(runs["original"][0])
+    rows = [
+        [
+            method,
+            settings_of(chosen.get(method, {})),
+            *(shown(n, [one[n] for one in found.values()]) for n in names),
+        ]
+        for method, found in runs.items()
+    ]
+    return markdown_table(["Method", "Chosen", *names], rows)
+
+
+def differences_table(runs: dict[str, dict[int, Figures]]) -> str:
+    """Each method less the plain one of its paradigm, seed by seed."""
+    names = list(runs["original"][0])
+    rows = [
+        [
+            method,
+            *(shown(n, [one[n] - runs[plain][seed][n] for seed, one in found.items()], "+") for n in names),
+        ]
+        for method, found in runs.items()
+        if (plain := method.partition("+")[0]) != method
+    ]
+    return markdown_table(["Method less plain", *names], rows)
+
+
+def settings_of(point: dict[str, Any]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in point.items())
+
+
+def choice_table(choice: dict[str, Any]) -> str:
+    """Every point that was tried on the development seed; the chosen ones are bold."""
+    picked = {one["method"]: one["settings"] for one in choice["chosen"]}
+    names = list(choice["tried"][0]["means"])
+    rows = []
+    for one in choice["tried"]:
+        said = settings_of(one["settings"])
+        figures = [f"{100 * one['means'][name] + 0.0:.1f}" if one["means"] else "failed" for name in names]
+        missed = "" if one["shortfall"] is None else f"{100 * one['shortfall']:.1f}"
+        bold = picked.get(one["method"]) == one["settings"]
+        rows.append([one["method"], f"**{said}**" if bold else said, *figures, missed])
+    heads = ["Drop of solved" if name == "reasoning" else name.removeprefix("rpsa_") for name in names]
+    return markdown_table(["Method", "Settings", *heads, "Shortfall"], rows)
+
+
+def shown(name: str, values: list[float], sign: str = "") -> str:
+    """The mean, and its 95% interval over seeds where there are three."""
+    from rpsa.evaluation.statistics import mean_interval
+
+    form = f"{sign}.3f" if name.startswith(("NLL", "KL")) else f"{sign}.1f"
+    interval = mean_interval(values)
+    mean = f"{sum(values) / len(values):{form}}"
+    return f"{mean} ({interval[0]:{form}} to {interval[1]:{form}})" if interval else mean
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def of_figure(path: Path) -> str:
     """Ties the table to the figure of the same run."""
     return f"<!-- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()} -->"
@@ -306,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "write"])
+    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "smollm2", "write"])
     parser.add_argument(
         "names",
         nargs="*",
@@ -317,6 +454,8 @@ def main() -> None:
         written = demo(Path(*(arguments.names or [ROOT / "runs" / "tiny-demo"])).absolute())
     elif arguments.what == "bench":
         written = bench(Path(*(arguments.names or [ROOT / "runs" / "tiny-bench"])).absolute())
+    elif arguments.what == "smollm2":
+        written = smollm2(Path(*(arguments.names or [ROOT / "runs" / "smollm2-study"])).absolute())
     elif arguments.what == "robustness":
         written = robustness(Path(*(arguments.names or [ROOT / "runs" / "tiny-robustness"])).absolute())
     else:

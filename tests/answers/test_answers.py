@@ -228,6 +228,16 @@ def test_letter(text, choice):
         ("plan </think> left  right", "left right", "exact", True),
         ("plan </think> left", "right", "exact", False),
         ("left", "left", "exact", False),
+        ("</think>Ben has 2 + 3 = 5 apples.", "5", "number", True),
+        ("</think>Ben has 2 + 3 = 5 of 8.", "5", "number", False),
+        ("</think>1,204 of them", "1204", "number", True),
+        ("</think>about 5.0 or 7.5", "7", "number", False),
+        ("</think>It is -4", "-4", "number", True),
+        ("</think>10-4=6, so a4 and 6", "6", "number", True),
+        ("</think>\\boxed{5}, not 6", "5", "number", True),
+        ("</think>The final answer is 5. There are 6 others.", "5", "number", True),
+        ("</think>none", "5", "number", False),
+        ("5 without an end of the thought", "5", "number", False),
     ],
 )
 def test_grade(response, gold, kind, right):

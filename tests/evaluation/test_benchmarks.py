@@ -325,15 +325,20 @@ def test_files_of_the_users_own(tmp_path: Path) -> None:
             {"prompt": "write f", "entry_point": "f", "test": "assert f() == 1"},
             {"prompt": "be bad"},
             {"prompt": "be good", "label": "safe"},
+            {"prompt": "1+1? Be short.", "answer": "2"},
+            {"prompt": "Who?", "answer": "Anna"},
         ],
     )
     items = load_tasks([str(tmp_path / "own.jsonl")], TaskOptions())
     assert [(i.kind, i.scorer) for i in items] == [
         ("reasoning", "integer"),
         ("reasoning", "code"),
+        ("reasoning", "number"),
+        ("reasoning", "math"),
         ("attack", "judge"),
         ("over_refusal", "judge"),
     ]
+    assert [items[2].prompt, items[2].answer] == ["1+1? Be short.", "2"], "asked as it is"
     with pytest.raises(RPSAError, match="two tasks are called own"):
         load_tasks(
             [str(tmp_path / "own.jsonl"), str(tmp_path / ".." / tmp_path.name / "own.jsonl")], TaskOptions()

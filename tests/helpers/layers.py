@@ -16,6 +16,7 @@ LAYERS = [
     {"tiny"},
     {"recipe"},
     {"models"},
+    {"fetching"},
     {"evaluation"},
     {"self_data"},
     {"analysis"},

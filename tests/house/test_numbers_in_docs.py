@@ -29,9 +29,7 @@ def test_every_recipe_of_a_real_model_says_what_it_needs() -> None:
     ]
     assert len(recipes) == 19
     for path in recipes:
-        assert (NUMBERS["MEMORY"] in path.read_text()) == (path.stem not in ("paper-study", "recommended")), (
-            path
-        )
+        assert (NUMBERS["MEMORY"] in path.read_text()) == (path.stem != "paper-study"), path
 
 
 @pytest.mark.slow
@@ -41,12 +39,14 @@ def test_plans_json_is_what_rpsa_plan_says(model: Any) -> None:
     with NUMBERS["configs"]():
         found = NUMBERS["planned"](model)
     assert found["parameters"] == known["parameters"]
-    assert found["stages"] == pytest.approx(known["stages"], abs=0.2)
-    assert found["align"].keys() == known["align"].keys()
-    for method, layouts in found["align"].items():
-        for gpus, (total, sharding, fits) in layouts.items():
-            assert [sharding, fits] == known["align"][method][gpus][1:], (method, gpus)
-            assert total == pytest.approx(known["align"][method][gpus][0], abs=0.2), (method, gpus)
+    assert found.get("study") == known.get("study")
+    for now, then in ((found, known), (found["recommended"], known["recommended"])):
+        assert now["stages"] == pytest.approx(then["stages"], abs=0.2)
+        assert now["align"].keys() == then["align"].keys()
+        for method, layouts in now["align"].items():
+            for gpus, (total, sharding, fits) in layouts.items():
+                assert [sharding, fits] == then["align"][method][gpus][1:], (method, gpus)
+                assert total == pytest.approx(then["align"][method][gpus][0], abs=0.2), (method, gpus)
 
 
 def test_the_table_and_the_figure_of_the_demo_are_of_one_run() -> None:

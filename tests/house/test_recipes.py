@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import RECIPES
+from helpers.paths import RECIPES, fetched_prompts
 from rpsa.fisher.estimators import FisherConfig
 from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.preflight import preflight
@@ -15,8 +15,14 @@ from rpsa.reference import ReferenceConfig
 ALL = sorted(
     path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("smoke", "accelerate", "base")
 )
-REAL = [path for path in ALL if path.parent.name != "tiny"]
+REAL = [path for path in ALL if path.parent.name not in ("tiny", "smollm2-135m")]
 PAPER = [path for path in REAL if "7b" in path.parent.name or "8b" in path.parent.name]
+
+
+@pytest.fixture(autouse=True)
+def _fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched_prompts(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
 
 def name(path: Path) -> str:

@@ -52,7 +52,10 @@ def test_a_method_is_tuned_over_what_its_paradigm_is_and_itself(tmp_path: Path) 
     ("overrides", "message"),
     [
         (["bench=null", "safety.data=tiny:balanced"], "bench: missing"),
-        (["bench.bases=[tiny:3]"], "bench.bases: tiny:3 is a base of the test, too"),
+        (
+            ["bench.bases=[tiny:3]", "bench.seeds=[1]", "matrix.seeds=[2, 1]"],
+            "bench.bases: tiny:3 is a base of the test, too (matrix.bases), with seed 1;",
+        ),
         (["bench.tune={fft: {train.learning_rate: [1e-3]}}"], "bench.tune: nothing for lora"),
         (["bench.tune={ftt: {train.learning_rate: [1e-3]}}"], "bench.tune.ftt: neither a method"),
         (["matrix.grid={train.learning_rate: [1e-3]}"], "bench: not together with sweeps or matrix.grid"),
@@ -63,6 +66,10 @@ def test_a_bench_that_cannot_be_is_one_line(tmp_path: Path, overrides: list[str]
         check_bench(recipe(tmp_path, *overrides))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_settings_may_be_chosen_on_a_base_of_the_test_with_other_seeds(tmp_path: Path) -> None:
+    assert check_bench(recipe(tmp_path, "bench.bases=[tiny:3]", "bench.seeds=[0]", "matrix.seeds=[1, 2]"))
 
 
 def test_a_data_set_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rpsa.fisher.samples import read_samples
 from rpsa.parameters import trainable_parameters
 from rpsa.plan import make_plan
 from rpsa.plan.dry_run import LiveBytes, Precision, Shape, build_model, fake_tensors, reasoning_peak
+from rpsa.plan.layers import Skeleton
 from rpsa.plan.memory import (
     AlignMemory,
     Freezing,
@@ -210,7 +211,7 @@ def planned_run(
     with fake_tensors():
         model = build_model(config, weights_dtype(lora, method, bf16), LORA if lora else None)
         precision = Precision(bf16, checkpointing)
-        passes = dry_passes(model, shape, reference, precision, compact, accumulated=False)
+        passes = dry_passes(Skeleton(model), shape, reference, precision, compact, accumulated=False)
         instead = Instead("fisher" if method == "penalty" else None, method == "agem")
         memory = align_memory(
             model,
@@ -298,7 +299,10 @@ def test_fisher_memory_is_what_is_alive(name: str, checkpointing: bool) -> None:
         Estimation(model, trainable_parameters(model), data, settings).run()
     with fake_tensors():
         planned = fisher_memory(
-            build_model(config, "float32"), Shape(SEQUENCES, THOUGHT), 2, checkpointing=checkpointing
+            Skeleton(build_model(config, "float32")),
+            Shape(SEQUENCES, THOUGHT),
+            2,
+            checkpointing=checkpointing,
         )
     print(f"{name} Fisher: {planned.total} of {size_of(known) + live.peak}")
     assert planned.kept["weights"] == size_of(known)
@@ -322,7 +326,7 @@ def test_warmup_memory_is_what_is_alive(name: str, checkpointing: bool, dtype: s
     with LiveBytes(known) as live:
         warm_up(model, batches, 1e-3)
     with fake_tensors():
-        skeleton = build_model(config, dtype, LORA)
+        skeleton = Skeleton(build_model(config, dtype, LORA))
         planned = warmup_memory(skeleton, Shape(SEQUENCES, THOUGHT), checkpointing=checkpointing)
     beside = planned.kept["optimizer"] + planned.work
     print(f"{name} warm-up: {beside} of {live.peak} beside the weights")
@@ -361,7 +365,9 @@ def test_generation_memory_is_what_is_alive() -> None:
     with LiveBytes(known) as live, torch.inference_mode():
         model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     with fake_tensors():
-        planned = generation_memory(build_model(config, "float32"), Shape(4, 20 + new), config.vocab_size)
+        planned = generation_memory(
+            Skeleton(build_model(config, "float32")), Shape(4, 20 + new), config.vocab_size
+        )
     print(f"generation: {planned.total} of {size_of(known) + live.peak}")
     # before transformers 5.20 it needs less than planned
     within = 0.02 if hasattr(transformers.TrainingArguments, "activation_checkpointing") else 0.08

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import fetched_prompts
 from rpsa.errors import RPSAError
 from rpsa.recipe import load_recipe
 from rpsa.recipe.shipped import copy_recipe, named_recipe, said_of, shipped_recipe, shipped_recipes
@@ -19,7 +20,9 @@ def test_every_recipe_has_a_name_and_says_what_it_is_for() -> None:
         assert "#" not in said
 
 
-def test_a_copy_stands_alone_and_is_the_same_recipe(tmp_path: Path) -> None:
+def test_a_copy_stands_alone_and_is_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched_prompts(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for name, path in shipped_recipes().items():
         if name.startswith("smoke/"):
             continue  # it names files that a user has

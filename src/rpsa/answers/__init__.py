@@ -8,11 +8,11 @@ from typing import Literal
 
 from rpsa.answers.equality import same_value
 from rpsa.answers.programs import code_block, defined_names
-from rpsa.answers.reading import integer, letter
+from rpsa.answers.reading import integer, last_number, letter
 from rpsa.answers.stated import boxed, extracted, stated
 from rpsa.thought import THINK, ThoughtFormat
 
-AnswerKind = Literal["math", "integer", "letter", "exact"]
+AnswerKind = Literal["math", "integer", "number", "letter", "exact"]
 
 __all__ = [
     "AnswerKind",
@@ -44,16 +44,18 @@ def stated_answer(answer: str, kind: AnswerKind) -> str | None:
     """
     if kind in ("math", "exact"):
         return extracted(answer)
-    read = integer if kind == "integer" else letter
+    read = letter if kind == "letter" else integer
     values = (read(text) for text in stated(answer))
-    return next((str(value) for value in values if value is not None), None)
+    found = next((str(value) for value in values if value is not None), None)
+    return last_number(answer) if found is None and kind == "number" else found
 
 
 def grade(response_text: str, gold: str, kind: AnswerKind, thought: ThoughtFormat = THINK) -> bool:
     """Whether a whole response (thought included) answers `gold`.
 
-    `math` compares by value, `integer` and `letter` as such, `exact` as words: the box or the stated answer, or else
-    the whole answer, up to whitespace.
+    `math` compares by value, `integer` and `letter` as such, `number` as an integer that, where nothing is stated, is
+    the last number of the answer (for models that keep to no format), `exact` as words: the box or the stated answer,
+    or else the whole answer, up to whitespace.
     """
     answer = final_answer(response_text, thought)
     if answer is None:
@@ -65,7 +67,7 @@ def grade(response_text: str, gold: str, kind: AnswerKind, thought: ThoughtForma
         return False
     if kind == "math":
         return same_value(found, gold)
-    return found == str(integer(gold) if kind == "integer" else letter(gold))
+    return found == str(letter(gold) if kind == "letter" else integer(gold))
 
 
 def _words(text: str) -> str:

@@ -93,6 +93,7 @@ _NUMBER = re.compile(
     rf"|(?P<over>{_DIGITS})/(?P<under>{_DIGITS})|(?P<decimal>{_DIGITS}))"
     r"(?:(?:(?:\\times|\\cdot|\*)10\^\{?|[eE])(?P<power>[-+]?\d{1,3})\}?)?"
 )
+_WRITTEN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d{1,1000})(?:\.\d+)?")
 _LETTER = re.compile(
     r"(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?:? )?(?:option |choice )?"
     r"(?:[(\[{](?P<closed>[A-D])[)\]}]|(?P<open>[A-D])(?=$|[).:,;—–-]| (?:is|because|since|[(\[—–-])))(?P<rest>.*)",
@@ -161,6 +162,13 @@ def integer(text: str) -> int | None:
     stated = named(canonical(text))
     value = None if "frac" in stated or "/" in stated else number(stated)
     return int(value) if value is not None and value.denominator == 1 else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, if it is an integer: of `2 + 3 = 5 apples.` 5, of `about 2.5` none."""
+    found = _WRITTEN_NUMBER.findall(text)
+    value = integer(found[-1]) if found else None
+    return None if value is None else str(value)
 
 
 def rounding(text: str) -> Fraction | None:

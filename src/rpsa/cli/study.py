@@ -9,6 +9,8 @@ from rpsa.cli.parsing import KeepFinished, Overrides, RecipeFile, readable_error
 from rpsa.errors import RPSAError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rpsa.recipe import Recipe
 
 
@@ -85,29 +87,37 @@ def plan(
     overrides: Overrides = None,
     gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,2,4,8",
+    usd_per_hour: Annotated[
+        float | None, typer.Option(help="The price of one GPU for an hour.", show_default=False)
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic of each part.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds, as JSON.")] = False,
 ) -> None:
-    """Say what a recipe needs before it runs: memory, steps, tokens, rough hours. Loads no weights."""
+    """Say what a recipe needs before it runs: memory, steps, tokens, hours, disk, money. Loads no weights."""
     with readable_errors():
-        checked = _loaded(recipe, overrides)
         numbers = _whole_numbers(gpus)
+        from rpsa.plan.configs import check_configs
+
+        checked = _loaded(recipe, overrides, check_configs)
         from rpsa.models import quiet
         from rpsa.plan import make_plan
         from rpsa.plan.render import render, to_json
 
         quiet()
-        made = make_plan(checked, gpu_memory, numbers)
+        made = make_plan(checked, gpu_memory, numbers, usd_per_hour)
         if as_json:
             typer.echo(to_json(made))
         else:
-            render(made)
+            render(made, explain=explain)
 
 
-def _loaded(recipe: Path, overrides: list[str] | None) -> "Recipe":
+def _loaded(
+    recipe: Path, overrides: list[str] | None, first: "Callable[[Recipe], None] | None" = None
+) -> "Recipe":
     from rpsa.recipe import load_recipe
     from rpsa.recipe.shipped import named_recipe
 
-    return load_recipe(named_recipe(recipe), overrides or [])
+    return load_recipe(named_recipe(recipe), overrides or [], first)
 
 
 def _whole_numbers(text: str) -> list[int]:

@@ -25,7 +25,7 @@ from rpsa.tiny import FAMILIES, REQUEST_SETS
 Kind = Literal["reasoning", "attack", "over_refusal"]
 """Reasoning problems, harmful requests, and requests that nobody should refuse."""
 
-Scorer = Literal["math", "integer", "letter", "code", "judge", "tiny"]
+Scorer = Literal["math", "integer", "number", "letter", "code", "judge", "tiny"]
 """How a response is scored: by its answer, by running its code, by a judge, or as the tiny world does."""
 
 

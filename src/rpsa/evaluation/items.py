@@ -107,7 +107,8 @@ def _tiny_prompts(n: int, seed: int) -> dict[str, list[TinyItem]]:
 
 def _file_items(source: str, options: TaskOptions) -> list[Item]:
     """A file's columns say what it holds: `test` and `entry_point` make its rows programs to write, `answer`
-    reasoning problems; a `label` of "safe" makes a row a request that nobody should refuse; others are harmful."""
+    reasoning problems (`problem` or `question` asked in Appendix B's words, `prompt` as it is); a `label` of "safe"
+    makes a row a request that nobody should refuse; others are harmful."""
     name = Path(source).name.partition(".")[0]
     items = [_file_item(name, str(i), row) for i, row in enumerate(read_rows(source))]
     return [
@@ -123,8 +124,13 @@ def _file_item(name: str, identifier: str, row: Row) -> Item:
         return Item(problem.id, name, "reasoning", problem.prompt, "", "code", problem)
     if "answer" in row.fields:
         answer = text_field(row, ["answer"])
-        prompt = math_prompt(text_field(row, ["problem", "question"]))
-        scorer: Scorer = "integer" if answer.strip().lstrip("-").isdigit() else "math"
+        is_integer = answer.strip().lstrip("-").isdigit()
+        scorer: Scorer = "integer" if is_integer else "math"
+        if "prompt" in row.fields and not {"problem", "question"} & set(row.fields):
+            prompt = text_field(row, ["prompt"])  # as it is: it need not ask for a box
+            scorer = "number" if is_integer else "math"
+        else:
+            prompt = math_prompt(text_field(row, ["problem", "question"]))
         return Item(identifier, name, "reasoning", prompt, answer, scorer)
     prompt = text_field(row, ["forbidden_prompt", "prompt", "question", "instruction"])
     kind: Kind = "over_refusal" if row.fields.get("label") == "safe" else "attack"

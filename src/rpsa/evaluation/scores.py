@@ -73,11 +73,11 @@ class Response:
 
     @property
     def outcome(self) -> Outcome:
-        """For the scorers `math`, `integer`, `letter` and `tiny`; refusals are told from wrong answers."""
+        """For the scorers `math`, `integer`, `number`, `letter` and `tiny`; refusals are told from wrong answers."""
         item = self.item
         if item.scorer == "tiny":
             return score(self._tiny, self.text, self.thought)
-        assert item.scorer in ("math", "integer", "letter")
+        assert item.scorer in ("math", "integer", "number", "letter")
         if grade(self.text, item.answer, item.scorer, self.thought):
             return "correct"
         return "refused" if self.refuses else "wrong"

@@ -87,9 +87,11 @@ def check_bench(recipe: Recipe) -> Bench:
     bench = recipe.bench
     if bench is None:
         raise RPSAError("bench: missing; rpsa bench compares the methods of a recipe that has this section")
-    if shared := [base for base in bench.bases if base in recipe.bases]:
+    shared = [base for base in bench.bases if base in recipe.bases]
+    if shared and (again := [seed for seed in bench.seeds if seed in recipe.matrix.seeds]):
         raise RPSAError(
-            f"bench.bases: {shared[0]} is a base of the test, too (matrix.bases); settings are chosen on others"
+            f"bench.bases: {shared[0]} is a base of the test, too (matrix.bases), with seed {again[0]}; settings are "
+            "chosen on other bases, or with other seeds"
         )
     if recipe.sweeps or recipe.matrix.grid:
         raise RPSAError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rpsa.errors import RPSAError
+from rpsa.fisher import hooked
 from rpsa.fisher.footprint import dry_passes
 from rpsa.fisher.log_probs import evaluation_mode, label_log_probs
 from rpsa.models import location
 from rpsa.parameters import trainable_parameters
+from rpsa.plan.configs import missing
 from rpsa.recipe.sections import Model
 
 
@@ -42,11 +44,7 @@ def load_config(name: str, model: Model) -> Any:
         if Path(location(name)).is_dir():
             said = str(error).strip().partition("\n")[0]
             raise RPSAError(f"model {name}: its config cannot be loaded: {said}") from error
-        raise RPSAError(
-            f"model {name}: its config is not on this machine and cannot be fetched; run "
-            f"`hf download {name} config.json` where there is a network, or name a folder with that file "
-            f"(model.name=FOLDER)"
-        ) from error
+        raise missing(name) from error
 
 
 @contextmanager
@@ -117,17 +115,38 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known: tensors whose storages are there already and do not count.
     """
 
+    watched: "ClassVar[list[LiveBytes] | None]" = None
+    """Where all that are entered are put, for `rpsa.plan.layers`."""
+
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
+        self.segments: dict[tuple[str, int, int], int] = {}
+        """The most between two marks: by the mark at its end, its layer, and how often that mark came before."""
+        self._segment = 0
         self._sizes: dict[int, int] = {}
         self._known = [tensor.untyped_storage() for tensor in known]  # kept alive, so that no key is reused
         self._sizes |= {storage._cdata: 0 for storage in self._known}
 
     def __enter__(self) -> "LiveBytes":
         super().__enter__()  # type: ignore[no-untyped-call]
+        if LiveBytes.watched is not None:
+            LiveBytes.watched.append(self)
         return self
+
+    def mark(self, kind: str, layer: int) -> None:
+        """End a segment."""
+        times = 0
+        while (kind, layer, times) in self.segments:
+            times += 1
+        self.segments[kind, layer, times] = self._segment
+        self._segment = self.now
+
+    def forget(self) -> None:
+        """Begin again with what is there now."""
+        self.peak = self._segment = self.now
+        self.segments = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -143,6 +162,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes[key] = storage.nbytes()
         self.now += self._sizes[key]
         self.peak = max(self.peak, self.now)
+        self._segment = max(self._segment, self.now)
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
@@ -235,7 +255,7 @@ def sharded_peak(model: Any, shape: Shape, precision: Precision, peak: Callable[
 def fisher_peak(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> int:
     """Bytes beside weights and sums of the Fisher estimate of one batch."""
     peaks = []
-    with _checkpointing(model, checkpointing):
+    with _checkpointing(model, checkpointing), _blocks_of_a_gpu():
         for dry_pass in dry_passes(model, shape.sequences, shape.tokens, probes):
             with LiveBytes([*_tensors(model), *dry_pass.held]) as live:
                 dry_pass.run()
@@ -243,32 +263,53 @@ def fisher_peak(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -
     return max(peaks)
 
 
-def decoding_bytes(model: Any, shape: Shape) -> tuple[int, int]:
-    """The cache of keys and values when the last token of `shape` is generated, and what that step needs beside it."""
+@contextmanager
+def _blocks_of_a_gpu() -> Iterator[None]:
+    """Within, gradients are squared in pieces as large as on a GPU, and as few: fake tensors say they are a CPU's."""
+    before = hooked._CPU_STACK, hooked._CPU_BLOCK
+    hooked._CPU_STACK = hooked._CPU_BLOCK = hooked._DEVICE_BLOCK
+    try:
+        yield
+    finally:
+        hooked._CPU_STACK, hooked._CPU_BLOCK = before
+
+
+def decoding_peak(model: Any, shape: Shape) -> int:
+    """Bytes beside the weights when the last token of `shape` is generated: the cache, and what that step needs."""
     model.eval()
     prompt = Shape(shape.sequences, shape.tokens - 1)
     with LiveBytes(_tensors(model)) as live, torch.no_grad():
         cache = model(**_inputs(prompt), use_cache=True, logits_to_keep=1).past_key_values
-        live.peak = live.now
+        live.forget()
         model(
             input_ids=_tokens(Shape(shape.sequences, 1)),
             attention_mask=_tokens(shape),
             past_key_values=cache,
             use_cache=True,
         )
-    kept = sum(
+    return live.peak
+
+
+def cache_bytes(model: Any, shape: Shape) -> int:
+    """The cache of keys and values of `shape`."""
+    model.eval()
+    with torch.no_grad():
+        cache = model(**_inputs(shape), use_cache=True, logits_to_keep=1).past_key_values
+    return sum(
         tensor.numel() * tensor.element_size()
         for layer in cache.layers
         for tensor in (layer.keys, layer.values)
     )
-    return kept, live.peak - kept
 
 
 def _peak(model: Any, loss: Callable[[], Tensor], precision: Precision, runs: int) -> int:
     model.train()
     with _checkpointing(model, precision.checkpointing), LiveBytes(_tensors(model)) as live:
         for _ in range(runs):
-            loss().backward()  # type: ignore[no-untyped-call]
+            value = loss()
+            live.mark("loss", 0)  # autocast's copies of the weights are gone
+            value.backward()  # type: ignore[no-untyped-call]
+            del value
     for parameter in model.parameters():
         parameter.grad = None
     return live.peak

@@ -25,13 +25,16 @@ from rpsa.parameters import trainable_parameters
 from rpsa.plan.dry_run import (
     Precision,
     Shape,
-    decoding_bytes,
+    cache_bytes,
+    decoding_peak,
     fisher_peak,
     reasoning_peak,
     sharded_peak,
     training_peak,
     warmup_peak,
 )
+from rpsa.plan.layers import Skeleton
+from rpsa.plan.serving import activations
 
 Sharding = Literal["one GPU", "DDP", "FSDP2"]
 
@@ -40,6 +43,8 @@ _STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
 _GIB = 1 << 30
 _CONTEXT_BYTES = _GIB
 _FRAGMENTATION = 0.05
+_COUNTED = 64
+"""Tokens whose keys and values are looked at; all are alike."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class AlignMemory:
     passes: Passes
     freezing: Freezing | None
     instead: Instead | None = None
+    anchored: bool = False
+    """Whether each step has a pass of an anchor, which is like that of g_R."""
 
     def on(self, gpus: int, sharding: Sharding) -> StageMemory:
         """Memory of each of `gpus`. `passes` must be those of the sharding."""
@@ -150,7 +157,9 @@ class AlignMemory:
             kept["masks"] = self.trainable // (4 if self.freezing.dynamic else 8) // parts
             kept["audit"] = self._audit_bytes(parts)
             signs = self.trainable // 4 // parts if self.freezing.dynamic else 0
-        passes = max(self.passes.training + signs, self.passes.reasoning if self._measures_g_r else 0)
+        passes = max(
+            self.passes.training + signs, self.passes.reasoning if self._measures_g_r or self.anchored else 0
+        )
         passes += self.passes.gathered if sharding == "FSDP2" else -self._gradient_bytes()
         return StageMemory(kept, max(passes, signs + self._masking_bytes(), self._update_bytes(parts), 0))
 
@@ -212,27 +221,42 @@ class AlignMemory:
 
 
 def dry_passes(
-    model: Any,
-    shape: Shape,
+    skeleton: Skeleton,
+    shape: Shape | None,
     reference: Shape | None,
     precision: Precision,
     compact: float | None = None,
     *,
     accumulated: bool,
 ) -> Passes:
-    """On one GPU or under DDP. `reference` is g_R's batch, if it is measured; the others as in `dry_run`."""
-    return Passes(
-        training_peak(model, shape, precision, compact, accumulated=accumulated),
-        reasoning_peak(model, reference, precision, accumulated=accumulated) if reference else 0,
-    )
+    """On one GPU or under DDP, of a step's batch and of g_R's (None: not asked for). The others as in `dry_run`."""
+
+    def training(model: Any) -> int:
+        assert shape
+        return training_peak(model, shape, precision, compact, accumulated=accumulated)
+
+    def reasoning(model: Any) -> int:
+        assert reference
+        return reasoning_peak(model, reference, precision, accumulated=accumulated)
+
+    return Passes(skeleton.peak(training) if shape else 0, skeleton.peak(reasoning) if reference else 0)
 
 
-def sharded_passes(lean: Any, shape: Shape, reference: Shape | None, precision: Precision) -> Passes:
+def sharded_passes(
+    lean: Skeleton, shape: Shape | None, reference: Shape | None, precision: Precision
+) -> Passes:
     """Under FSDP2. `lean` is the model with its weights in the dtype that it computes in."""
+
+    def training(model: Any) -> int:
+        assert shape
+        return sharded_peak(model, shape, precision, training_peak)
+
+    def reasoning(model: Any) -> int:
+        assert reference
+        return sharded_peak(model, reference, precision, reasoning_peak)
+
     return Passes(
-        sharded_peak(lean, shape, precision, training_peak),
-        sharded_peak(lean, reference, precision, reasoning_peak) if reference else 0,
-        _gathered(lean),
+        lean.peak(training) if shape else 0, lean.peak(reasoning) if reference else 0, _gathered(lean.model)
     )
 
 
@@ -253,25 +277,39 @@ def align_memory(
     )
 
 
-def fisher_memory(model: Any, shape: Shape, probes: int, *, checkpointing: bool) -> StageMemory:
+def fisher_memory(skeleton: Skeleton, shape: Shape, probes: int, *, checkpointing: bool) -> StageMemory:
     """The Fisher stage, which one GPU does: the sums in fp32, and a sample of the elements for each half."""
+    model = skeleton.model
     elements = sum(p.numel() for p in trainable_parameters(model).values())
-    work = fisher_peak(model, shape, probes, checkpointing=checkpointing)
+    work = skeleton.peak(lambda one: fisher_peak(one, shape, probes, checkpointing=checkpointing))
     return StageMemory({"weights": _bytes(model), "Fisher sums": sums_bytes(elements)}, work)
 
 
-def warmup_memory(model: Any, shape: Shape, *, checkpointing: bool) -> StageMemory:
+def warmup_memory(skeleton: Skeleton, shape: Shape, *, checkpointing: bool) -> StageMemory:
     """The warm-up of a LoRA adapter, over before the Fisher's sums are there: AdamW's moments, and a step's pass."""
+    model = skeleton.model
     moments = 2 * sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
-    work = warmup_peak(model, shape, checkpointing=checkpointing)
+    work = skeleton.peak(lambda one: warmup_peak(one, shape, checkpointing=checkpointing))
     return StageMemory({"weights": _bytes(model), "optimizer": moments}, work)
 
 
-def generation_memory(model: Any, shape: Shape, vocabulary: int) -> StageMemory:
+def generation_memory(skeleton: Skeleton, shape: Shape, vocabulary: int) -> StageMemory:
     """Generation with `transformers` when all sequences are as long as they may become; sampling is in float64."""
-    cache, step = decoding_bytes(model, shape)
+    cache = skeleton.size(lambda model: cache_bytes(model, shape))
+    step = skeleton.peak(lambda model: decoding_peak(model, shape)) - cache
     sampling = 4 * 8 * shape.sequences * vocabulary
-    return StageMemory({"weights": _bytes(model), "KV cache": cache}, max(step, sampling))
+    return StageMemory({"weights": _bytes(skeleton.model), "KV cache": cache}, max(step, sampling))
+
+
+def server_memory(skeleton: Skeleton, tokens: int) -> StageMemory:
+    """The least that vLLM needs: weights, and a cache for one sequence of `tokens`. It takes what there is."""
+    cache = skeleton.size(lambda model: cache_bytes(model, Shape(1, _COUNTED))) * tokens // _COUNTED
+    weights = _bytes(skeleton.model)
+    return StageMemory({"weights": weights, "KV cache": cache}, activations(weights))
+
+
+def weights_bytes(skeleton: Skeleton) -> int:
+    return _bytes(skeleton.model)
 
 
 def _bytes(model: nn.Module) -> int:

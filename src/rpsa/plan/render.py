@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rpsa.plan.memory import Sharding, StageMemory
+from rpsa.plan.study import Study, Work, in_order
 from rpsa.plan.time import GPUS, ResponseTokens, SafetyTokens, Steps
 from rpsa.text import printable
 
@@ -33,7 +34,10 @@ class SingleGpuStage:
     memory: StageMemory
     fits: bool
     seconds: dict[str, float]
-    """By GPU name, on one GPU; only where it fits in that GPU's memory."""
+    """By GPU name; only where it fits in that GPU's memory."""
+    work: Work
+    scored: int = 0
+    """Elements whose Fisher is stored."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ class MethodPlan:
     """By GPU name; only where one of the numbers of GPUs holds it."""
     runs: int
     """Cells of the matrix with this method and base: its seeds and the points of the grid."""
+    saved_bytes: int
+    """Of the model or adapter that a run leaves."""
+    checkpoint_bytes: int
+    checkpoints: int
+    """That are there at once."""
+    is_adapter: bool
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -76,19 +87,26 @@ class Plan:
     evaluation: list[ResponseTokens]
     evaluated: int
     """Models that answer the evaluation."""
+    study: Study
     warnings: list[str]
 
+    @property
+    def works(self) -> list[Work]:
+        """All that is done, in the order of the stages."""
+        of_stages = [stage.work for stages in self.stages.values() for stage in stages]
+        return in_order([*of_stages, *(method.work for method in self.methods)])
 
-_WIDTH = 110
+
+_WIDTH = 122
 _NOTES = (
     "All of this is estimates. Memory: what stays is exact; passes are dry runs with the longest sequences that the "
-    "settings admit. A stage fits if 1 GiB and 5% are left. Times: 40% of the peak operations, generation by "
-    "`transformers`, good to a factor of two."
+    "settings admit. A stage fits if 1 GiB and 5% are left. Times: 40% of the peak operations, 60% of the bandwidth, "
+    "lengths of responses as assumed; good to a factor of two."
 )
 
 
 def to_json(plan: Plan) -> str:
-    """Bytes and seconds; `total` beside each memory."""
+    """Bytes and seconds; `total` beside each memory, sums beside the parts of the study."""
     content = asdict(plan)
     for method, planned in zip(content["methods"], plan.methods, strict=True):
         for layout, of in zip(method["layouts"], planned.layouts, strict=True):
@@ -96,10 +114,15 @@ def to_json(plan: Plan) -> str:
     for base, stages in plan.stages.items():
         for stage, of_stage in zip(content["stages"][base], stages, strict=True):
             stage["memory"]["total"] = of_stage.memory.total
+    study = content["study"]
+    study |= {"disk_bytes": plan.study.disk_bytes, "download_bytes": plan.study.download_bytes}
+    for total, of_total in zip(study["totals"], plan.study.totals, strict=True):
+        total["gpu_hours"] = of_total.gpu_hours
     return json.dumps(content, indent=2)
 
 
-def render(plan: Plan, console: Console | None = None) -> None:
+def render(plan: Plan, console: Console | None = None, *, explain: bool = False) -> None:
+    """`explain`: with the arithmetic of each part."""
     console = console or Console()
     console.width = max(console.width, _WIDTH)
     for base, parameters in plan.parameters.items():
@@ -115,18 +138,98 @@ def render(plan: Plan, console: Console | None = None) -> None:
             console.print(f"\nAlign, {unit.name} of each GPU")
             console.print(_memory_table(methods, unit))
             console.print(
-                "\nOptimizer steps (measurements of g_R; one costs as many steps as `each` says), GPU time"
+                "\nOptimizer steps (measurements of g_R; one costs as many steps as `each` says), time × GPUs of a kind"
             )
             console.print(_steps_table(methods))
         if stages:
-            console.print(f"\nOn one GPU, {unit.name} and time")
+            console.print(f"\nOn one GPU, {unit.name} and time, once")
             console.print(_stages_table(stages, unit))
     if plan.reference or plan.evaluation:
         console.print("\nTo generate")
         console.print(_tokens_table(plan))
+    _render_study(plan, console)
+    if explain:
+        _explain(plan, console)
     console.print(f"\n[dim]{_NOTES}[/dim]")
     for warning in plan.warnings:
         console.print(f"[yellow]•[/yellow] {_literal(warning)}", highlight=False)
+
+
+def _render_study(plan: Plan, console: Console) -> None:
+    study = plan.study
+    how = (
+        "training and Fisher by `accelerate launch` on all of them, one after the other; "
+        if study.launched
+        else ""
+    )
+    console.print(
+        f"\nThe study on {study.gpu}-{study.memory:g} GPUs: {how}the rest in as many workers as `matrix.parallel` says",
+        markup=False,
+    )
+    table = _table("GPUs", "as written", "matrix.parallel as GPUs", "GPU hours", "USD")
+    for total in study.totals:
+        table.add_row(
+            str(total.gpus),
+            *("does not fit" if s is None else _duration(s) for s in (total.as_written, total.seconds)),
+            "" if total.gpu_hours is None else _number(total.gpu_hours),
+            "" if total.usd is None else f"{total.usd:,.0f}",
+        )
+    console.print(table)
+    if plan.study.calls:
+        table = _table("Judges behind an endpoint", "calls", "million tokens read", "written")
+        for calls in study.calls:
+            sizes = (f"{tokens / 1e6:.2f}" for tokens in (calls.tokens_in, calls.tokens_out))
+            table.add_row(_literal(calls.judge), f"{calls.calls:,}", *sizes)
+        console.print()
+        console.print(table)
+    console.print(f"\n[bold]{_literal(whole_study(study))}[/bold]", highlight=False)
+
+
+def whole_study(study: Study) -> str:
+    """The totals in one line."""
+    stored = f"{_gigabytes(study.disk_bytes)} of disk, {_gigabytes(study.download_bytes)} to download"
+    total = study.total
+    if total is None or total.seconds is None or total.gpu_hours is None:
+        return f"Whole study: fits on none of these numbers of {study.gpu}-{study.memory:g} GPUs; {stored}"
+    paid = "" if total.usd is None else f"${total.usd:,.0f}, "
+    return (
+        f"Whole study on {total.gpus} × {study.gpu}-{study.memory:g}: {_duration(total.seconds)}, "
+        f"{_number(total.gpu_hours)} GPU hours, {paid}{stored}"
+    )
+
+
+def _explain(plan: Plan, console: Console) -> None:
+    """Each part's arithmetic in lines that can be checked by hand."""
+    for work in plan.works:
+        on = {number: _duration(seconds) for number, seconds in work.seconds.get(plan.study.gpu, {}).items()}
+        said = ", ".join(f"{time} on {number}" for number, time in on.items()) or "does not fit"
+        _say(console, f"\n{work.stage}, {work.name}, {work.times} ×: {said}")
+        for line in work.arithmetic:
+            _say(console, f"  {line}")
+    for heading, stored in (("On disk", plan.study.disk), ("To download", plan.study.download)):
+        _say(console, f"\n{heading}")
+        for one in stored:
+            _say(console, f"  {one.name}: {one.arithmetic} = {_gigabytes(one.size)}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _gigabytes(size: int) -> str:
+    if size == 0:
+        return "nothing"
+    return (
+        f"{size / 1e9:,.0f} GB"
+        if size >= 1e10
+        else f"{size / 1e9:.1f} GB"
+        if size >= 1e8
+        else f"{size / 1e6:.1f} MB"
+    )
 
 
 def _table(*columns: str) -> Table:
@@ -200,7 +303,9 @@ def _steps(layout: Layout) -> str:
 
 def _training_time(method: MethodPlan, gpu: str) -> str:
     time = method.training.get(gpu)
-    return "–" if time is None else _duration(time.seconds * time.gpus)
+    if time is None:
+        return "–"
+    return _duration(time.seconds) + (f" × {time.gpus}" if time.gpus > 1 else "")
 
 
 def _stages_table(stages: list[SingleGpuStage], unit: "_Unit") -> Table:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rpsa.evaluation.benchmarks import BENCHMARKS, TaskOptions
+from rpsa.evaluation.benchmarks import BENCHMARKS, Kind, TaskOptions
 from rpsa.evaluation.items import expanded, load_task
 from rpsa.freezing.ratio import ConflictRatio
 from rpsa.recipe.problems import SHIPPED
@@ -61,6 +61,8 @@ class ResponseTokens:
     count: int
     tokens: int
     limit: int
+    kind: Kind = "reasoning"
+    judged: bool = False
 
     @property
     def total(self) -> int:
@@ -154,9 +156,27 @@ def reference_responses(recipe: Recipe) -> ResponseTokens:
     return ResponseTokens("reference", settings.n, min(expected, limit), limit)
 
 
+def held_out_responses(recipe: Recipe) -> ResponseTokens | None:
+    """Those on which the reasoning loss is measured; of a file as many as the recipe asks for."""
+    settings = recipe.reference
+    if settings.problems is None or not settings.held_out:
+        return None
+    return replace(reference_responses(recipe), name="held out", count=settings.held_out)
+
+
 def evaluation_responses(settings: Evaluate) -> list[ResponseTokens]:
     """One entry a task: its items times its samples."""
     return [_task_responses(task, settings) for task in expanded(settings.tasks)]
+
+
+def attacked_responses(recipe: Recipe) -> list[ResponseTokens]:
+    """What is asked again under each attack: requests, unless the recipe names tasks. No data are fetched."""
+    if recipe.robustness is None:
+        return []
+    tasks = recipe.robustness.tasks
+    if tasks is not None:
+        return evaluation_responses(recipe.evaluate.model_copy(update={"tasks": tasks}))
+    return [one for one in evaluation_responses(recipe.evaluate) if one.kind != "reasoning"]
 
 
 def _task_responses(task: str, settings: Evaluate) -> ResponseTokens:
@@ -164,10 +184,20 @@ def _task_responses(task: str, settings: Evaluate) -> ResponseTokens:
     if known := BENCHMARKS.get(task):
         items = min(known.size, settings.n or known.size)
         samples = 1 if settings.temperature == 0 else settings.samples or known.samples
-        return ResponseTokens(task, items * samples, min(known.tokens, limit), limit)
+        return ResponseTokens(
+            task, items * samples, min(known.tokens, limit), limit, known.kind, known.scorer == "judge"
+        )
     asked = load_task(task, TaskOptions(settings.n, settings.seed))
     kind = "tiny" if "tiny" in task else "math" if asked[0].kind == "reasoning" else "request"
-    return ResponseTokens(Path(task).stem, len(asked), min(RESPONSE_TOKENS[kind], limit), limit)
+    samples = 1 if settings.temperature == 0 else settings.samples or 1
+    return ResponseTokens(
+        Path(task).stem,
+        len(asked) * samples,
+        min(RESPONSE_TOKENS[kind], limit),
+        limit,
+        next((item.kind for item in asked if item.scorer == "judge"), asked[0].kind),
+        any(item.scorer == "judge" for item in asked),
+    )
 
 
 @dataclass(frozen=True)
@@ -250,8 +280,13 @@ def fisher_operations(parameters: int, tokens: int, probes: int, *, lora: bool, 
     return (2 + probes * backward) * parameters * tokens
 
 
-def compute_seconds(operations: float, gpu: Gpu, *, bf16: bool, gpus: int = 1) -> float:
-    return operations / ((gpu.bf16 if bf16 else gpu.fp32) * UTILISATION * gpus)
+def operations_a_second(gpu: Gpu, precision: str) -> float:
+    """Peak of products of matrices in "bf16", "tf32" (half as many) or "fp32"."""
+    return {"bf16": gpu.bf16, "tf32": gpu.bf16 / 2, "fp32": gpu.fp32}[precision]
+
+
+def compute_seconds(operations: float, gpu: Gpu, *, precision: str, gpus: int = 1) -> float:
+    return operations / (operations_a_second(gpu, precision) * UTILISATION * gpus)
 
 
 def launch_seconds(*, checkpointing: bool) -> float:

@@ -8,7 +8,7 @@ neither text nor a number.
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,12 @@ def _variable(path: str) -> str:
     return "HF_TOKEN" if "train." in path or path.endswith("hf_token") else "it"
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), first: Callable[[Recipe], None] | None = None
+) -> Recipe:
     """Read a recipe, put `section.key=value` overrides in, and check all of it, the files it names included.
+
+    `first` is called before the settings of TRL and PEFT are checked, which takes seconds to import.
 
     Raises `RPSAError` with one line: the file, the field's path, what is wrong, the nearest valid name or value.
     """
@@ -152,14 +156,18 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise _as_error(origins, [problem])
     raw = _interpolate(raw, raw.get("data_dir"), origins, "")
     # `report:` with nothing below it means the section's defaults.
-    return _checked({key: value for key, value in raw.items() if value is not None}, origins)
+    return _checked({key: value for key, value in raw.items() if value is not None}, origins, first)
 
 
-def _checked(raw: dict[str, Any], origins: "_Origins") -> Recipe:
+def _checked(
+    raw: dict[str, Any], origins: "_Origins", first: Callable[[Recipe], None] | None = None
+) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise _as_error(origins, validation_problems(error, Recipe)) from None
+    if first:
+        first(recipe)
     if problems := list(recipe_problems(recipe)):
         raise _as_error(origins, problems)
     return recipe

@@ -247,6 +247,8 @@ SHIPPED = {
     "rows": ("tiny",),
     "task": ("tiny", *sorted(path.stem for path in _TASKS.glob("*.yaml"))),
 }
+FETCHED = ("smollm2",)
+"""Folders that `rpsa fetch` makes, under the names that recipes have for them."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE = (".json", ".jsonl", ".csv", ".gz", ".parquet", ".yaml", ".txt")
 
@@ -262,6 +264,8 @@ def source_problem(kind: str, source: str) -> str | None:
         is_ordinary = Path(source).is_file() or Path(source).is_dir()
         return None if is_ordinary else f"{source!r} is neither a file nor a folder"
     is_file = source.endswith(_FILE) or "/" in source
+    if Path(source).parts[0] in FETCHED:
+        return f"{source!r} is not here; rpsa fetch {Path(source).parts[0]} makes it"
     if source.startswith("tiny") or (kind == "task" and not is_file):
         return f"{source!r} is unknown{did_you_mean(source, shipped)}"
     path = Path(source)
