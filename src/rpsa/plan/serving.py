@@ -175,7 +175,9 @@ def _wave(requests: Sequence[Queued], by: Server) -> Served:
     by_age: list[_Sequence] = []  # the youngest last; those that have ended are passed over
     seconds, now, used, at_once, admitted, unread = 0.0, 0, 0, 0, 0, 0
     while waiting or at_once:
-        while waiting and at_once < by.sequences and (used + waiting[0][0] < by.cache or not at_once):
+        while (
+            waiting and at_once < by.sequences and (used + waiting[0][0] + at_once < by.cache or not at_once)
+        ):
             context, left = waiting.popleft()
             one = _Sequence(context, now, now + left)
             heapq.heappush(by_end, (one.end, admitted, one))
