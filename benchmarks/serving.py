@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from rpsa.plan.serving import Asked, expected, server
+from rpsa.plan.serving import ResponseSet, expected, server
 from rpsa.plan.time import BANDWIDTH_SHARE, GPUS, UTILISATION
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     config: Any = AutoConfig.from_pretrained(given.model)
     engine = {"max_num_seqs": given.max_num_seqs, "max_model_len": given.prompt + given.limit}
     llm = LLM(model=given.model, dtype="bfloat16", enable_prefix_caching=False, **engine)
-    asked = Asked(given.count, given.prompt, given.mean, given.limit)
+    asked = ResponseSet(given.count, given.prompt, given.mean, given.limit)
     requests = asked.requests()
     prompts = [TokensPrompt(prompt_token_ids=[n % 1000 + 10] * one.prompt) for n, one in enumerate(requests)]
     sampling = [SamplingParams(max_tokens=one.new, ignore_eos=True, detokenize=False) for one in requests]

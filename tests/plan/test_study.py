@@ -14,8 +14,8 @@ from rpsa.errors import RPSAError
 from rpsa.plan import Plan, make_plan
 from rpsa.plan.judging import ANSWER_SHARE, judge_parameters, judgings
 from rpsa.plan.render import whole_study
-from rpsa.plan.study import Total, Work, makespan, wall_seconds
 from rpsa.plan.time import GPUS, evaluation_responses
+from rpsa.plan.totals import Total, Work, makespan, wall_seconds
 from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Evaluate
 

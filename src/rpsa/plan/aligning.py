@@ -22,7 +22,6 @@ from rpsa.plan.memory import (
     sharded_passes,
 )
 from rpsa.plan.render import Layout, MethodPlan, TrainingTime
-from rpsa.plan.study import Work
 from rpsa.plan.time import (
     GPUS,
     UTILISATION,
@@ -38,6 +37,7 @@ from rpsa.plan.time import (
     update_seconds,
     with_rehearsal,
 )
+from rpsa.plan.totals import Work
 from rpsa.recipe.schema import Cell
 from rpsa.recipe.sections import Align
 from rpsa.thought import THINK

@@ -10,8 +10,8 @@ from rpsa.models import load_tokenizer, location, thought_of
 from rpsa.pipeline.stages import tasks_of
 from rpsa.plan.dry_run import Shape, build_model, cache_bytes, fake_tensors, load_config
 from rpsa.plan.layers import SHALLOW, Skeleton, are_alike, with_layers
-from rpsa.plan.study import kind_of
 from rpsa.plan.time import CHARACTERS_PER_TOKEN, prompt_tokens, reference_responses
+from rpsa.plan.totals import kind_of
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell, Recipe
 from rpsa.thought import ThoughtFormat

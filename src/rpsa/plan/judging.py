@@ -7,8 +7,8 @@ from typing import Any
 
 from rpsa.evaluation.judges import can_see, judge_model
 from rpsa.evaluation.run import REFUSAL
-from rpsa.plan.study import Calls
 from rpsa.plan.time import BANDWIDTH_SHARE, SECONDS_PER_PASS, Gpu, ResponseTokens, compute_seconds
+from rpsa.plan.totals import Calls
 from rpsa.recipe.sections import Evaluate, Safety
 
 ANSWER_SHARE = 0.4

@@ -19,8 +19,7 @@ from rpsa.plan.memory import (
     weights_bytes,
 )
 from rpsa.plan.render import SingleGpuStage
-from rpsa.plan.serving import START_SECONDS, WAVE, Asked, Served, expected, server
-from rpsa.plan.study import Work
+from rpsa.plan.serving import START_SECONDS, WAVE, ResponseSet, Served, expected, server
 from rpsa.plan.time import (
     BANDWIDTH_SHARE,
     GPUS,
@@ -40,6 +39,7 @@ from rpsa.plan.time import (
     reference_responses,
     training_operations,
 )
+from rpsa.plan.totals import Work
 from rpsa.provenance import Stage
 from rpsa.recipe.schema import Cell
 from rpsa.recipe.sections import Evaluate, Reference
@@ -247,7 +247,9 @@ def _served(
         gpu.bandwidth * BANDWIDTH_SHARE,
         each,
     )
-    asked = [Asked(math.ceil(r.count / asking.engines), asking.prompt, r.tokens, r.limit) for r in responses]
+    asked = [
+        ResponseSet(math.ceil(r.count / asking.engines), asking.prompt, r.tokens, r.limit) for r in responses
+    ]
     wave = WAVE if asking.engines == 1 else None
     done = expected(asked, by, wave)
     arithmetic = [

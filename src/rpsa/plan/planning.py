@@ -1,6 +1,6 @@
 """Plans: of a recipe's bases the stages that one GPU does, the align stage of every method, the study, what to warn of.
 
-Memory comes from `memory`, tokens, seconds and steps from `time`, generation from `serving`, totals from `study`.
+Memory comes from `memory`, tokens, seconds and steps from `time`, generation from `serving`, totals from `totals`.
 """
 
 import math
@@ -14,8 +14,8 @@ from rpsa.plan.judging import calls_of, judgings
 from rpsa.plan.one_gpu import single_gpu_stages
 from rpsa.plan.render import MethodPlan, Plan, SingleGpuStage
 from rpsa.plan.storage import downloads, left_on_disk
-from rpsa.plan.study import Bytes, kind_of, make_study
 from rpsa.plan.time import evaluation_responses, never_dynamic_warning, reference_responses
+from rpsa.plan.totals import Bytes, kind_of, make_study
 from rpsa.recipe.schema import Recipe
 from rpsa.safety_data import ALL_REFUSE, REFUSALS_ALONE
 

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rpsa.plan.memory import Sharding, StageMemory
-from rpsa.plan.study import Study, Work, in_order
 from rpsa.plan.time import GPUS, ResponseTokens, SafetyTokens, Steps
+from rpsa.plan.totals import Study, Work, in_order
 from rpsa.text import printable
 
 

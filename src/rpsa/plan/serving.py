@@ -3,8 +3,9 @@
 A step of decoding gives each of the sequences at work one token, and takes the longest of three things: reading the
 weights and all keys and values that are there, the operations, and what a step takes at the least. Sequences are
 admitted in their order while there is room, in number (`max_num_seqs`) and in memory for their keys and values. Where
-the memory runs out as they grow, the youngest gives way, and is read in again later. Prompts are computed as they are
-admitted. Between two such events nothing changes but the lengths: so the events alone are counted, not the steps.
+the memory runs out as they grow, the youngest gives way, and is read in again later. Prompts are computed in the step
+in which they are admitted, beside what it reads. Between two such events nothing changes but the lengths: so the
+events alone are counted, not the steps.
 
 `tests/plan/test_serving.py` holds this to a batcher that goes token by token, in blocks, with random lengths.
 """
@@ -55,7 +56,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Request:
+class Queued:
     """`new` tokens after a prompt of `prompt`."""
 
     prompt: int
@@ -119,7 +120,7 @@ def lengths(count: int, mean: int, limit: int, order: int = 0) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ResponseSet:
     """`count` requests with a prompt of `prompt` tokens, answered in `mean`, at most `limit`."""
 
     count: int
@@ -127,11 +128,11 @@ class Asked:
     mean: int
     limit: int
 
-    def requests(self, order: int = 0) -> list[Request]:
-        return [Request(self.prompt, new) for new in lengths(self.count, self.mean, self.limit, order)]
+    def requests(self, order: int = 0) -> list[Queued]:
+        return [Queued(self.prompt, new) for new in lengths(self.count, self.mean, self.limit, order)]
 
 
-def expected(asked: Sequence[Asked], by: Server, wave: int | None = WAVE) -> Served:
+def expected(asked: Sequence[ResponseSet], by: Server, wave: int | None = WAVE) -> Served:
     """The mean over some orders of each set's responses: where a long one comes last, all wait for it."""
     found = [
         served([request for one in asked for request in one.requests(order)], by, wave)
@@ -144,7 +145,7 @@ def expected(asked: Sequence[Asked], by: Server, wave: int | None = WAVE) -> Ser
     )
 
 
-def served(requests: Sequence[Request], by: Server, wave: int | None = WAVE) -> Served:
+def served(requests: Sequence[Queued], by: Server, wave: int | None = WAVE) -> Served:
     """All of them, wave after wave (None: in one queue)."""
     parts = [_wave(part, by) for part in _waves(requests, wave)]
     return Served(
@@ -152,7 +153,7 @@ def served(requests: Sequence[Request], by: Server, wave: int | None = WAVE) -> 
     )
 
 
-def _waves(requests: Sequence[Request], wave: int | None) -> Iterator[Sequence[Request]]:
+def _waves(requests: Sequence[Queued], wave: int | None) -> Iterator[Sequence[Queued]]:
     size = wave or len(requests) or 1
     for start in range(0, len(requests), size):
         yield requests[start : start + size]
@@ -168,23 +169,27 @@ class _Sequence:
     is_running: bool = True
 
 
-def _wave(requests: Sequence[Request], by: Server) -> Served:
+def _wave(requests: Sequence[Queued], by: Server) -> Served:
     waiting = deque((request.prompt, request.new) for request in requests)
     by_end: list[tuple[int, int, _Sequence]] = []
     by_age: list[_Sequence] = []  # the youngest last; those that have ended are passed over
-    seconds, now, used, at_once, admitted = 0.0, 0, 0, 0, 0
+    seconds, now, used, at_once, admitted, unread = 0.0, 0, 0, 0, 0, 0
     while waiting or at_once:
-        while waiting and at_once < by.sequences and (used + waiting[0][0] < by.cache or not at_once):
+        while (
+            waiting and at_once < by.sequences and (used + waiting[0][0] + at_once < by.cache or not at_once)
+        ):
             context, left = waiting.popleft()
             one = _Sequence(context, now, now + left)
             heapq.heappush(by_end, (one.end, admitted, one))
             by_age.append(one)
-            seconds += context * by.token_seconds
+            unread += context
             used, at_once, admitted = used + context, at_once + 1, admitted + 1
         while not by_end[0][2].is_running:
             heapq.heappop(by_end)
         count = min(by_end[0][0] - now, max(1, (by.cache - used) // at_once))
-        seconds += count * by.step(at_once, used + at_once * count / 2)
+        step = by.step(at_once, used + at_once * count / 2)
+        seconds += count * step + max(0.0, (unread + at_once) * by.token_seconds - step)
+        unread = 0
         now += count
         used += at_once * count
         while by_end and (by_end[0][0] <= now or not by_end[0][2].is_running):

@@ -7,8 +7,8 @@ from rpsa.plan.bases import Base
 from rpsa.plan.dry_run import torch_dtype
 from rpsa.plan.judging import judge_parameters, judgings
 from rpsa.plan.render import MethodPlan, SingleGpuStage
-from rpsa.plan.study import Bytes
 from rpsa.plan.time import ResponseTokens, evaluation_responses
+from rpsa.plan.totals import Bytes
 from rpsa.recipe.schema import Recipe
 
 _BYTES_A_TOKEN = 20
