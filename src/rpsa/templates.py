@@ -13,7 +13,7 @@ from rpsa.text import latex_text, markdown_code, markdown_text
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-Language = Literal["html", "md", "tex"]
+Language = Literal["html", "md", "tex", "yaml"]
 
 _DELIMITERS = {
     "variable_start_string": "<<",

@@ -9,7 +9,7 @@ from rpsa.cli.around import chat, environment, fetch, publish, recipes_app
 from rpsa.cli.inspection import audit, schema, status, tiny_app, verify
 from rpsa.cli.measuring import attack, evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
-from rpsa.cli.study import bench, plan, run, sweep
+from rpsa.cli.study import bench, init, plan, run, sweep
 
 __all__ = ["app", "main"]
 
@@ -45,6 +45,7 @@ def _options(
 
 # In the order of `rpsa --help`: the name, what it does, and the example that its own --help shows
 _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("init", init, "Qwen/Qwen3-8B --safety safety.jsonl --benign benign.jsonl --gpus 2"),
     ("run", run, "tiny/demo matrix.bases='[tiny:0]'"),
     ("sweep", sweep, "tiny/demo --over lora.r=1,4,16"),
     ("bench", bench, "tiny/bench --keep-finished"),

@@ -1,4 +1,4 @@
-"""The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa bench`, `rpsa plan`."""
+"""The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa bench`, `rpsa plan`; and one that writes one."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpsa.recipe import Recipe
+
+_SAFETY = "UCSC-VLAA/STAR-1"
 
 
 def run(
@@ -109,6 +111,35 @@ def plan(
             typer.echo(to_json(made))
         else:
             render(made, explain=explain)
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="A Hugging Face id, a folder, or tiny:0.", show_default=False)],
+    safety: Annotated[
+        str, typer.Option(help="Harmful requests with refusals: a file or a dataset.")
+    ] = _SAFETY,
+    benign: Annotated[
+        str | None,
+        typer.Option(
+            help="Harmless requests with answers; default: STAR-1's own, with STAR-1.", show_default=False
+        ),
+    ] = None,
+    problems: Annotated[
+        str, typer.Option(help="Reasoning problems: a file or a dataset.")
+    ] = "HuggingFaceH4/MATH-500",
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs there are.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of each.")] = 80,
+    cpu: Annotated[bool, typer.Option("--cpu", help="There is no GPU.")] = False,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe for a model, fitted to the GPUs that there are."""
+    with readable_errors():
+        from rpsa.plan.starting import Start, write_start
+
+        if benign is None and safety == _SAFETY:
+            benign = "UCSC-VLAA/STAR-benign-915"
+        start = Start(model, safety, benign, problems, gpus, None if cpu else gpu_memory)
+        typer.echo(f"Recipe: {out} ({write_start(start, out)})")
 
 
 def _loaded(

@@ -1,0 +1,117 @@
+"""`rpsa init`: a commented recipe for a model, fitted to the GPUs that are there by what `rpsa plan` says of it."""
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from rpsa.artifacts import atomic_write, folder_name
+from rpsa.errors import RPSAError
+from rpsa.plan.configs import check_configs
+from rpsa.recipe import Recipe, load_recipe
+from rpsa.recipe.methods import PARADIGM_DEFAULTS, RECOMMENDED, Paradigm
+from rpsa.templates import render
+
+if TYPE_CHECKING:
+    from rpsa.plan.render import Plan
+
+LENGTHS = (4096, 2048, 1024)
+"""Of thoughts, in tokens: how much of them is looked at and trained on; the longest that fits is taken."""
+_SAYS: dict[Paradigm, str] = {"fft": "all of its weights are trained", "lora": "an adapter is trained (LoRA)"}
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a recipe is made for.
+
+    Attributes:
+        safety, benign, problems: files or datasets; without `benign`, `safety` should have rows that comply itself.
+        gpu_memory: GiB of each of the GPUs; None: there is none.
+    """
+
+    model: str
+    safety: str
+    benign: str | None
+    problems: str
+    gpus: int
+    gpu_memory: float | None
+
+
+def write_start(start: Start, out: Path) -> str:
+    """Write the recipe into `out`; returns in a few words what was chosen.
+
+    Full fine-tuning is taken where it fits, else LoRA; without a GPU, LoRA.
+
+    Raises:
+        RPSAError: the file is there already, the model's config or a file cannot be read, or nothing fits.
+    """
+    if out.exists():
+        raise RPSAError(f"{out}: exists already; give another --out, or remove it")
+    if start.gpu_memory is None:
+        text = _text(
+            start, "lora", LENGTHS[-1], out, "Without a GPU: for models of up to about a billion weights."
+        )
+        check_configs(_recipe(text))
+        atomic_write(out, text)
+        return "LoRA, on the CPU"
+    needed = 0.0
+    for paradigm, length in product(_SAYS, LENGTHS):
+        plan = _planned(_text(start, paradigm, length, out, ""), start)
+        needed, room = _most(plan), f"{start.gpus} × {start.gpu_memory:g} GiB"
+        if _fits(plan):
+            fit = f"Memory (rpsa plan): at most {needed:.0f} GiB of each GPU, of {room}."
+            atomic_write(out, _text(start, paradigm, length, out, fit))
+            return f"{_SAYS[paradigm]}; thoughts of {length:,} tokens; at most {needed:.0f} GiB on {room}"
+    raise RPSAError(
+        f"{start.model} does not fit on {start.gpus} × {start.gpu_memory:g} GiB: LoRA on thoughts of {LENGTHS[-1]:,} "
+        f"tokens takes {needed:.0f} GiB; take larger GPUs or a smaller model"
+    )
+
+
+def _text(start: Start, paradigm: Paradigm, length: int, out: Path, fit: str) -> str:
+    return render(
+        "rpsa.plan",
+        "recipe.yaml",
+        **asdict(start),
+        says=_SAYS[paradigm],
+        fit=fit,
+        file=out.name,
+        run=folder_name(Path(start.model).name),
+        length=length,
+        paradigm=paradigm,
+        recommended=RECOMMENDED,
+        learning_rate=PARADIGM_DEFAULTS[paradigm]["learning_rate"],
+        epochs=PARADIGM_DEFAULTS[paradigm]["num_train_epochs"],
+    )
+
+
+def _recipe(text: str) -> Recipe:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path)
+
+
+def _planned(text: str, start: Start) -> "Plan":
+    assert start.gpu_memory is not None
+    recipe = _recipe(text)
+    check_configs(recipe)
+    from rpsa.models import quiet
+    from rpsa.plan.planning import make_plan
+
+    quiet()
+    return make_plan(recipe, start.gpu_memory, [start.gpus])
+
+
+def _fits(plan: "Plan") -> bool:
+    trains = all(layout.fits for method in plan.methods for layout in method.layouts)
+    return trains and all(stage.fits for stages in plan.stages.values() for stage in stages)
+
+
+def _most(plan: "Plan") -> float:
+    """GiB of one GPU at the worst moment of any stage."""
+    of_methods = [layout.memory.total for method in plan.methods for layout in method.layouts]
+    of_stages = [stage.memory.total for stages in plan.stages.values() for stage in stages]
+    return max([*of_methods, *of_stages]) / _GIB

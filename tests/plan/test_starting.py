@@ -1,0 +1,80 @@
+"""`rpsa init`: the recipe fits the GPUs that it was written for, loads, and says what it is."""
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from rpsa.cli import app
+from rpsa.plan import make_plan
+from rpsa.plan.starting import _fits
+from rpsa.recipe import load_recipe
+
+
+def model_folder(folder: Path, hidden_size: int, layers: int) -> Path:
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def init(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["init", *arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory", "paradigm"),
+    [(80, "fft"), (3, "lora")],
+)
+def test_full_fine_tuning_where_it_fits_else_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_memory: int, paradigm: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "model", 1024, 8)
+    data = ["--safety", "tiny:balanced", "--problems", "tiny"]
+    code, said = init("model", *data, "--gpu-memory", str(gpu_memory))
+    assert code == 0, said
+    recipe = load_recipe(Path("recipe.yaml"))
+    assert list(recipe.matrix.methods) == ["original", paradigm, f"{paradigm}+constant_kl"]
+    plan = make_plan(recipe, gpu_memory, [1])
+    assert _fits(plan)
+    assert f"of 1 × {gpu_memory} GiB" in Path("recipe.yaml").read_text()
+    code, said = init("model", *data)
+    assert (code, said) == (2, "error: recipe.yaml: exists already; give another --out, or remove it")
+
+
+def test_what_does_not_fit_or_is_not_there_is_said_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "model", 1024, 2)
+    data = ["--safety", "tiny:balanced", "--problems", "tiny"]
+    code, said = init("model", *data, "--gpu-memory", "1")
+    assert code == 2
+    assert said.startswith("error: model does not fit on 1 × 1 GiB: LoRA on thoughts of 1,024 tokens takes ")
+    code, said = init("model", "--safety", "nowhere.jsonl")
+    assert code == 2
+    assert "safety.data: no such file or folder: 'nowhere.jsonl'" in said
+    code, said = init("somebody/nothing", *data, "--cpu")
+    assert code == 2
+    assert "its config is not on this machine" in said
+    assert not Path("recipe.yaml").exists()
+
+
+def test_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said = init(
+        "tiny:0", "--cpu", "--safety", "tiny:balanced", "--problems", "tiny", "--out", "mine.yaml"
+    )
+    assert (code, said) == (0, "Recipe: mine.yaml (LoRA, on the CPU)")
+    recipe = load_recipe(Path("mine.yaml"))
+    assert recipe.train["use_cpu"] is True
