@@ -102,6 +102,19 @@ def test_none_is_found_in_ordinary_text(name: str) -> None:
     assert broken_class(f"<think>\n{ORDINARY[name]}\n</think>\n\n{ORDINARY[name]}", "stop") is None
 
 
+@pytest.mark.parametrize(("different", "found"), [(6, "recurring sentences"), (7, None)])
+def test_circles_are_of_few_sentences_that_have_words(different: int, found: str | None) -> None:
+    rng = random.Random(0)
+    names = ["one", "two", "three", "four", "five", "six", "seven"][:different]
+    order = [rng.choice(names) for _ in range(60)] + names
+
+    def walk(form: str) -> str:
+        return "\n".join(form.format(name) for name in order)
+
+    assert loop_at_the_end(walk("So we look at case number {} again.")) == found
+    assert loop_at_the_end(walk("| 0 | {} | 0 | 1 | 0 | 1 |")) is None
+
+
 def test_a_thought_in_circles_is_found_in_chinese() -> None:
     rng = random.Random(0)
     forms = [
