@@ -157,15 +157,11 @@ def render(plan: Plan, console: Console | None = None, *, explain: bool = False)
 
 def _render_study(plan: Plan, console: Console) -> None:
     study = plan.study
-    how = (
-        "training and Fisher by `accelerate launch` on all of them, one after the other; "
-        if study.launched
-        else ""
-    )
-    console.print(
-        f"\nThe study on {study.gpu}-{study.memory:g} GPUs: {how}the rest in as many workers as `matrix.parallel` says",
-        markup=False,
-    )
+    workers = "as many workers as `matrix.parallel` says"
+    how = f"tasks in {workers}"
+    if study.launched:
+        how = f"training and Fisher by `accelerate launch` on all of them, one after the other; the rest in {workers}"
+    console.print(f"\nThe study on {study.gpu}-{study.memory:g} GPUs: {how}", markup=False)
     table = _table("GPUs", "as written", "matrix.parallel as GPUs", "GPU hours", "USD")
     for total in study.totals:
         table.add_row(
