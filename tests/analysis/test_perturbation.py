@@ -40,6 +40,7 @@ from rpsa.models import load_model, load_tokenizer
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.analyses import reasoning_scores
 from rpsa.pipeline.stages import tasks_of
+from rpsa.progress import no_progress
 from rpsa.recipe import load_recipe
 from rpsa.recipe.sections import Evaluate as EvaluateSettings
 from rpsa.recipe.sections import Model
@@ -434,7 +435,7 @@ analysis: {{perturb: {{fractions: [0.5], factors: [0.7], selections: [fisher, ma
 
     monkeypatch.setattr("rpsa.generation.transformers.TransformersGenerator", Watched)
     [task] = tasks_of(loaded, "analyse")
-    task.run(tmp_path / "out", lambda done, total: None)
+    task.run(tmp_path / "out", no_progress)
 
     evaluated = loaded_to_generate("tiny:0", None, loaded.model, generation_dtype)
     assert len(asked) == 3

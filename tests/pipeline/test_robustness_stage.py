@@ -143,7 +143,7 @@ def test_a_model_is_attacked_without_a_recipe(tmp_path: Path, monkeypatch: pytes
     assert names == ["none", "prefill-thought-1", "prefill-thought-2", "prefill-answer", "prune-0.3"]
     assert folder == Path("attacks/tiny-0")
     assert all((folder / name / "results.json").is_file() for name in names)
-    assert set(robustness_json(found)) == {"attack_success_rate", "over_refusal"}
+    assert set(robustness_json(found)) == {"attack_success_rate", "unsafe_thoughts", "over_refusal", "broken"}
     merged, _ = attack_command(AttackCommand("tiny:0", ["tiny"], ["merge"], base="tiny:1", settings=few[:1]))
     assert [one.attack for one in merged][1:] == ["merge-0.25", "merge-0.5", "merge-0.75"]
 

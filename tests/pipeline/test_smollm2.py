@@ -51,7 +51,7 @@ def test_its_quick_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(folder)
     done = invoke("run", "smollm2-135m/quick")
     assert done.exit_code == 0, done.output
-    summaries = read_json(Path("runs/smollm2-quick/report/results.json"))["summaries"]
+    summaries = read_json(Path("runs/smollm2-quick/report/results.json"))["summary"]
     by = {one["method"]: one for one in summaries}
     original = by.pop("original")
     assert original["reasoning"]["mean"] > 0.35

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpsa.evaluation.run import model_subject
 from rpsa.generation import Sampling
+from rpsa.progress import no_progress
 from rpsa.recipe.sections import Model, Reference, Safety
 from rpsa.safety_data import tokenize_safety_data
 from rpsa.self_data.making import SelfDataConfig, make_self_data
@@ -52,7 +53,7 @@ def test_the_models_own_words_are_the_least_foreign(tmp_path: Path) -> None:
     settings = Safety(data="self", prompts="tiny", benign="tiny", n=48)
     subject = model_subject("tiny:0", Model(), Reference(batch_size=64))
     config = SelfDataConfig(Sampling(max_new_tokens=48, seed=0), "", 8)
-    make_self_data(subject, prompts_of(settings, 0), config, tmp_path, lambda done, total: None)
+    make_self_data(subject, prompts_of(settings, 0), config, tmp_path, no_progress)
     own, _ = tokenized(load_self_data(tmp_path), None)
     found = {"self": response_perplexity(model, list(own), CPU, 16)}
     for kind in ("refusals", "balanced"):
