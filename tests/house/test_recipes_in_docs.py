@@ -105,6 +105,10 @@ def test_a_recipe_on_a_page_runs(page: str, block: str, files: Path) -> None:
     if "extends" in shown:  # what that names
         shown["reference"]["problems"], shown["evaluate"]["tasks"] = "math500.jsonl", ["tiny"]
         shown["safety"]["data"], shown["evaluate"]["judge"] = "safety.jsonl", "refusal"
+    if "robustness" in shown:  # words that the tiny models know, and few steps
+        shown["robustness"]["prefill"] = {"thought": ["user wants to"], "answer": ["sure :"]}
+        shown["robustness"]["finetune"] |= {"steps": [1, 2], "rows": 8}
+        shown["robustness"]["direction"] = {"prompts": 8}
     if "bases" in shown["matrix"]:
         shown["matrix"]["bases"] = shown["matrix"]["bases"][:1]
     launch = shown.pop("launch", None)

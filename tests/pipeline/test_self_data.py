@@ -20,6 +20,7 @@ from rpsa.pipeline.preflight import preflight
 from rpsa.pipeline.runner import attempt
 from rpsa.pipeline.stages import AlignTask, tasks_of
 from rpsa.plan.planning import make_plan
+from rpsa.provenance import TIMING
 from rpsa.recipe import Recipe
 from rpsa.recipe.sections import OF_SELF_MADE, Safety
 from rpsa.training.perplexity import PerplexityCallback
@@ -101,7 +102,9 @@ def test_a_stopped_stage_goes_on(recipe_file: Path, monkeypatch: pytest.MonkeyPa
     assert attempt(task) is None
     assert len(drawn) == 24 * 8
     stopped = {
-        path.name: path.read_bytes() for path in task.folder.glob("*.json*") if "stage" not in path.name
+        path.name: path.read_bytes()
+        for path in task.folder.glob("*.json*")
+        if path.name not in ("stage.json", TIMING)
     }
     elsewhere = asked_for(
         recipe_file, "reference.batch_size=16", f"output_dir={recipe_file.parent / 'other'}"
