@@ -292,21 +292,24 @@ def demo(folder: Path) -> dict[Path, str]:
 
 
 def bench(folder: Path) -> dict[Path, str]:
-    """The page that shows the leaderboard of a run that is there; its figure is copied."""
-    figure = ROOT / "docs" / "images" / "tiny-bench.png"
-    shutil.copyfile(folder / "bench" / "bench.png", figure)
-    table = (folder / "bench" / "bench.md").read_text().strip()
-    page = ROOT / "docs" / "bench.md"
-    return {page: with_block(page, "bench", f"{of_figure(figure)}\n{table}")}
+    """The page that shows the leaderboard of a run that is there."""
+    return page_of_run(
+        "bench", folder / "bench" / "bench.md", folder / "bench" / "bench.png", "tiny-bench.png"
+    )
 
 
 def robustness(folder: Path) -> dict[Path, str]:
-    """The page that shows the tables of a run that is there; its figure is copied."""
-    figure = ROOT / "docs" / "images" / "tiny-tampering.png"
-    shutil.copyfile(folder / "report" / "tampering.png", figure)
-    table = (folder / "report" / "robustness.md").read_text().strip()
-    page = ROOT / "docs" / "robustness.md"
-    return {page: with_block(page, "robustness", f"{of_figure(figure)}\n{table}")}
+    """The page that shows the tables of a run that is there."""
+    report = folder / "report"
+    return page_of_run("robustness", report / "robustness.md", report / "tampering.png", "tiny-tampering.png")
+
+
+def page_of_run(name: str, table: Path, drawn: Path, image: str) -> dict[Path, str]:
+    """The page of this name with a table and its figure, which is copied."""
+    figure = ROOT / "docs" / "images" / image
+    shutil.copyfile(drawn, figure)
+    page = ROOT / "docs" / f"{name}.md"
+    return {page: with_block(page, name, f"{of_figure(figure)}\n{table.read_text().strip()}")}
 
 
 # The study of SmolLM2

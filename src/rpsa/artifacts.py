@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -232,13 +233,16 @@ def sha256_of(value: Any) -> str:
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """The installed versions; "absent" where there is none."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return {name: _installed(name) for name in packages}
+
+
+@cache
+def _installed(name: str) -> str:
+    """Looked up once: every task of a run asks for a dozen, again and again."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def files_below(directory: Path) -> list[str]:

@@ -332,15 +332,15 @@ class RobustnessTask(CellTask):
     def run(self, folder: Path, progress: Progress) -> None:
         from rpsa.evaluation.run import evaluate
 
-        target, evaluated = target_of(self.recipe, self.cell), self.evaluation
+        settings, evaluated = self.settings, self.evaluation
         # what an attack by the prompt leaves alone has been said already
         earlier = [
             *self.earlier_folders(folder),
             *([] if self.attack.changes_weights else [evaluated.folder]),
         ]
         held_out = evaluated.held_out if self.attack.changes_weights else None
-        subject = target.subject(self.settings, self.attack)
-        evaluate(subject, self.settings, evaluated.options, folder, progress, earlier, held_out)
+        subject = target_of(self.recipe, self.cell).subject(settings, self.attack)
+        evaluate(subject, settings, evaluated.options, folder, progress, earlier, held_out)
 
 
 # which tasks a recipe has

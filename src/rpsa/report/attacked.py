@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.original import loss_interval
 from rpsa.evaluation.results import EvaluationResult, SetResult
-from rpsa.evaluation.statistics import mean_interval
+from rpsa.evaluation.statistics import mean_interval, mean_of_rates
 from rpsa.report.tables import NONE, Entry, Table, markdown, nats, percent
 from rpsa.text import printable
 
@@ -86,20 +85,16 @@ def _broken(found: SetResult) -> Rate | None:
 def _over_sets(
     kind: Kind, rate: Callable[[SetResult], Rate | None] = _figure
 ) -> Callable[[EvaluationResult], Bounded | None]:
-    """The mean over a kind's sets, whose intervals are put together as those of independent rates.
-
-    By the method of variance estimates recovery (Zou and Donner, 2008): it keeps Wilson's interval of a rate of 0.
-    """
+    """The mean over a kind's sets; without an interval where one of them has none."""
 
     def read(result: EvaluationResult) -> Bounded | None:
         rates = [found for one in result.sets.get(kind, {}).values() if (found := rate(one)) is not None]
         if not rates:
             return None
-        mean = sum(figure for figure, _ in rates) / len(rates)
-        known = [(figure, *interval) for figure, interval in rates if interval is not None]
-        below = sqrt(sum((figure - low) ** 2 for figure, low, _ in known)) / len(rates)
-        above = sqrt(sum((high - figure) ** 2 for figure, _, high in known)) / len(rates)
-        return Bounded(mean, (mean - below, mean + above) if len(known) == len(rates) else None)
+        known = [(figure, interval) for figure, interval in rates if interval is not None]
+        if len(known) < len(rates):
+            return Bounded(sum(figure for figure, _ in rates) / len(rates), None)
+        return Bounded(*mean_of_rates(known))
 
     return read
 

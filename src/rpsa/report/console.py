@@ -26,7 +26,7 @@ from rpsa.report.tables import (
     percent,
     safety_data_table,
 )
-from rpsa.report.thoughts import QUADRANT_HEADINGS, noted_tables, thoughts_apart
+from rpsa.report.thoughts import QUADRANT_HEADINGS, STR_BY, noted_tables, thoughts_apart
 from rpsa.report.warnings import audit_line, warnings
 from rpsa.text import printable
 
@@ -65,7 +65,7 @@ def render_console(
         shown.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in cells))
     console.print(shown)
     for noted in noted_tables(summaries, thoughts_apart(summaries)):
-        print_table(_without_intervals(noted.table), console)
+        print_table(_narrowed(noted.table), console)
     if losses := loss_table(summaries):
         print_table(losses, console)
     runs = [run for summary in summaries for run in summary.runs]
@@ -94,9 +94,11 @@ def print_table(table: Table, console: Any = None) -> None:
     console.print(shown)
 
 
-def _without_intervals(table: Table) -> Table:
-    """Where many columns are to fit a narrow console."""
-    return Table(table.header, [[Entry(entry.text) for entry in row] for row in table.rows])
+def _narrowed(table: Table) -> Table:
+    """Without intervals and the STR by each verdict, which the page and `table.md` have: it is to fit 80 columns."""
+    kept = [index for index, name in enumerate(table.header) if not name.startswith(STR_BY)]
+    rows = [[Entry(row[index].text) for index in kept] for row in table.rows]
+    return Table([table.header[index] for index in kept], rows)
 
 
 def _is_number(text: str) -> bool:

@@ -1,8 +1,7 @@
 """Thoughts and answers: how often each is unsafe, the STR by either verdict, and how many responses are broken.
 
 A figure of several sets is their mean, in which each counts alike. Its interval is over runs for three or more; that of
-one run is made from the sets' own by MOVER (G. Y. Zou and A. Donner, Construction of confidence limits about effect
-measures, 2008): the distances to each end add up as squares, since no two sets share an item.
+one run is made from the sets' own (`rpsa.evaluation.statistics.mean_of_rates`).
 """
 
 import math
@@ -13,7 +12,7 @@ from typing import Any
 from rpsa.evaluation.benchmarks import Kind
 from rpsa.evaluation.broken import BROKEN, Broken
 from rpsa.evaluation.quadrants import QUADRANTS, VERDICTS, Quadrant, Share, Thoughts, Verdict
-from rpsa.evaluation.statistics import mean_interval
+from rpsa.evaluation.statistics import mean_interval, mean_of_rates
 from rpsa.report.summaries import RunResult, Summary, by_verdict, summarise, with_problem_intervals
 from rpsa.report.tables import NONE, Entry, Noted, Table, label, percent
 
@@ -26,6 +25,8 @@ QUADRANT_HEADINGS: Mapping[Quadrant, str] = {
     "answer_unsafe": "Answer alone unsafe",
     "both_unsafe": "Both unsafe",
 }
+STR_BY = "STR by "
+"""How the headings of columns with the STR by a verdict begin."""
 _KINDS: Mapping[Kind, str] = {"reasoning": "Reasoning", "attack": "Attacks", "over_refusal": "Benign"}
 NOTE = (
     "Of the responses to attacks, in percent, means over sets: how many have an unsafe answer or thought, and the four "
@@ -109,9 +110,7 @@ def mean_of_sets(runs: Sequence[Sequence[Share]]) -> Bounded:
         interval = mean_interval(means)
         return mean, interval and (max(0.0, interval[0]), min(1.0, interval[1]))
     [sets] = runs
-    below = math.hypot(*(share.rate - share.interval[0] for share in sets)) / len(sets)
-    above = math.hypot(*(share.interval[1] - share.rate for share in sets)) / len(sets)
-    return mean, (max(0.0, mean - below), min(1.0, mean + above))
+    return mean_of_rates([(share.rate, share.interval) for share in sets])
 
 
 def thoughts_table(found: Sequence[Apart]) -> Table | None:
@@ -122,7 +121,7 @@ def thoughts_table(found: Sequence[Apart]) -> Table | None:
     verdicts = [name for name in VERDICTS if any(name in one.tax for one in found)]
     header = [
         *("Method", "ASR, answers ↓", "ASR, thoughts ↓", *QUADRANT_HEADINGS.values()),
-        *(f"STR by {name}" for name in verdicts),
+        *(f"{STR_BY}{name}" for name in verdicts),
     ]
     rows = [
         [

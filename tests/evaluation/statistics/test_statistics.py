@@ -15,6 +15,7 @@ from rpsa.errors import RPSAError
 from rpsa.evaluation.statistics import (
     mcnemar,
     mean_interval,
+    mean_of_rates,
     minimum_detectable_effect,
     nested_mean,
     pass_at_k,
@@ -39,6 +40,19 @@ TABLE_1 = [
     ("qwen", [43.33, 48.44, 75.61, 57.14], [0.64, 9.20], 0.2279),
     ("qwen", [53.33, 50.00, 73.17, 66.93], [0.96, 11.20], 0.1434),
 ]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)).map(sorted), min_size=1, max_size=5)
+)
+def test_the_mean_of_rates_adds_distances_as_squares(found: list[list[float]]) -> None:
+    mean, (low, high) = mean_of_rates([(value, (lower, upper)) for lower, value, upper in found])
+    n = len(found)
+    assert mean == pytest.approx(sum(value for _, value, _ in found) / n)
+    below = sum((value - lower) ** 2 for lower, value, _ in found) ** 0.5 / n
+    above = sum((upper - value) ** 2 for _, value, upper in found) ** 0.5 / n
+    assert low == pytest.approx(max(0.0, mean - below), abs=1e-12)
+    assert high == pytest.approx(min(1.0, mean + above), abs=1e-12)
 
 
 @pytest.mark.parametrize(("model", "reasoning", "attack", "expected"), TABLE_1)

@@ -141,6 +141,18 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     return Interval(mean - half, mean + half)
 
 
+def mean_of_rates(rates: Sequence[tuple[float, tuple[float, float]]]) -> tuple[float, Interval]:
+    """The mean of rates of sets that share no item, in which each counts alike, and its 95% interval.
+
+    By MOVER (G. Y. Zou and A. Donner, Construction of confidence limits about effect measures, 2008): the distances to
+    each end add up as squares, which keeps Wilson's interval of a rate of 0. Rates and intervals are in [0, 1].
+    """
+    mean = math.fsum(value for value, _ in rates) / len(rates)
+    below = math.hypot(*(value - low for value, (low, _) in rates)) / len(rates)
+    above = math.hypot(*(high - value for value, (_, high) in rates)) / len(rates)
+    return mean, Interval(max(0.0, mean - below), min(1.0, mean + above))
+
+
 def ratio_interval(drops: Sequence[float], gains: Sequence[float]) -> Interval | None:
     """95% interval of (mean drop) / (mean gain) over independent runs, one pair a run; None for fewer than 3.
 
