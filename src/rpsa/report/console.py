@@ -85,11 +85,21 @@ def print_table(table: Table, console: Any = None) -> None:
 
     console = console or Console(highlight=False)
     shown = _table()
+    rows = [[printable(f"{e.text} ({e.note})" if e.note else e.text) for e in row] for row in table.rows]
+    longest = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
+    is_narrow = sum(longest) + 2 * (len(longest) - 1) > console.width
     for index, name in enumerate(table.header):
         numeric = all(_is_number(row[index].text) for row in table.rows)
-        shown.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(Text(printable(f"{e.text} ({e.note})" if e.note else e.text)) for e in row))
+        # where there is no room for all, the headings of numbers make way before anything is broken within a word
+        words = max(map(len, [*name.split(), *(row[index] for row in rows)]), default=1)
+        shown.add_column(
+            Text(printable(name)),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            max_width=words if is_narrow and numeric else None,
+        )
+    for row in rows:
+        shown.add_row(*map(Text, row))
     console.print()
     console.print(shown)
 
