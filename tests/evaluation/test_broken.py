@@ -4,9 +4,10 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from helpers.paths import ROOT
 from rpsa.evaluation import broken
 from rpsa.evaluation.broken import (
@@ -133,7 +134,7 @@ def test_a_shorter_tail_is_enough_where_the_token_limit_ended_the_text() -> None
 
 
 @given(st.text("ab", max_size=60), st.integers(1, 40))
-@settings(max_examples=300)
+@examples(300)
 def test_the_tail_against_a_slow_oracle(text: str, least: int) -> None:
     def covered(period: int) -> int:
         length = period

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from helpers.examples import examples
 from rpsa.alternatives.after_training import starting_weights
 from rpsa.chat import render_prompt
 from rpsa.errors import RPSAError
@@ -109,7 +110,7 @@ def test_templates_take_turns(tmp_path: Path) -> None:
 # On the weights
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(2, 8), st.sampled_from([None, 3, 5]), st.integers(0, 99))
 def test_quantisation_is_the_slow_loops(bits: int, group: int | None, seed: int) -> None:
     torch.manual_seed(seed)

@@ -2,12 +2,13 @@
 
 import math
 import random
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from rpsa.plan.serving import SPREAD, STEP, WAVE, Queued, ResponseSet, Server, expected, lengths, served
 
 BLOCK = 16
@@ -75,7 +76,7 @@ def servers(draw: st.DrawFn) -> Server:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     by=servers(),
     count=st.integers(1, 400),
@@ -84,14 +85,32 @@ def servers(draw: st.DrawFn) -> Server:
     wave=st.sampled_from([None, WAVE, 100]),
     seed=st.integers(0, 1000),
 )
+@example(  # prompts of which ten fit, read again and again: 10% short
+    Server(4000, 3_100_000_000, 28672, 606e9, 4.6969696969696966e-05, 16), 20, 20, 377, None, 380
+)
 def test_the_time_is_that_of_a_simulated_batcher(
     by: Server, count: int, mean: int, prompt: int, wave: int | None, seed: int
 ) -> None:
     requests = [Queued(prompt, new) for new in drawn(count, mean, 4 * mean, seed)]
     planned, real = served(requests, by, wave).seconds, simulated(requests, by, wave)
-    print(f"planned / simulated: {planned / real:.3f}")
     a_step = max(by.weights / by.bandwidth, STEP)  # one more or less is a fifth of a response of four tokens
-    assert planned == pytest.approx(real, rel=0.1, abs=1.5 * a_step)
+    assert planned == pytest.approx(real, rel=0.2, abs=1.5 * a_step)
+
+
+def test_the_time_is_mostly_much_nearer() -> None:
+    """Worst is a cache that holds ten prompts: which of them gives way is chance, and it is read in twice."""
+    generator, ratios = random.Random(0), []
+    for seed in range(60):
+        weights, token_bytes = MODELS[generator.choice(sorted(MODELS))]
+        bandwidth, operations = KINDS[generator.choice(sorted(KINDS))]
+        cache, sequences = generator.randint(4_000, 200_000), generator.choice([16, 64, 256])
+        by = Server(cache, int(weights), token_bytes, bandwidth * 0.6, weights / operations / 0.4, sequences)
+        new = drawn(generator.randint(20, 400), mean := generator.randint(20, 300), 4 * mean, seed)
+        requests = [Queued(generator.randint(10, 400), length) for length in new]
+        ratios.append(served(requests, by, None).seconds / simulated(requests, by, None))
+    print(f"planned / simulated: {min(ratios):.3f} to {max(ratios):.3f}")
+    assert median(ratios) == pytest.approx(1, abs=0.01)
+    assert ratios == pytest.approx([1] * len(ratios), abs=0.1)
 
 
 @pytest.mark.parametrize(("count", "mean", "wave"), [(100, 100, None), (400, 60, 100), (300, 150, WAVE)])
