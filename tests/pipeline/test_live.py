@@ -94,6 +94,18 @@ def test_tokens_that_come_with_logs_alone(tmp_path: Path) -> None:
     assert str(tell.pulse) == "step 40/80, loss 0.123, k 0.5, 33 tokens/s, 2:00 left"
 
 
+def test_the_first_count_of_tokens_gives_no_pace(tmp_path: Path) -> None:
+    """It comes with the first log, long after the first step: from what count on it has grown nobody knows."""
+    clock = Clock()
+    tell = Telling(align_tasks(tmp_path)[0], tmp_path / "live", clock)
+    for step in range(1, 21):
+        clock.now += 3
+        tell(step, 40, unit="step", tokens={10: 5000, 20: 6500}.get(step))
+        if step == 15:
+            assert tell.pulse.tokens_per_second is None
+    assert tell.pulse.tokens_per_second == pytest.approx(1500 / 30)
+
+
 def test_a_pulse_is_written_once_a_second_and_read_as_it_was(tmp_path: Path) -> None:
     [task, *_], clock = align_tasks(tmp_path), Clock()
     task.live_file.parent.mkdir(parents=True)

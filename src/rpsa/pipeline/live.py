@@ -40,7 +40,7 @@ class Pulse:
     Attributes:
         began, updated: seconds since the epoch.
         unit: what is counted; empty before anything is.
-        base: time, done and tokens from which the pace counts: what an earlier process did has none.
+        base, first_tokens: time, and done or tokens, from which the pace counts: what an earlier process did has none.
         told: when `tokens` last changed; it comes with logs, more rarely than steps.
     """
 
@@ -55,7 +55,8 @@ class Pulse:
     unit: str = ""
     tokens: int | None = None
     told: float = 0.0
-    base: tuple[float, int, int] | None = None
+    base: tuple[float, int] | None = None
+    first_tokens: tuple[float, int] | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -67,9 +68,9 @@ class Pulse:
 
     @property
     def tokens_per_second(self) -> float | None:
-        if self.base is None or self.tokens is None or self.told <= self.base[0]:
+        if self.first_tokens is None or self.tokens is None or self.told <= self.first_tokens[0]:
             return None
-        return (self.tokens - self.base[2]) / (self.told - self.base[0])
+        return (self.tokens - self.first_tokens[1]) / (self.told - self.first_tokens[0])
 
     @property
     def is_alive(self) -> bool:
@@ -115,11 +116,11 @@ class Telling:
         if self._first is None:
             self._first = now
         known = before.tokens if tokens is None else tokens
-        base = before.base
+        base, first_tokens = before.base, before.first_tokens
         if base is None or now - self._first < _EVERY or (before.unit and unit != before.unit):
-            base = (now, done, known or 0)
-        elif before.tokens is None and known is not None:
-            base = (base[0], base[1], known)
+            base, first_tokens = (now, done), None
+        if first_tokens is None and known is not None:
+            first_tokens = (now, known)
         self.pulse = replace(
             before,
             updated=now,
@@ -129,6 +130,7 @@ class Telling:
             tokens=known,
             told=now if known != before.tokens else before.told,
             base=base,
+            first_tokens=first_tokens,
             figures=figures or before.figures,
         )
         if now - self._written >= _EVERY or done == total:
@@ -165,7 +167,8 @@ def pulse_of(task: Task) -> Pulse | None:
     """How far the task is; None where nobody is at it."""
     try:
         found = json.loads(task.live_file.read_text(encoding="utf-8"))
-        return Pulse(**{**found, "base": tuple(found["base"]) if found["base"] else None})
+        pairs = {name: tuple(found[name]) for name in ("base", "first_tokens") if found[name]}
+        return Pulse(**{**found, **pairs})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
