@@ -51,6 +51,12 @@ def read_rows(source: str | Path, preferred_split: str = "train") -> list[Row]:
     return rows
 
 
+def hub_dataset(source: str) -> str | None:
+    """The id of the dataset on the Hugging Face hub that `read_rows` would load; None for a file or a folder."""
+    path = Path(source)
+    return None if path.exists() or path.suffix in _FILE_SUFFIXES else source.partition(":")[0]
+
+
 def text_field(row: Row, names: Sequence[str]) -> str:
     """The first of `names` that the row has, as text. Raises RPSAError naming the row and its fields."""
     for name in names:

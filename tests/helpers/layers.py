@@ -23,6 +23,7 @@ LAYERS = [
     {"report"},
     {"pipeline"},
     {"plan"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

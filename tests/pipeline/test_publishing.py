@@ -12,7 +12,7 @@ from rpsa.cli import app
 from rpsa.errors import RPSAError
 from rpsa.pipeline import run
 from rpsa.pipeline.environment import facts
-from rpsa.pipeline.publishing import publish_model
+from rpsa.pipeline.publishing import check_push, publication
 from rpsa.recipe import load_recipe
 from rpsa.tiny import tiny_model_dir
 
@@ -32,6 +32,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     (folder / "small.yaml").write_text(RECIPE)
     return run(load_recipe(folder / "small.yaml", [f"output_dir={folder / 'run'}"]))
+
+
+def publish_model(run: Path, cell: str, out: Path, *, merge: bool = False) -> None:
+    publication(run, cell, out, merge=merge).write(out)
 
 
 def logits(folder: Path, loader: Any) -> torch.Tensor:
@@ -85,6 +89,55 @@ def test_what_cannot_be_published_is_one_line_and_leaves_nothing(finished: Path,
     out.mkdir()
     with pytest.raises(RPSAError, match="exists already"):
         publish_model(finished, "fft/tiny-0/seed0", out)
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["publish", str(finished), "lora/tiny-0/seed0", "--out", str(tmp_path / "model"), "--dry-run"]
+    said = CliRunner().invoke(app, asked)
+    assert said.exit_code == 0, said.output
+    assert f"Would write {tmp_path / 'model'}: adapter_model.safetensors, 0." in said.stdout
+    assert "README.md, with results, from" in said.stdout
+    assert "stage.json" not in said.stdout
+    merged = CliRunner().invoke(app, [*asked, "--merge"])
+    assert "merged into its base" in merged.stdout
+    monkeypatch.setenv("HF_TOKEN", "hf_ours")
+    pushed = CliRunner().invoke(app, [*asked, "--push", "us/model"])
+    assert "Would push:" in pushed.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_ours")
+    check_push("us/model")
+    for name, said in (
+        ("us/m/x", "Repo id must be"),
+        ("model", "give OWNER/NAME"),
+        ("us/a..b", "Cannot have"),
+    ):
+        with pytest.raises(RPSAError, match=said):
+            check_push(name)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(RPSAError, match="there is no token"):
+        check_push("us/model")
+
+
+def test_a_model_without_a_report_says_that_it_has_no_results(finished: Path, tmp_path: Path) -> None:
+    cards = finished / "report" / "cards"
+    cards.rename(tmp_path / "aside")
+    try:
+        asked = ["publish", str(finished), "fft/tiny-0/seed0", "--out", str(tmp_path / "model")]
+        said = CliRunner().invoke(app, asked)
+    finally:
+        (tmp_path / "aside").rename(cards)
+    assert said.exit_code == 0, said.output
+    assert "no results" in said.stderr
+    assert "othing was measured" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_model_that_was_changed_is_not_published(finished: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from rpsa.cli.around import chat, environment, fetch, publish, recipes_app
-from rpsa.cli.inspection import audit, schema, status, tiny_app, verify
+from rpsa.cli.inspection import audit, report, schema, status, tiny_app, verify
 from rpsa.cli.measuring import attack, evaluate, fisher_map, perturb, tasks_path
 from rpsa.cli.safety import safety_data
-from rpsa.cli.study import bench, init, plan, run, sweep
+from rpsa.cli.study import bench, doctor, init, plan, run, sweep
 
 __all__ = ["app", "main"]
 
@@ -50,7 +50,9 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("sweep", sweep, "tiny/demo --over lora.r=1,4,16"),
     ("bench", bench, "tiny/bench --keep-finished"),
     ("status", status, "runs/tiny-demo --watch"),
+    ("report", report, "runs/tiny-demo --watch"),
     ("plan", plan, "qwen3-8b/recommended --gpu-memory 80 --gpus 1,2"),
+    ("doctor", doctor, "qwen3-8b/recommended"),
     ("evaluate", evaluate, "Qwen/Qwen3-0.6B --quick"),
     ("attack", attack, "tiny:0 --tasks tiny --attack prefill,prune"),
     ("tasks-path", tasks_path, ""),

@@ -121,12 +121,26 @@ def publish(
     private: Annotated[
         bool, typer.Option("--private", help="The repository is private, if it is new.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, say what would be written, and write nothing.")
+    ] = False,
 ) -> None:
     """Make an aligned model of a run ready for others: its weights, with the card that has its results."""
     with readable_errors():
-        from rpsa.pipeline.publishing import publish_model, push_model
+        from rpsa.pipeline.publishing import check_push, publication, push_model
 
-        publish_model(run, cell, out, merge=merge)
+        found = publication(run, cell, out, merge=merge)
+        if push:
+            check_push(push)
+        if dry_run:
+            for line in found.described():
+                typer.echo(f"Would write {out}: {line}")
+            if push:
+                typer.echo(f"Would push: {out} to https://huggingface.co/{push}")
+            return
+        if not found.has_results:
+            typer.echo(f"no results: {run} has no report of this model, and its card says so", err=True)
+        found.write(out)
         typer.echo(f"Model: {out}")
         if push:
             typer.echo(f"Pushed: {push_model(out, push, private=private)}")

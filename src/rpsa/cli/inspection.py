@@ -46,6 +46,22 @@ def status(
             typer.echo("\n".join(run_status(run_dir).lines()))
 
 
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again whenever there is another result, until the run has ended.")
+    ] = False,
+) -> None:
+    """Write the report of a run as far as it is, while it is on or afterwards."""
+    with readable_errors():
+        _require_folder(run_dir)
+        from rpsa.models import quiet
+        from rpsa.pipeline.watching import report_again, watch_report
+
+        quiet()
+        (watch_report if watch else report_again)(run_dir)
+
+
 def _watch(run_dir: Path) -> None:
     from rich.live import Live
     from rich.text import Text

@@ -1,5 +1,6 @@
-"""The commands that take a recipe: `rpsa run`, `rpsa sweep`, `rpsa bench`, `rpsa plan`; and one that writes one."""
+"""The commands that take a recipe: `rpsa run`, `sweep`, `bench`, `plan`, `doctor`; and one that writes one."""
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from rpsa.cli.parsing import KeepFinished, Overrides, RecipeFile, readable_errors
 from rpsa.errors import RPSAError
+from rpsa.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +113,34 @@ def plan(
             typer.echo(to_json(made))
         else:
             render(made, explain=explain)
+
+
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A YAML file, or the name of a shipped recipe; without one the machine alone is looked at.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what a machine lacks for a recipe: GPUs, access to models and data, memory, disk, judges, sandbox.
+
+    Ends with 1 if something is missing without which the run would fail.
+    """
+    with readable_errors():
+        from rpsa.doctor import machine_findings, study_findings
+        from rpsa.models import quiet
+
+        quiet()
+        checked = _loaded(recipe, overrides) if recipe else None
+        missing = 0
+        for finding in chain(machine_findings(), study_findings(checked) if checked else ()):
+            typer.echo(f"{finding.state:<8}{printable(finding.about)}: {printable(finding.said)}")
+            missing += finding.state == "missing"
+    if missing:
+        raise typer.Exit(1)
 
 
 def init(

@@ -2,12 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpsa.artifacts import atomic_directory, locked
+from rpsa.artifacts import locked
 from rpsa.errors import RPSAError
 from rpsa.pipeline.verification import verify
 from rpsa.provenance import Stage
@@ -29,6 +29,7 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
         RPSAError: `only` is not a stage, what it stands on has not been run, another process is in the run's folder,
             or some tasks have failed; the others have been done then, and the report shows what is missing.
     """
+    from rpsa.pipeline.watching import report
     from rpsa.provenance import STAGES
     from rpsa.recipe.problems import did_you_mean
 
@@ -38,7 +39,7 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
     prepare(recipe, stages)
     with _alone_in(recipe):
         work = do_stages(recipe, stages, keep_finished)
-        missing = _report(recipe, work.without_result) if "report" in stages else {}
+        missing = report(recipe, work.without_result) if "report" in stages else {}
     if work.failed:
         raise RPSAError(_summary(work.failed))
     if missing:
@@ -84,36 +85,3 @@ def _summary(failed: list[str]) -> str:
     if len(failed) == 1:
         return failed[0]
     return f"{len(failed)} tasks failed; the first: {failed[0]}"
-
-
-def _report(recipe: Recipe, without_result: Mapping[Path, str]) -> dict[str, str]:
-    """Write the report of the cells that have a result; returns the others, each with the reason."""
-    if not recipe.evaluate.tasks:
-        print(
-            f"\nNo report: evaluate.tasks names nothing, so nothing was measured. Models: {recipe.folder / 'align'}"
-        )
-        return {}
-    from rpsa.pipeline.reporting import ReportTask
-    from rpsa.pipeline.tasks import MANIFEST, write_manifest
-    from rpsa.report import render_console
-    from rpsa.report.attacked import render_robustness
-    from rpsa.report.console import render_sweep
-    from rpsa.report.prediction import predict
-    from rpsa.report.self_made import render_self_made
-    from rpsa.report.sweeps import sweep_points
-
-    report = ReportTask(recipe, without_result)
-    if report.results:
-        with atomic_directory(report.folder, MANIFEST) as new:
-            summaries = report.write(new)
-            write_manifest(new, report.stage, report.inputs(), report.place)
-        render_console(summaries, missing=report.missing)
-        render_self_made(report.made)
-        render_robustness(report.attacked)
-        for name, points in sweep_points(list(report.results.values())).items():
-            print(f"\nSweep {name}:\n")
-            render_sweep(points)
-        if prediction := predict(list(report.results.values())):
-            print(f"\n{prediction.sentence}")
-        print(f"\nReport: {report.folder / 'index.html'}")
-    return report.missing

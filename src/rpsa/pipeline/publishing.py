@@ -1,6 +1,7 @@
 """Publishing: an aligned model of a run as a folder for others, with the card that has its results."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,53 @@ _OURS = (MANIFEST, TIMING, LOG_FILE)
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def publish_model(run: Path, cell: str, out: Path, *, merge: bool = False) -> None:
-    """Fill `out` with a cell's model; a folder appears whole or not at all.
+@dataclass(frozen=True)
+class Publication:
+    """A model of a run that can be published.
+
+    Attributes:
+        folder: of the model in the run.
+        card: the model card: the run's with results, if there is a report, else what training wrote.
+        files: what goes with it as it is; without them the adapter is merged into its base.
+    """
+
+    folder: Path
+    card: Path
+    files: tuple[Path, ...]
+
+    @property
+    def has_results(self) -> bool:
+        return self.card.parent != self.folder
+
+    def described(self) -> list[str]:
+        """What `write` would do, a line each."""
+        sizes = [f"{path.name}, {path.stat().st_size / 1e6:,.1f} MB" for path in self.files]
+        lines = sizes or [f"the adapter of {self.folder}, merged into its base"]
+        return [*lines, f"{CARD}, {'with' if self.has_results else 'without'} results, from {self.card}"]
+
+    def write(self, out: Path) -> None:
+        """Fill `out`; a folder appears whole or not at all."""
+        text = self.card.read_text(encoding="utf-8")
+        with atomic_directory(out, CARD) as new:
+            if not self.files:
+                _write_merged(self.folder, new)
+                write_merged_card(new, self.folder, text)
+                return
+            for path in self.files:
+                shutil.copy2(path, new / path.name)
+            atomic_write(new / CARD, text)
+
+
+def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publication:
+    """What is to be published of a run, checked, with nothing written yet.
 
     Args:
         cell: the model's folder below the run's `align`.
         merge: of a LoRA adapter, write the model with the adapter merged into it, in the base's own dtype.
 
     Raises:
-        RPSAError: there is no such model, its files have changed since they were written, or there is nothing to merge.
+        RPSAError: there is no such model, its files have changed since they were written, there is nothing to merge,
+            or `out` is there already.
     """
     folder = run / "align" / cell
     if not (folder / MANIFEST).is_file():
@@ -37,22 +76,15 @@ def publish_model(run: Path, cell: str, out: Path, *, merge: bool = False) -> No
         raise RPSAError(f"{run}: has no model {cell!r}{did_you_mean(cell, known)}{listed}")
     if changed := altered_files(folder):
         raise RPSAError(f"{changed[0]}; publish a model that is as it was measured")
-    is_adapter = (folder / _ADAPTER_CONFIG).is_file()
-    if merge and not is_adapter:
+    if merge and not (folder / _ADAPTER_CONFIG).is_file():
         raise RPSAError(f"{folder}: is no adapter, so there is nothing to merge; leave --merge out")
     if out.exists():
         raise RPSAError(f"{out}: exists already; give another --out, or remove it")
-    with atomic_directory(out, CARD) as new:
-        card = run / "report" / "cards" / cell / CARD
-        text = (card if card.is_file() else folder / CARD).read_text(encoding="utf-8")
-        if merge:
-            _write_merged(folder, new)
-            write_merged_card(new, folder, text)
-            return
-        for path in folder.iterdir():
-            if path.is_file() and path.name not in _OURS:
-                shutil.copy2(path, new / path.name)
-        atomic_write(new / CARD, text)
+    measured = run / "report" / "cards" / cell / CARD
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (*_OURS, CARD)]
+    return Publication(
+        folder, measured if measured.is_file() else folder / CARD, () if merge else tuple(files)
+    )
 
 
 def _write_merged(folder: Path, new: Path) -> None:
@@ -73,6 +105,26 @@ def _write_merged(folder: Path, new: Path) -> None:
     assert isinstance(loaded, PeftModel)
     loaded.merge_and_unload(safe_merge=True).to(dtype).save_pretrained(new)
     AutoTokenizer.from_pretrained(folder).save_pretrained(new)
+
+
+def check_push(repository: str) -> None:
+    """What can be known before a folder is uploaded, without asking the hub.
+
+    Raises:
+        RPSAError: the name is none, or there is no token.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise RPSAError(f"--push {repository}: {str(error).rstrip('.')}") from error
+    if "/" not in repository:
+        raise RPSAError(f"--push {repository}: give OWNER/NAME")
+    if not get_token():
+        raise RPSAError(f"--push {repository}: there is no token for the hub; run `hf auth login`")
 
 
 def push_model(folder: Path, repository: str, *, private: bool = False) -> str:

@@ -193,11 +193,11 @@ class Run:
 
 
 def _record(recipe: Recipe) -> None:
-    """The recipe beside its results: as it was given, and with all defaults."""
+    """The recipe beside its results: as it was given, its methods in their order, and with all defaults."""
     if launch.MARK in os.environ or not launch.is_first():
         return
     given = recipe.model_dump(mode="json", exclude_unset=True)
-    atomic_write(recipe.folder / launch.GIVEN, stable_json(given))
+    atomic_write(recipe.folder / launch.GIVEN, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
     atomic_write(recipe.folder / "recipe.json", stable_json(recipe.model_dump(mode="json")))
 
 

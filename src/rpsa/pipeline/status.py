@@ -62,15 +62,24 @@ def run_status(folder: Path) -> RunStatus:
     Raises:
         RPSAError: there is no run in it.
     """
+    recipe = recipe_of_run(folder)
+    tasks = {stage: tasks_of(recipe, stage) for stage in STAGES if stage != "report"}
+    stages = [_stage_status(stage, found) for stage, found in tasks.items() if found]
+    return RunStatus(folder, stages, _left(recipe, [task for found in tasks.values() for task in found]))
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe of the run in a folder, which may have been moved.
+
+    Raises:
+        RPSAError: there is no run in it.
+    """
     given = folder / GIVEN
     if not given.is_file():
         raise RPSAError(
             f"{folder}: no run is here (it has no {GIVEN}); name the folder that `rpsa run` writes to"
         )
-    recipe = load_recipe(given, [f"output_dir={folder}"])
-    tasks = {stage: tasks_of(recipe, stage) for stage in STAGES if stage != "report"}
-    stages = [_stage_status(stage, found) for stage, found in tasks.items() if found]
-    return RunStatus(folder, stages, _left(recipe, [task for found in tasks.values() for task in found]))
+    return load_recipe(given, [f"output_dir={folder}"])
 
 
 def _stage_status(stage: Stage, tasks: list[Task]) -> StageStatus:

@@ -250,6 +250,8 @@ SHIPPED = {
 FETCHED = ("smollm2",)
 """Folders that `rpsa fetch` makes, under the names that recipes have for them."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_DATASET = re.compile(_HUB_ID.pattern + r"(:\w[\w.%:+\[\]-]*)?")
+"""As `rpsa.rows.read_rows` takes it: with a split, of which there may be a part."""
 _FILE = (".json", ".jsonl", ".csv", ".gz", ".parquet", ".yaml", ".txt")
 
 
@@ -270,7 +272,8 @@ def source_problem(kind: str, source: str) -> str | None:
         return f"{source!r} is unknown{did_you_mean(source, shipped)}"
     path = Path(source)
     inside_a_folder = path.parent != Path(".") and path.parent.exists()
-    if kind == "task" or inside_a_folder or source.endswith(_FILE) or not _HUB_ID.fullmatch(source):
+    hub = _HUB_ID if kind == "model" else _DATASET
+    if kind == "task" or inside_a_folder or source.endswith(_FILE) or not hub.fullmatch(source):
         return f"no such file or folder: {source!r}{_nearest(path)}"
     return None
 
