@@ -17,6 +17,7 @@ from helpers.chromium import CHROMIUM, chromium
 from helpers.made_up_results import FAMILIES, LEVELS, demo_results, made_up, study_results, with_samples
 from rpsa.evaluation.statistics import safety_tax_interval
 from rpsa.report import RunResult, Shown, render_console, summarise, with_safety_tax, write_report
+from rpsa.report.figures import trajectories
 from rpsa.report.page import LIMIT, chosen_responses, cut, script_json
 from rpsa.report.summaries import with_problem_intervals
 from rpsa.report.tables import benchmark_table, latex_table, main_table, rates_table
@@ -164,6 +165,25 @@ def test_figures_are_drawn_as_far_as_there_is_something_to_show(demo: Path, tmp_
     for figure in demo.glob("*.png"):
         assert figure.read_bytes().startswith(b"\x89PNG")
         assert figure.stat().st_size > 20_000
+
+
+def test_the_k_of_few_runs_are_lanes_that_do_not_touch_and_that_of_many_a_band() -> None:
+    few = [r for r in demo_results() if r.method == "fft+rpsa"]
+    figure = trajectories(few)
+    assert figure is not None
+    k, c = figure.axes
+    lanes = [
+        line.get_ydata() for line in k.lines if line.get_label() in {f"{r.base}, seed {r.seed}" for r in few}
+    ]
+    assert len(lanes) == len(few) == 3
+    for lane, run, floor in zip(lanes, few, (2.5, 1.25, 0.0), strict=True):
+        assert run.trajectory is not None
+        assert list(lane - floor) == pytest.approx(run.trajectory["k"])
+    assert len(c.lines) == len(few) + 1  # with the line at a half
+    many = trajectories([replace(r, seed=seed) for r in few for seed in (0, 1)])
+    assert many is not None
+    assert "6 runs: median, 10-90%" in many.axes[0].get_title()
+    assert len(many.axes[0].lines) == 2
 
 
 NAME = "a|b $\\frac{1}{ $ [bold red]x[/] <b onclick=x> `c` *d* _e_ ~f~ & % # \\ \x1b[31m \u202e \n| g | --> ]]> [h](i)"

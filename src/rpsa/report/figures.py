@@ -98,6 +98,7 @@ def _draw(axes: Axes, shown: Sequence[Summary], benchmark: str) -> None:
 
 _LINES = [("#1b1f24", "-"), ("#0f7bab", "--"), ("#b5459a", "-."), ("#8a8d00", ":")]
 _MANY = 4  # lines in one panel that can still be told apart
+_LANE = 1.25
 
 
 def trajectories(results: Sequence[RunResult]) -> Figure | None:
@@ -106,16 +107,19 @@ def trajectories(results: Sequence[RunResult]) -> Figure | None:
     if not dynamic:
         return None
     methods = list(dict.fromkeys(result.method for result in dynamic))
-    figure, panels = new_panels(2 * len(methods), 1, 1.55)
+    figure, panels = new_panels(2 * len(methods), 1, 1.9)
     for index, method in enumerate(methods):
         top, bottom = panels[2 * index][0], panels[2 * index + 1][0]
         runs = [result for result in dynamic if result.method == method]
-        _draw_trajectories(top, runs, "k", method)
-        _draw_trajectories(bottom, runs, "c", method)
+        if len(runs) > _MANY:
+            _draw_spread(top, runs, "k", method)
+            _draw_spread(bottom, runs, "c", method)
+        else:
+            _draw_lanes(top, runs)
+            _draw_conflicts(bottom, runs)
         spread = "" if len(runs) <= _MANY else f" ({len(runs)} runs: median, 10-90%)"
         set_title(top, f"{method}: frozen ratio k{spread}")
         set_title(bottom, f"{method}: conflict c of the two gradients")
-        top.set_ylim(-0.07, 1.07)
         top.set_ylabel("k")
         bottom.set_ylabel("c")
         bottom.set_xlabel("Optimizer step")
@@ -169,25 +173,51 @@ def learning_rates(summaries: Sequence[Summary]) -> Figure | None:
     return figure
 
 
-def _draw_trajectories(axes: Axes, runs: Sequence[RunResult], what: str, method: str) -> None:
+def _draw_spread(axes: Axes, runs: Sequence[RunResult], what: str, method: str) -> None:
     colour = style_of(method).colour
-    if len(runs) > _MANY:
-        steps, low, median, high = _quantiles([run.trajectory for run in runs if run.trajectory], what)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(steps, median, color=colour, linewidth=1.6)
-    else:
-        for index, run in enumerate(runs):
-            assert run.trajectory is not None
-            axes.plot(
-                np.array(run.trajectory["step"], dtype=float),
-                np.array(run.trajectory[what], dtype=float),  # None, where c was not finite, is NaN
-                drawstyle="steps-post" if what == "k" else "default",
-                color=_LINES[index % len(_LINES)][0],
-                linestyle=_LINES[index % len(_LINES)][1],
-                linewidth=1.3,
-                label=literal(f"{run.base}, seed {run.seed}"),
-            )
-    axes.axhline(0.5, color=GREY, linewidth=0.7, linestyle=(0, (1, 3)), zorder=1)
+    steps, low, median, high = _quantiles([run.trajectory for run in runs if run.trajectory], what)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(steps, median, color=colour, linewidth=1.6)
+    if what == "k":
+        axes.set_ylim(-0.07, 1.07)
+    _half_way(axes, 0.5)
+
+
+def _draw_lanes(axes: Axes, runs: Sequence[RunResult]) -> None:
+    """k of each run in a lane of its own, the first on top: as steps over each other they cannot be told apart."""
+    floors = [_LANE * place for place in reversed(range(len(runs)))]
+    for run, floor, (colour, line) in zip(runs, floors, _LINES, strict=False):
+        steps, k = _series(run, "k")
+        axes.fill_between(steps, floor, floor + k, step="post", color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            steps,
+            floor + k,
+            drawstyle="steps-post",
+            color=colour,
+            linestyle=line,
+            linewidth=1.3,
+            label=literal(f"{run.base}, seed {run.seed}"),
+        )
+        _half_way(axes, floor + 0.5)
+    axes.set_yticks([floor + k for floor in floors for k in (0, 1)], ["0", "1"] * len(floors))
+    axes.set_ylim(-0.07, floors[0] + 1.07)
+
+
+def _draw_conflicts(axes: Axes, runs: Sequence[RunResult]) -> None:
+    for run, (colour, line) in zip(runs, _LINES, strict=False):
+        axes.plot(*_series(run, "c"), color=colour, linestyle=line, linewidth=1.3)
+    _half_way(axes, 0.5)
+
+
+def _series(run: RunResult, what: str) -> tuple[Any, Any]:
+    """Steps and values; None, where c was not finite, is NaN."""
+    found = run.trajectory
+    assert found is not None
+    return np.array(found["step"], dtype=float), np.array(found[what], dtype=float)
+
+
+def _half_way(axes: Axes, height: float) -> None:
+    axes.axhline(height, color=GREY, linewidth=0.7, linestyle=(0, (1, 3)), zorder=1)
 
 
 def _quantiles(series: Sequence[Any], what: str) -> tuple[list[float], ...]:
