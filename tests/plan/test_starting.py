@@ -1,5 +1,7 @@
 """`rpsa init`: the recipe fits the GPUs that it was written for, loads, and says what it is."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,11 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from rpsa.cli import app
+from rpsa.pipeline.preflight import preflight
 from rpsa.plan import make_plan
 from rpsa.plan.starting import _fits
 from rpsa.recipe import load_recipe
+from rpsa.tiny import safety_examples
 
 
 def model_folder(folder: Path, hidden_size: int, layers: int) -> Path:
@@ -78,3 +82,26 @@ def test_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, said) == (0, "Recipe: mine.yaml (LoRA, on the CPU)")
     recipe = load_recipe(Path("mine.yaml"))
     assert recipe.train["use_cpu"] is True
+
+
+def test_no_more_is_asked_of_files_than_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps(asdict(one)) + "\n" for one in safety_examples("refusals", 60, seed=0)]
+    Path("safety.jsonl").write_text("".join(rows[:40]))
+    Path("benign.jsonl").write_text("".join(rows[40:]))
+    Path("problems.jsonl").write_text(
+        "".join(f'{{"problem": "add {n} , 1", "answer": "{n}"}}\n' for n in range(24))
+    )
+    data = ["--safety", "safety.jsonl", "--benign", "benign.jsonl", "--problems", "problems.jsonl"]
+    code, said = init("tiny:0", "--cpu", *data)
+    assert code == 0, said
+    recipe = load_recipe(Path("recipe.yaml"))
+    assert (recipe.reference.n, recipe.reference.held_out) == (18, 6)
+    assert recipe.safety.benign_share == 0.33  # 20 of 60
+    monkeypatch.setenv("RPSA_DATA_DIR", str(tmp_path))
+    for name in ("aime24", "strongreject"):
+        Path(f"{name}.jsonl").write_text(
+            '{"problem": "1", "answer": "1", "forbidden_prompt": "steal the car", "category": "x"}\n'
+        )
+    tasks = "evaluate.tasks=[rpsa_aime24, rpsa_strongreject]"
+    preflight(load_recipe(Path("recipe.yaml"), [tasks]))

@@ -11,6 +11,7 @@ from rpsa.errors import RPSAError
 from rpsa.plan.configs import check_configs
 from rpsa.recipe import Recipe, load_recipe
 from rpsa.recipe.methods import PARADIGM_DEFAULTS, RECOMMENDED, Paradigm
+from rpsa.rows import read_rows
 from rpsa.templates import render
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ LENGTHS = (4096, 2048, 1024)
 """Of thoughts, in tokens: how much of them is looked at and trained on; the longest that fits is taken."""
 _SAYS: dict[Paradigm, str] = {"fft": "all of its weights are trained", "lora": "an adapter is trained (LoRA)"}
 _GIB = 1 << 30
+_REFERENCES, _REFERENCES_ON_CPU, _HELD_OUT = 100, 30, 32
+_BENIGN_SHARE = 0.45
+"""What docs/bench.md recommends."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,34 @@ def write_start(start: Start, out: Path) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Amounts:
+    """How much of the data is taken: of files that are here no more than they have."""
+
+    references: int
+    held_out: int
+    benign_share: float
+
+
+def _amounts(start: Start) -> _Amounts:
+    problems = _rows_here(start.problems, _REFERENCES + _HELD_OUT)
+    references = min(_REFERENCES if start.gpu_memory else _REFERENCES_ON_CPU, max(1, problems * 3 // 4))
+    safety, benign = _rows_here(start.safety, 1000), _rows_here(start.benign, 1000)
+    share = min(_BENIGN_SHARE, benign * 100 // (safety + benign) / 100)
+    return _Amounts(references, min(_HELD_OUT, problems - references), share)
+
+
+def _rows_here(source: str | None, otherwise: int) -> int:
+    """Rows of a file; of anything else enough."""
+    return len(read_rows(source)) if source and Path(source).is_file() else otherwise
+
+
 def _text(start: Start, paradigm: Paradigm, length: int, out: Path, fit: str) -> str:
     return render(
         "rpsa.plan",
         "recipe.yaml",
         **asdict(start),
+        **asdict(_amounts(start)),
         says=_SAYS[paradigm],
         fit=fit,
         file=out.name,
