@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -519,6 +519,34 @@ def test_a_mended_grader_asks_no_model_and_trains_none(
     after = written(folder)
     assert {name.split("/")[0] for name in before if after[name] != before[name]} == {"evaluate", "report"}
     assert read_json(folder / "report" / "results.json")["runs"]
+
+
+def test_the_stages_of_a_run_may_be_done_in_two_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One generates and judges with vLLM, the other trains: neither does again what the other has done."""
+    asked = recipe(tmp_path, "matrix.methods=[original, fft+rpsa]", "evaluate.n=1")
+    real = provenance.package_versions
+
+    def use(transformers: str) -> None:
+        def versions(names: Iterable[str]) -> dict[str, str]:
+            return {name: transformers if name == "transformers" else v for name, v in real(names).items()}
+
+        monkeypatch.setattr(provenance, "package_versions", versions)
+
+    use("5.1, with vLLM")
+    run(asked, only="reference")
+    use("5.2, without")
+    with pytest.raises(RPSAError, match=r"stage reference is out of date \(transformers 5.1, with vLLM"):
+        run(asked, only="fisher")
+    run(asked, only="fisher", keep_finished=True)
+    run(asked, only="align", keep_finished=True)
+    made = {path: path.stat().st_mtime_ns for path in asked.folder.rglob(TIMING)}
+    assert {path.relative_to(asked.folder).parts[0] for path in made} == {"reference", "fisher", "align"}
+    use("5.1, with vLLM")
+    run(asked, keep_finished=True)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert (asked.folder / "report" / "index.html").is_file()
 
 
 _FREE = {

@@ -110,6 +110,9 @@ class Run:
             if failed := next((one for one in needed if one.folder in self.without_result), None):
                 self.without_result[task.folder] = self.without_result[failed.folder]
                 continue
+            if self.keep_finished:
+                for one in needed:
+                    _keep(one)
             self._require(needed)
             inputs = task.inputs()
             if self.keep_finished:
@@ -190,6 +193,13 @@ class Run:
         self.without_result[task.folder] = f"{task.title} failed: {why}"
         self.failed.append(f"{task.stage} {task.name}: {why}")
         self._bar.console.print(Text(f"failed: {printable(self.failed[-1])}"), soft_wrap=True)
+
+
+def _keep(task: Task) -> None:
+    """With all that it stands on: the stages of a run may be done by several environments."""
+    for needed in task.needs():
+        _keep(needed)
+    keep(task.folder, task.stage, task.inputs())
 
 
 def _record(recipe: Recipe) -> None:
