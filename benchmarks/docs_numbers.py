@@ -206,12 +206,17 @@ def memory_line(plan: dict[str, Any], method: str) -> str:
 def texts(plans: dict[str, Any]) -> dict[Path, str]:
     """Every file that shows a plan, as it should be."""
     page = ROOT / "docs" / "plan.md"
+    reproduce = ROOT / "docs" / "reproduce.md"
     shown = with_block(page, "plan", fenced(plans[SHIPPED[0].name]["text"]))
     found = {
         ROOT / "README.md": with_block(ROOT / "README.md", "models", memory_table(plans)),
         page: with_block(page, "study", fenced(plans[SHIPPED[0].name]["study"]), shown),
         ROOT / "docs" / "recipes.md": with_block(
             ROOT / "docs" / "recipes.md", "demo plan", fenced(demo_plan())
+        ),
+        reproduce: with_block(
+            *(reproduce, "reproduce repositories", repositories_table()),
+            with_block(reproduce, "reproduce studies", studies_table(plans)),
         ),
     }
     for model in SHIPPED:
@@ -227,6 +232,34 @@ def texts(plans: dict[str, Any]) -> dict[Path, str]:
                     raise SystemExit(f"{path}: {count} lines begin with {MEMORY!r}, not one")
                 found[path] = text
     return found
+
+
+def studies_table(plans: dict[str, Any]) -> str:
+    """The paper's studies: what `rpsa plan` says of the whole of each."""
+    rows = []
+    for model in SHIPPED:
+        if said := plans[model.name].get("study"):
+            parts = re.fullmatch(
+                r"Whole study on (.+): (.+), (.+) GPU hours, (.+), (.+) of disk, (.+) to download", said
+            )
+            assert parts is not None, said
+            rows.append([model.name, *parts.groups()])
+    heads = ["Study", "On", "Time", "GPU hours", "Price", "Disk", "Download"]
+    return markdown_table(heads, rows)
+
+
+def repositories_table() -> str:
+    """What the paper's study on the first model reads from the hub."""
+    from rpsa.doctor.hub import repositories
+    from rpsa.recipe import load_recipe
+
+    recipe = load_recipe(ROOT / "recipes" / SHIPPED[0].folder / SHIPPED[0].recipe)
+    rows = [
+        [f"[{one.name}]({one.url})", one.kind, one.purpose, "gated" if one.is_gated else ""]
+        for one in repositories(recipe)
+    ]
+    head = ["| Repository | Kind | For | Access |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def fenced(text: str) -> str:

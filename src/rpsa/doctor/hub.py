@@ -16,14 +16,18 @@ from rpsa.recipe.sections import SELF_MADE
 from rpsa.rows import hub_dataset
 from rpsa.tiny import REFERENCES
 
+_GATED = ("meta-llama/", "google/", "allenai/wildguard")
+"""Judges: what their names begin with."""
+
 
 @dataclass(frozen=True)
 class Repository:
-    """`purpose`: what the recipe wants it for."""
+    """`purpose`: what the recipe wants it for; `is_gated` as far as rpsa knows."""
 
     name: str
     kind: Literal["model", "dataset"]
     purpose: str
+    is_gated: bool = False
 
     @property
     def url(self) -> str:
@@ -75,14 +79,14 @@ def _benchmarks(recipe: Recipe) -> Iterator[Repository]:
             continue
         for source in filter(None, (benchmark.source, benchmark.also)):
             if not (recipe.data_dir and local_file(source, recipe.data_dir)):
-                yield Repository(source.hub, "dataset", name)
+                yield Repository(source.hub, "dataset", name, source.gated)
 
 
 def _judges(recipe: Recipe) -> Iterator[Repository]:
     for purpose, name, settings in judges_of(recipe):
         model = judge_model(name, settings)
         if model and not Path(model).is_dir():
-            yield Repository(model, "model", f"{purpose} ({name})")
+            yield Repository(model, "model", f"{purpose} ({name})", model.startswith(_GATED))
 
 
 def judges_of(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, object]]]:
