@@ -1,5 +1,6 @@
 """What README and the examples claim to run, run."""
 
+import json
 import os
 import re
 import subprocess
@@ -45,6 +46,30 @@ def test_examples_run_and_move_nothing_frozen(script: str, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert "0 frozen elements moved" in done.stdout
+
+
+@pytest.mark.integration
+def test_the_notebook_runs_and_shows_what_it_says(tmp_path: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    stored = nbformat.read(ROOT / "examples" / "first_hour.ipynb", as_version=4)
+    nbformat.validate(stored)
+    assert not re.search(r"/(home|tmp|root|Users)/", json.dumps(stored))
+    notebook = nbformat.from_dict(json.loads(json.dumps(stored)))
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    for was, now in zip(stored.cells, notebook.cells, strict=True):
+        assert bool(printed(was)) == bool(printed(now))
+    assert "0 frozen elements moved" in printed(notebook.cells[-2])
+    rows = [line.split() for line in printed(notebook.cells[-5]).splitlines()[1:]]
+    solved = {name: int(share.rstrip("%")) for name, share, *_ in rows}
+    attacks = {name: int(share.rstrip("%")) for name, _, share, *_ in rows}
+    assert solved["RPSA"] >= solved["plain"]
+    assert max(attacks["RPSA"], attacks["plain"]) < attacks["original"] / 2
+
+
+def printed(cell: Any) -> str:
+    return "".join(one.text for one in cell.get("outputs", []) if one.get("name") == "stdout")
 
 
 @pytest.mark.integration
