@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from helpers.devices import DEVICE
 from helpers.fisher_models import ragged_batch, relative_error, rows_of, tiny_model, with_lora
 from helpers.waits import Waits
 from rpsa.errors import RPSAError
@@ -22,6 +23,8 @@ from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.groundwork import _fisher_settings
 from rpsa.recipe.sections import Fisher
+
+pytestmark = pytest.mark.gpu
 
 BATCH = ragged_batch([(3, 7), (2, 4), (5, 1), (1, 9)])
 
@@ -40,7 +43,8 @@ def test_a_batch_waits_for_the_device_once(kind: str, probes: int, monkeypatch: 
     settings = FisherConfig(probes=probes, progress=False)
     estimation = Estimation(model, trainable_parameters(model), [samples], settings)
     with evaluation_mode(model), Waits() as forward:
-        model(input_ids=samples.input_ids, attention_mask=samples.attention_mask, use_cache=False)
+        ids, mask = samples.input_ids.to(DEVICE), samples.attention_mask.to(DEVICE)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     with evaluation_mode(model):
         estimation._choose_path()
         batch = estimation._batch(samples.select([0, 2, 1, 3]))
@@ -54,7 +58,7 @@ def test_a_batch_waits_for_the_device_once(kind: str, probes: int, monkeypatch: 
 def test_an_embeddings_gradients_by_token(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, delta = torch.randint(0, 4, shape), torch.randn(*shape, 6)
-    tokens, gradients = hooked._gradients_by_token(x, delta)
+    tokens, gradients = (part.cpu() for part in hooked._gradients_by_token(x.to(DEVICE), delta.to(DEVICE)))
     expected = torch.zeros(7, 6)
     for row, its_delta in zip(x, delta, strict=True):
         gradient = torch.zeros(7, 6)
@@ -119,8 +123,9 @@ def test_a_norms_gradients_for_each_row(norm: nn.Module, shape: tuple[int, ...])
     torch.manual_seed(0)
     for parameter in norm.parameters():
         nn.init.normal_(parameter, mean=1.0)
+    norm.to(DEVICE)
     names = [name for name, _ in norm.named_parameters()]
-    x, delta = torch.randn(shape), torch.randn(shape)
+    x, delta = torch.randn(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
     found = hooked._gradients_by_row(norm, names, x, delta)
     for row in range(len(x)):
         expected = torch.autograd.grad(norm(x[row : row + 1]), list(norm.parameters()), delta[row : row + 1])
@@ -195,7 +200,7 @@ def test_sums_beyond_float32_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bf16_is_autocast_with_float32_sums(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(kind)
     expected = estimate(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         by_autocast = estimate(model)
     with caplog.at_level(logging.INFO, logger="rpsa"):
         found = estimate(model, precision="bf16")

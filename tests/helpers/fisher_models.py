@@ -15,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.devices import DEVICE
 from rpsa.parameters import trainable_parameters
 
 VOCABULARY = 23
@@ -44,7 +45,7 @@ def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # constants at initialisation
             nn.init.normal_(parameter, mean=1.0, std=0.2)
-    return model
+    return model.to(DEVICE)
 
 
 def with_lora(model: nn.Module, is_b_random: bool = True) -> nn.Module:
@@ -76,7 +77,7 @@ def ragged_batch(lengths: Sequence[tuple[int, int]], seed: int = 0, padding: int
         batch["input_ids"][row, : prompt + response] = tokens
         batch["attention_mask"][row, : prompt + response] = 1
         batch["labels"][row, prompt : prompt + response] = tokens[prompt:]
-    return batch
+    return {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def rows_of(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
