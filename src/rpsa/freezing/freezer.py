@@ -499,5 +499,6 @@ def _norm(gradients: Mapping[str, Tensor | None]) -> Tensor:
     present = [local(g) for g in gradients.values() if g is not None]
     if not present:  # of which _foreach_norm takes no list
         return torch.zeros(())
-    norms: list[Tensor] = [norm.float().to(present[0].device) for norm in torch._foreach_norm(present)]
-    return torch.stack(norms).norm()
+    norms = [norm.float().to(present[0].device) for norm in torch._foreach_norm(present)]
+    whole: Tensor = torch.stack(norms).norm()
+    return whole
