@@ -22,6 +22,11 @@ VOCABULARY = 23
 
 
 def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
+    """`random_model`, where the tests run."""
+    return random_model(kind, seed, **overrides).to(DEVICE)
+
+
+def random_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """A random Llama (untied), Qwen2 (tied, q/k/v biases) or Qwen3 (tied, q/k norms); GQA; default attention."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -45,7 +50,7 @@ def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # constants at initialisation
             nn.init.normal_(parameter, mean=1.0, std=0.2)
-    return model.to(DEVICE)
+    return model
 
 
 def with_lora(model: nn.Module, is_b_random: bool = True) -> nn.Module:
