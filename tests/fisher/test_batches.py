@@ -1,6 +1,7 @@
 """How a batch's squares are formed: each short cut against its slow and obvious form."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from rpsa.errors import RPSAError
 from rpsa.fisher import hooked
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import Estimation, FisherConfig, estimate_fisher
-from rpsa.fisher.log_probs import evaluation_mode
+from rpsa.fisher.log_probs import evaluation_mode, is_low_precision
 from rpsa.fisher.overlap import sampled_elements
 from rpsa.fisher.probes import signed_probes
 from rpsa.fisher.samples import read_samples
@@ -220,6 +221,33 @@ def test_the_overlap_with_fp32_leaves_nothing_in_the_sums() -> None:
     both = [estimate(model, rows_of(BATCH, rows), precision="bf16").scores for rows in ([0, 1], [2, 3])]
     mean = {name: (both[0][name] + both[1][name]) / 2 for name in both[0]}
     assert relative_error(estimate(model, precision="bf16").scores, mean) < 0.01
+
+
+@pytest.fixture
+def ways() -> Iterator[list[Any]]:
+    """Of torch to say how float32 matrices are multiplied."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch < 2.9 has one way")
+    every = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [way.fp32_precision for way in every]
+    yield every
+    for way, precision in zip(every, before, strict=True):
+        way.fp32_precision = precision
+
+
+@pytest.mark.parametrize("said", ["tf32", "ieee"])
+def test_a_trainers_tf32_is_no_obstacle_and_stays(said: str, ways: list[Any]) -> None:
+    """transformers says it in the new way, after which torch refuses to be asked in the old one."""
+    for way, precision in zip(ways, [said, "none", "none"], strict=True):
+        way.fp32_precision = precision
+    model = tiny_model("llama")
+    assert is_low_precision(model, torch.device("cuda")) == (said == "tf32")
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    estimate(model)
+    assert set(seen) == {"highest"}
+    assert {way.fp32_precision for way in ways} == {said}
+    assert is_low_precision(model, torch.device("cuda")) == (said == "tf32")
 
 
 def test_tf32_needs_cuda() -> None:

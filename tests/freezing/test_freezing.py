@@ -354,7 +354,7 @@ def test_controls_freeze_as_many_and_nest(mask: Any) -> None:
     model = make_model()
     generator = torch.Generator().manual_seed(0)
     fisher = FisherDiagonal(
-        {n: torch.rand(p.shape, generator=generator) for n, p in trainable_parameters(model).items()}
+        {n: torch.rand(p.shape, generator=generator).to(p) for n, p in trainable_parameters(model).items()}
     )
     fisher.scores["0.weight"][3:] = 0
     control = control_scores(mask, fisher, trainable_parameters(model))
@@ -369,7 +369,7 @@ def test_controls_freeze_as_many_and_nest(mask: Any) -> None:
         if mask == "random_per_tensor":
             assert all(frozen[n].sum() == (~m).sum() for n, m in fisher.mask(k).items())
         if mask in ("random_nonzero", "inverse"):
-            assert not any((frozen[n] & (fisher[n] == 0)).any() for n in frozen)
+            assert not any((frozen[n] & (fisher[n] == 0).to(frozen[n].device)).any() for n in frozen)
         previous = frozen
 
 
