@@ -180,6 +180,8 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path) -> Any:
         "enable_jit_checkpoint": False,
     }  # see `stopped_by_sigterm`
     arguments: dict[str, Any] = {"disable_tqdm": True} | names_of_run(recipe, cell) | settings | ours
+    if settings.get("padding_free") and not settings.get("packing"):
+        arguments["max_length"] = None  # TRL wants it so; the rows have been cut already
     longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
     with refusals_of_trl(cell):
         if cell.align is not None:

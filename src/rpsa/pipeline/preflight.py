@@ -31,6 +31,7 @@ from rpsa.reference import check_ids
 from rpsa.safety_data import ALL_REFUSE, REFUSALS_ALONE
 from rpsa.self_data.making import check_filter, rendered
 from rpsa.self_data.offers import prompts_of
+from rpsa.training.packing import refuse_wrapped
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def _check_training(recipe: Recipe, cell: Cell) -> None:
         if asked != "eval_strategy: no" and not (cell.safety and cell.safety.validation_share):
             raise ValueError(f"{asked}, and safety.validation_share holds nothing out to evaluate on")
         _check_optimizer(arguments)
+        refuse_wrapped(arguments)
         if arguments.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("use_liger_kernel: liger-kernel is not installed; install it, or leave this off")
 

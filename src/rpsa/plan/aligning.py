@@ -33,6 +33,7 @@ from rpsa.plan.time import (
     held_out_responses,
     launch_seconds,
     operations_a_second,
+    packed,
     safety_tokens,
     training_operations,
     update_seconds,
@@ -81,6 +82,8 @@ class _Planner:
         safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:
             safety = with_rehearsal(safety, cell, self.base.recipe)
+        if getattr(args, "packing", False) and args.max_length:
+            safety = packed(safety, args.max_length)
         freezing = _freezing(args, cell.align) if cell.align else None
         skeleton = self.base.skeleton(dtype, cell.lora)
         model = skeleton.model

@@ -108,6 +108,12 @@ def safety_tokens(
     return SafetyTokens(count, sequences * min(limit, expected), limit, False, share)
 
 
+def packed(safety: SafetyTokens, max_length: int) -> SafetyTokens:
+    """The rows that examples are packed into, all of them full."""
+    rows = None if safety.examples is None else -(-safety.examples * safety.mean // max_length)
+    return replace(safety, examples=rows, mean=max_length, longest=max_length)
+
+
 def _self_made_tokens(safety: Safety, seed: int, limit: int) -> SafetyTokens:
     """What the model would write if every request got a response that is kept."""
     asked = own_requests(safety, seed)
