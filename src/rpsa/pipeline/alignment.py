@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import signal
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +31,7 @@ from rpsa.models import (
     thought_of,
     will_be_sharded,
 )
+from rpsa.pipeline import termination
 from rpsa.pipeline.tasks import task_options
 from rpsa.pipeline.tracking import names_of_run
 from rpsa.progress import Progress, no_progress
@@ -57,7 +56,7 @@ from rpsa.safety_data import (
     without_thoughts,
 )
 from rpsa.self_data.stored import drawn, load_self_data, tokenized
-from rpsa.sharding import local, on_any_rank, rank, world_size
+from rpsa.sharding import barrier, local, on_any_rank, rank
 from rpsa.thought import NO_THOUGHT, ThoughtFormat
 from rpsa.tiny import preference_examples, safety_examples
 from rpsa.training.alternatives import AlternativesConfig, AlternativesTrainer, rehearse
@@ -178,7 +177,7 @@ def training_arguments(recipe: Recipe, cell: Cell, folder: Path) -> Any:
     ours = {
         "output_dir": str(folder / CHECKPOINTS),
         "enable_jit_checkpoint": False,
-    }  # see `stopped_by_sigterm`
+    }  # see `_stop_where_asked`
     arguments: dict[str, Any] = {"disable_tqdm": True} | names_of_run(recipe, cell) | settings | ours
     if settings.get("padding_free") and not settings.get("packing"):
         arguments["max_length"] = None  # TRL wants it so; the rows have been cut already
@@ -251,10 +250,15 @@ def starting_model(recipe: Recipe, cell: Cell, groundwork: Groundwork) -> Any:
     return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
 
 
+@termination.waiting()
 def align(
     recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, progress: Progress = no_progress
 ) -> None:
-    """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
+    """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one.
+
+    Raises:
+        Terminated: SIGTERM came, and a checkpoint was written. After the last step it waits for the task's end.
+    """
     import transformers
 
     assert cell.safety is not None
@@ -285,15 +289,17 @@ def align(
     perplexity = PerplexityCallback(trainer, responses, folder / CHECKPOINTS / "perplexity.json")
     trainer.add_callback(perplexity)
     trainer.add_callback(ProgressCallback(progress))
-    checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    with stopped_by_sigterm(trainer) as asked:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if asked.is_set() or trainer.state.global_step < trainer.state.max_steps:
-        stopped: type[BaseException] = KeyboardInterrupt if asked.is_set() else RPSAError
-        raise stopped(
+    trainer.add_callback(_stop_where_asked())
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
+    if trainer.state.global_step < trainer.state.max_steps:
+        barrier()  # the launcher ends all ranks where one has ended: not before the checkpoint is whole
+        said = (
             f"{cell.id}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "its checkpoint is kept, and the same command goes on from there"
         )
+        if on_any_rank(termination.is_asked()):
+            termination.obey(said)
+        raise RPSAError(said)
     refuse_diverged(trainer)
     drop_reference(trainer.accelerator.unwrap_model(trainer.model))
     save_whole(trainer, folder)
@@ -325,30 +331,16 @@ def align(
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-@contextmanager
-def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
-    """Within, SIGTERM ends training after the present step, with a checkpoint; yields whether it came.
-
-    Of one process: ranks would learn of it at different steps, and one that saves alone would wait for the others.
-    """
+def _stop_where_asked() -> Any:
+    """A callback that ends training with a checkpoint where SIGTERM has come: on all ranks after the same step."""
     from transformers import TrainerCallback
-
-    asked = threading.Event()
-    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if asked.is_set():
+            if on_any_rank(termination.is_asked()) and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
-    trainer.add_callback(Stop())
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return Stop()
 
 
 class TrainingData(NamedTuple):
