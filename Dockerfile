@@ -10,7 +10,7 @@ RUN python3 -m venv /opt/rpsa
 ENV PATH=/opt/rpsa/bin:$PATH
 
 WORKDIR /opt/rpsa/source
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY src src
 COPY recipes recipes
 COPY examples examples
