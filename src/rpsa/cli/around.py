@@ -7,25 +7,20 @@ import typer
 
 from rpsa.cli.parsing import ThoughtWords, readable_errors
 
-recipes_app = typer.Typer(
-    help="The recipes and the examples that come with the package.", invoke_without_command=True
-)
+recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
 
 
 @recipes_app.callback()
 def recipes(context: typer.Context) -> None:
-    """List what comes with the package: recipes, which `rpsa run NAME` runs, and files to copy."""
+    """List the recipes that come with the package; `rpsa run NAME` runs one."""
     if context.invoked_subcommand is not None:
         return
     with readable_errors():
-        from rpsa.recipe.shipped import said_of, shipped_files, shipped_recipes
+        from rpsa.recipe.shipped import said_of, shipped_recipes
 
-        found, others = shipped_recipes(), shipped_files()
-        width = max(map(len, [*found, *others]))
+        found = shipped_recipes()
+        width = max(map(len, found))
         for name, path in found.items():
-            typer.echo(f"{name:<{width}}  {said_of(path)}")
-        typer.echo("\nTo copy:")
-        for name, path in others.items():
             typer.echo(f"{name:<{width}}  {said_of(path)}")
 
 
@@ -36,11 +31,13 @@ def recipes_copy(
         Path | None, typer.Option(help="The file to write; default: its name here.", show_default=False)
     ] = None,
 ) -> None:
-    """Copy a shipped recipe into a file of your own, whole, whatever it extends; or another file as it is."""
+    """Copy a shipped recipe into a file of your own, whole, whatever it extends."""
     with readable_errors():
-        from rpsa.recipe.shipped import copy_shipped
+        from rpsa.recipe.shipped import copy_recipe
 
-        typer.echo(f"Written: {copy_shipped(name, out)}")
+        target = out or Path(f"{name.replace('/', '-')}.yaml")
+        copy_recipe(name, target)
+        typer.echo(f"Recipe: {target}")
 
 
 def fetch(
