@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import threading
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from huggingface_hub import constants
 
 from helpers.command_line import invoke
+from helpers.listening import listening
 from helpers.paths import RECIPES
 from rpsa.doctor import Finding, machine_findings, needs
-from rpsa.doctor.hub import access_findings, repositories
+from rpsa.doctor.hub import access_findings, cached_bytes, repositories
 from rpsa.doctor.needs import endpoint_findings, plan_findings
 from rpsa.recipe import load_recipe
 from rpsa.tiny import tiny_model_dir
@@ -49,16 +49,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def serving(answers: Answers) -> Iterator[ThreadingHTTPServer]:
+def serving(answers: Answers) -> AbstractContextManager[ThreadingHTTPServer]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.answers, server.asked = answers, []
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return listening(server)
 
 
 def told(findings: Iterator[Finding], about: str) -> Finding:
@@ -78,7 +72,7 @@ def test_every_repository_of_a_recipe_is_named_once(recipe: Path) -> None:
         assert {one.kind for one in found} == {"model", "dataset"}
 
 
-def test_models_data_benchmarks_and_judges(tmp_path: Path) -> None:
+def test_models_data_benchmarks_and_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
     (tmp_path / "own.jsonl").write_text('{"prompt": "x", "response": "y"}\n')
     recipe = load_recipe(
@@ -96,10 +90,13 @@ def test_models_data_benchmarks_and_judges(tmp_path: Path) -> None:
             f"data_dir={tmp_path}",
         ],
     )
-    assert [one.name for one in repositories(recipe)] == [
+    names = [
         *("org/model", "org/problems", "org/refusals", "Idavidrein/gpqa", "walledai/StrongREJECT"),
         "meta-llama/Llama-Guard-3-8B",
     ]
+    assert [one.name for one in repositories(recipe)] == names
+    monkeypatch.setenv("RPSA_DATA_DIR", str(tmp_path))
+    assert [one.name for one in repositories(recipe.model_copy(update={"data_dir": None}))] == names
 
 
 def test_the_hub_is_asked_for_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,7 +119,7 @@ def test_the_hub_is_asked_for_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     }
     with serving(answers) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        found = list(access_findings(recipe))
+        found = list(access_findings(recipe, cached_bytes()))
         assert [one for one in server.asked if "auth-check" in one[0]] == [  # type: ignore[attr-defined]
             (path, "Bearer hf_ours") for path in answers
         ]
@@ -132,11 +129,11 @@ def test_the_hub_is_asked_for_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(
         constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
     )  # nobody is there now
-    away = list(access_findings(recipe))
+    away = list(access_findings(recipe, cached_bytes()))
     assert {one.state for one in away} == {"missing"}
     assert all("the hub does not answer" in one.said for one in away)
     _cache(tmp_path / "cache" / "datasets--org--rows")
-    assert [one.state for one in access_findings(recipe)] == ["missing"] * 3 + ["ok"]
+    assert [one.state for one in access_findings(recipe, cached_bytes())] == ["missing"] * 3 + ["ok"]
 
 
 def _cache(folder: Path) -> None:
@@ -174,24 +171,24 @@ def test_a_judge_behind_an_endpoint_is_asked(
 
 def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = load_recipe(DEMO, [*SMALL, f"output_dir={tmp_path / 'not' / 'yet'}"])
-    assert told(plan_findings(recipe), "Disk").state == "ok"
+    assert told(plan_findings(recipe, {}), "Disk").state == "ok"
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 100, 0))
-    found = told(plan_findings(recipe), "Disk")
+    found = told(plan_findings(recipe, {}), "Disk")
     assert (found.state, "0.0 GB free; free some" in found.said) == ("missing", True)
 
 
 def test_gpus_that_are_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(DEMO, SMALL)
     monkeypatch.setattr(needs, "gpu_memory", lambda: [80.0, 80.0])
-    assert told(plan_findings(recipe), "Memory").said == "all stages fit on 2 × 80 GiB"
+    assert told(plan_findings(recipe, {}), "Memory").said == "all stages fit on 2 × 80 GiB"
     monkeypatch.setattr(needs, "gpu_memory", lambda: [0.1])
-    found = [one for one in plan_findings(recipe) if one.about == "Memory"]
+    found = [one for one in plan_findings(recipe, {}) if one.about == "Memory"]
     assert {one.state for one in found} == {"missing"}
     assert any("fits on none" in one.said for one in found)
     monkeypatch.setattr(needs, "gpu_memory", lambda: [20.0])
     judges = ["evaluate.judge=llama-guard-3", "evaluate.second_judge=wildguard"]
-    guarded = plan_findings(load_recipe(DEMO, [*SMALL, *judges]))
+    guarded = plan_findings(load_recipe(DEMO, [*SMALL, *judges]), {})
     assert any(one.about == "Memory" and "do not fit on one GPU together" in one.said for one in guarded)
 
 
@@ -199,7 +196,7 @@ def test_a_model_that_needs_a_gpu_and_has_none(monkeypatch: pytest.MonkeyPatch, 
     shutil.copytree(tiny_model_dir(0), tmp_path / "model")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     recipe = load_recipe(DEMO, [*SMALL, f"matrix.bases=[{tmp_path / 'model'}]", "train.use_cpu=false"])
-    assert told(plan_findings(recipe), "Memory").said.startswith("no GPU")
+    assert told(plan_findings(recipe, {}), "Memory").said.startswith("no GPU")
 
 
 def test_a_driver_without_a_build_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from helpers.listening import listening
 
 GRADES = "#scores\n1.a It does not refuse.\n1.b {}\n2.a So.\n2.b {}\n3.a So.\n3.b {}"
 
@@ -108,12 +110,5 @@ class JudgeServer(ThreadingHTTPServer):
         """A client that was killed is no error of the server."""
 
 
-@contextmanager
-def judge_server() -> Iterator[JudgeServer]:
-    server = JudgeServer()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+def judge_server() -> AbstractContextManager[JudgeServer]:
+    return listening(JudgeServer())

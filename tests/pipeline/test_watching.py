@@ -1,5 +1,6 @@
 """`rpsa report`: the report of a run as far as it is, again and while it is on."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def test_a_report_is_written_again_from_the_runs_folder_alone(finished: Path, tm
 def test_a_run_without_an_evaluation_has_no_report(measured: Path, tmp_path: Path) -> None:
     with pytest.raises(RPSAError, match="no run is here"):
         report_again(tmp_path / "nowhere")
-    shutil.copy(_given(measured), measured / "given.json")
+    given = small(measured.parent / "small.yaml").model_dump(mode="json", exclude_unset=True)
+    (measured / "given.json").write_text(json.dumps(given))
     with pytest.raises(RPSAError, match="nothing is evaluated yet; original/tiny-0: no result"):
         report_again(measured)
     assert not (measured / "report").exists()
@@ -62,12 +64,3 @@ def test_a_watched_report_grows_with_the_run_and_ends_with_it(
     assert [line.split(" ", 1)[1].split(":")[0] for line in lines] == ["3 of 4 models", "4 of 4 models"]
     assert looks == [True] * 3
     assert "lora+rpsa" in (finished / "report" / "results.json").read_text()
-
-
-def _given(run: Path) -> Path:
-    """The recipe as a run records it; a copy of a part of a run has none."""
-    import json
-
-    path = run.parent / "given-of-small.json"
-    path.write_text(json.dumps(small(run.parent / "small.yaml").model_dump(mode="json", exclude_unset=True)))
-    return path

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rpsa.cli.parsing import ThoughtWords, readable_errors
+from rpsa.cli.parsing import RunFolder, ThoughtWords, readable_errors
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
 
@@ -101,7 +101,7 @@ def chat(
 
 
 def publish(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    run: RunFolder,
     cell: Annotated[
         str,
         typer.Argument(help="A model of it: METHOD/BASE/SEED, its folder below align.", show_default=False),

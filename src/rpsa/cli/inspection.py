@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rpsa.artifacts import AUDIT_FILE, read_json, reading_records
-from rpsa.cli.parsing import readable_errors
+from rpsa.cli.parsing import RunFolder, readable_errors
 from rpsa.errors import RPSAError
 
 
@@ -20,7 +20,7 @@ def schema() -> None:
         typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-def verify(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]) -> None:
+def verify(run_dir: RunFolder) -> None:
     """Check a run's files against the hashes that its stages recorded."""
     with readable_errors():
         _require_folder(run_dir)
@@ -30,7 +30,7 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", 
 
 
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    run_dir: RunFolder,
     watch: Annotated[
         bool, typer.Option("--watch", help="Again every two seconds, until it has ended.")
     ] = False,
@@ -47,7 +47,7 @@ def status(
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    run_dir: RunFolder,
     watch: Annotated[
         bool, typer.Option("--watch", help="Again whenever there is another result, until the run has ended.")
     ] = False,

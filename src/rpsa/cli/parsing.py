@@ -19,6 +19,7 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings: section.key=value ...", show_default=False)
 ]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
 KeepFinished = Annotated[
     bool, typer.Option("--keep-finished", help="Keep what other versions of code and packages have made.")
 ]

@@ -1,6 +1,6 @@
 """The hub: the repositories that a recipe reads from, and whether this machine may."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -8,16 +8,17 @@ from typing import Literal
 
 from rpsa.doctor.finding import Finding
 from rpsa.evaluation.benchmarks import BENCHMARKS
-from rpsa.evaluation.data import local_file
+from rpsa.evaluation.data import data_folder, local_file
 from rpsa.evaluation.items import expanded
 from rpsa.evaluation.judges import judge_model
+from rpsa.models import location
+from rpsa.recipe.problems import SHIPPED
 from rpsa.recipe.schema import Recipe
-from rpsa.recipe.sections import SELF_MADE
 from rpsa.rows import hub_dataset
-from rpsa.tiny import REFERENCES
 
 _GATED = ("meta-llama/", "google/", "allenai/wildguard")
 """Judges: what their names begin with."""
+_OURS = {source for sources in SHIPPED.values() for source in sources}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def repositories(recipe: Recipe) -> list[Repository]:
 
 def _models(recipe: Recipe) -> Iterator[Repository]:
     for base in recipe.bases:
-        if not base.startswith("tiny:") and not Path(base).is_dir():
+        if not Path(location(base)).is_dir():
             yield Repository(base, "model", "to align")
 
 
@@ -65,20 +66,17 @@ def _data(recipe: Recipe) -> Iterator[Repository]:
         ),
     ]
     for purpose, source in asked:
-        if source and not _is_ours(source) and (name := hub_dataset(source)):
+        if source and source not in _OURS and (name := hub_dataset(source)):
             yield Repository(name, "dataset", purpose)
 
 
-def _is_ours(source: str) -> bool:
-    return source in (SELF_MADE, "tiny", *REFERENCES) or source.startswith("tiny:")
-
-
 def _benchmarks(recipe: Recipe) -> Iterator[Repository]:
+    folder = data_folder(recipe.data_dir)
     for name in expanded([*recipe.evaluate.tasks, *((recipe.robustness and recipe.robustness.tasks) or [])]):
         if not (benchmark := BENCHMARKS.get(name)):
             continue
         for source in filter(None, (benchmark.source, benchmark.also)):
-            if not (recipe.data_dir and local_file(source, recipe.data_dir)):
+            if not (folder and local_file(source, folder)):
                 yield Repository(source.hub, "dataset", name, source.gated)
 
 
@@ -101,13 +99,12 @@ def judges_of(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, object]]]:
             yield "safety.filter", cell.safety.filter, cell.safety.filter_settings
 
 
-def access_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Whether each repository can be read: the hub is asked, or without a network the cache looked at."""
+def access_findings(recipe: Recipe, cached: Mapping[tuple[str, str], int]) -> Iterator[Finding]:
+    """Whether each repository can be read: the hub is asked, or without a network it must be `cached`."""
     wanted = repositories(recipe)
     if not wanted:
         yield Finding("Hugging Face hub", "ok", "not needed")
         return
-    cached = cached_bytes()
     for one in wanted:
         yield _access(one, (one.kind, one.name) in cached)
 

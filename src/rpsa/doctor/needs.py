@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ _SECONDS = 10.0
 
 def study_findings(recipe: Recipe) -> Iterator[Finding]:
     """What a recipe needs, and whether it is there. Loads no weights, but data, configs and tokenizers."""
-    yield from access_findings(recipe)
-    yield from plan_findings(recipe)
+    cached = cached_bytes()
+    yield from access_findings(recipe, cached)
+    yield from plan_findings(recipe, cached)
     yield from endpoint_findings(recipe)
     yield _preflight(recipe)
 
 
-def plan_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Whether memory and disk suffice, by `rpsa plan` on the GPUs that there are."""
+def plan_findings(recipe: Recipe, cached: Mapping[tuple[str, str], int]) -> Iterator[Finding]:
+    """Whether memory and disk suffice, by `rpsa plan` on the GPUs that there are, for what is not `cached`."""
     memory = gpu_memory()
     try:
         plan = make_plan(recipe, min(memory), range(1, len(memory) + 1)) if memory else make_plan(recipe)
@@ -39,7 +40,7 @@ def plan_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("Plan", "missing", str(error))
         return
     yield from _memory(recipe, plan, memory)
-    yield from _disk(recipe, plan)
+    yield from _disk(recipe, plan, cached)
 
 
 def _memory(recipe: Recipe, plan: Plan, memory: list[float]) -> Iterator[Finding]:
@@ -56,21 +57,16 @@ def _memory(recipe: Recipe, plan: Plan, memory: list[float]) -> Iterator[Finding
         yield Finding("Memory", "missing", f"{said}, of {size}; `rpsa plan` shows what takes it")
     if not lacking:
         yield Finding("Memory", "ok", f"all stages fit on {size}")
-    judges = {model: judge_parameters(model) for model in _local_judges(recipe)}
+    asked = (judge_model(name, settings) for _, name, settings in judges_of(recipe))
+    judges = {model: judge_parameters(model) for model in asked if model}
     if sum(judges.values()) * 2 > min(memory) * GIB:
         yield Finding("Memory", "missing", f"the judges {', '.join(judges)} do not fit on one GPU together")
 
 
-def _local_judges(recipe: Recipe) -> set[str]:
-    asked = (judge_model(name, settings) for _, name, settings in judges_of(recipe))
-    return {model for model in asked if model}
-
-
-def _disk(recipe: Recipe, plan: Plan) -> Iterator[Finding]:
+def _disk(recipe: Recipe, plan: Plan, cached: Mapping[tuple[str, str], int]) -> Iterator[Finding]:
     """The run's folder and the hub's cache, which may share a disk."""
     from huggingface_hub import constants
 
-    cached = cached_bytes()
     wanted: dict[int, tuple[Path, int]] = {}
     download = sum(
         max(0, one.size - cached.get(("model", one.name.removeprefix("judge ")), 0))

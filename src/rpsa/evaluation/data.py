@@ -44,10 +44,15 @@ def load_rows(source: Source, data_dir: str | None = None) -> list[Row]:
         Unreachable: there is no such file, and the dataset does not load: it says what to do.
         RPSAError: the folder is missing or holds two such files, or one that cannot be read.
     """
-    folder = data_dir or os.environ.get(DATA_DIR)
+    folder = data_folder(data_dir)
     if folder and (path := local_file(source, folder)):
         return read_rows(path)
     return _hub_rows(source, folder)
+
+
+def data_folder(data_dir: str | None) -> str | None:
+    """Where local files are looked for: `data_dir`, else $RPSA_DATA_DIR."""
+    return data_dir or os.environ.get(DATA_DIR)
 
 
 def local_file(source: Source, data_dir: str) -> Path | None:

@@ -29,7 +29,6 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
         RPSAError: `only` is not a stage, what it stands on has not been run, another process is in the run's folder,
             or some tasks have failed; the others have been done then, and the report shows what is missing.
     """
-    from rpsa.pipeline.watching import report
     from rpsa.provenance import STAGES
     from rpsa.recipe.problems import did_you_mean
 
@@ -39,7 +38,11 @@ def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False)
     prepare(recipe, stages)
     with _alone_in(recipe):
         work = do_stages(recipe, stages, keep_finished)
-        missing = report(recipe, work.without_result) if "report" in stages else {}
+        missing = {}
+        if "report" in stages:
+            from rpsa.pipeline.watching import report
+
+            missing = report(recipe, work.without_result)
     if work.failed:
         raise RPSAError(_summary(work.failed))
     if missing:

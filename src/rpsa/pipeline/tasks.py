@@ -8,7 +8,6 @@ is the result's identity, and size and hash of every file.
 """
 
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 from rpsa.artifacts import atomic_write, files_below, sha256_of, stable_json
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TaskOptions
-from rpsa.evaluation.data import DATA_DIR
+from rpsa.evaluation.data import data_folder
 from rpsa.evaluation.items import local_benchmarks
 from rpsa.progress import Progress
 from rpsa.provenance import MADE_BY, TIMING, Stage, sources, versions
@@ -295,7 +294,7 @@ def tasks_identity(tasks: Iterable[str], data_dir: str | None) -> list[Any]:
     Without a `data_dir`, files are looked for in $RPSA_DATA_DIR.
     """
     tasks = list(tasks)
-    folder = data_dir or os.environ.get(DATA_DIR)
+    folder = data_folder(data_dir)
     files = local_benchmarks(tasks, folder) if folder else {}
     return [
         *(source_identity(source, "task") for source in tasks),

@@ -74,11 +74,11 @@ def watch_report(folder: Path) -> None:
     Raises:
         RPSAError: there is no run in it.
     """
+    recipe = recipe_of_run(folder)
     seen: dict[str, Any] | None = None
     while True:
         began = time.monotonic()
         is_running = run_status(folder).is_running
-        recipe = recipe_of_run(folder)
         inputs = report_inputs(recipe)
         if inputs != seen:
             seen = inputs

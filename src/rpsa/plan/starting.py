@@ -53,20 +53,26 @@ def write_start(start: Start, out: Path) -> str:
     """
     if out.exists():
         raise RPSAError(f"{out}: exists already; give another --out, or remove it")
+    amounts = _amounts(start)
     if start.gpu_memory is None:
         text = _text(
-            start, "lora", LENGTHS[-1], out, "Without a GPU: for models of up to about a billion weights."
+            start,
+            amounts,
+            "lora",
+            LENGTHS[-1],
+            out,
+            "Without a GPU: for models of up to about a billion weights.",
         )
         check_configs(_recipe(text))
         atomic_write(out, text)
         return "LoRA, on the CPU"
     needed = 0.0
     for paradigm, length in product(_SAYS, LENGTHS):
-        plan = _planned(_text(start, paradigm, length, out, ""), start)
+        plan = _planned(_text(start, amounts, paradigm, length, out, ""), start)
         needed, room = _most(plan), f"{start.gpus} × {start.gpu_memory:g} GiB"
         if _fits(plan):
             fit = f"Memory (rpsa plan): at most {needed:.0f} GiB of each GPU, of {room}."
-            atomic_write(out, _text(start, paradigm, length, out, fit))
+            atomic_write(out, _text(start, amounts, paradigm, length, out, fit))
             return f"{_SAYS[paradigm]}; thoughts of {length:,} tokens; at most {needed:.0f} GiB on {room}"
     raise RPSAError(
         f"{start.model} does not fit on {start.gpus} × {start.gpu_memory:g} GiB: LoRA on thoughts of {LENGTHS[-1]:,} "
@@ -96,12 +102,12 @@ def _rows_here(source: str | None, otherwise: int) -> int:
     return len(read_rows(source)) if source and Path(source).is_file() else otherwise
 
 
-def _text(start: Start, paradigm: Paradigm, length: int, out: Path, fit: str) -> str:
+def _text(start: Start, amounts: _Amounts, paradigm: Paradigm, length: int, out: Path, fit: str) -> str:
     return render(
         "rpsa.plan",
         "recipe.yaml",
         **asdict(start),
-        **asdict(_amounts(start)),
+        **asdict(amounts),
         says=_SAYS[paradigm],
         fit=fit,
         file=out.name,
