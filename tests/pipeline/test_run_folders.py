@@ -555,7 +555,7 @@ _FREE = {
     "report/console",
     *(
         f"pipeline/{name}"
-        for name in ("__init__", "launch", "live", "preflight", "runner", "tasks", "tracking")
+        for name in ("__init__", "launch", "live", "preflight", "runner", "tasks", "tracking", "watching")
     ),
 }
 """What has no say in a result: what it decides is among a stage's inputs, or only when it is made."""
@@ -606,7 +606,7 @@ def test_every_line_that_runs_in_a_stage_is_among_its_sources(
         rooms = {room.removeprefix("-") for room in MADE_BY[stage].rooms} | _FREE
         if stage == "report":  # here the whole command is seen, which asks what the inputs of each stage are
             rooms |= {"models", "sharding", "tiny", "pipeline/stages", "pipeline/groundwork"}
-            rooms |= {"evaluation/robustness", "evaluation/items"}
+            rooms |= {"evaluation/robustness", "evaluation/items", "evaluation/data"}
         if stage == "align":
             # whether evaluation prompts, and how many refusals, are among the examples is noted, and trains nothing
             rooms |= {"evaluation/items", "evaluation/refusals", "answers"}
