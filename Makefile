@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-integration test-slow bench numbers lint format docs clean
+RUN := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: install demo test test-integration test-slow bench gpu numbers lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +34,10 @@ test-slow: install
 
 bench: install
 	$(BIN)/python benchmarks/bench.py --write
+
+# on the machine with the GPU, which may have no network: nothing is installed
+gpu:
+	$(RUN) benchmarks/gpu.py $(GPU)
 
 numbers: install
 	$(BIN)/python benchmarks/docs_numbers.py demo

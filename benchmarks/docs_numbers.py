@@ -5,6 +5,7 @@
     python benchmarks/docs_numbers.py bench RUN_DIR        the leaderboard of a finished `rpsa bench`
     python benchmarks/docs_numbers.py smollm2 RUN_DIR      tables of a finished bench of recipes/smollm2-135m
     python benchmarks/docs_numbers.py robustness RUN_DIR   the tables of a finished recipes/tiny/robustness.yaml
+    python benchmarks/docs_numbers.py gpu                  what `make gpu` found, from gpu.json
     python benchmarks/docs_numbers.py write                texts from plans.json alone
 
 `plans` keeps its results in `plans.json` beside this file. It needs no network: the models' configs are below. `demo`
@@ -33,6 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PLANS = Path(__file__).with_name("plans.json")
+GPU = Path(__file__).with_name("gpu.json")
 MEMORY = "# Memory (rpsa plan): "
 
 _COMMON = {"tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 131072}
@@ -345,6 +347,16 @@ def page_of_run(name: str, table: Path, drawn: Path, image: str) -> dict[Path, s
     return {page: with_block(page, name, f"{of_figure(figure)}\n{table.read_text().strip()}")}
 
 
+def gpu() -> dict[Path, str]:
+    """The page that shows what `make gpu` found, or that it has not run."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from gpu import page
+
+    found = json.loads(GPU.read_text()) if GPU.exists() else {}
+    path = ROOT / "docs" / "benchmarks.md"
+    return {path: with_block(path, "gpu", page(found))}
+
+
 # The study of SmolLM2
 
 
@@ -479,7 +491,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "smollm2", "write"])
+    parser.add_argument("what", choices=["plans", "demo", "bench", "robustness", "smollm2", "gpu", "write"])
     parser.add_argument(
         "names",
         nargs="*",
@@ -490,6 +502,8 @@ def main() -> None:
         written = demo(Path(*(arguments.names or [ROOT / "runs" / "tiny-demo"])).absolute())
     elif arguments.what == "bench":
         written = bench(Path(*(arguments.names or [ROOT / "runs" / "tiny-bench"])).absolute())
+    elif arguments.what == "gpu":
+        written = gpu()
     elif arguments.what == "smollm2":
         written = smollm2(Path(*(arguments.names or [ROOT / "runs" / "smollm2-study"])).absolute())
     elif arguments.what == "robustness":

@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_8b.py lora                                            # one card of 80 GB
     python benchmarks/gpu_8b.py fft --weights bfloat16                          # one card of 141 GB
+    python benchmarks/gpu_8b.py fft --weights bfloat16 --methods plain compact  # one card of 80 GB
     torchrun --nproc-per-node 4 benchmarks/gpu_8b.py fft                        # FSDP2
     python benchmarks/gpu_8b.py lora --shape 1b --steps 2 --length 64 --batch 1  # a CPU
 
 Random weights and tokens; activations in bf16 (autocast), checkpointed. Under LoRA the frozen base is bf16 and the
 adapter fp32; in full fine-tuning the weights are fp32 unless `--weights` says otherwise. On a CPU all is fp32: without
-bf16 units of its own it multiplies bf16 matrices hundreds of times slower. The plain run comes first.
+bf16 units of its own it multiplies bf16 matrices hundreds of times slower. The loss is TRL's, without logits, as in the
+trainer. `--json FILE` keeps the figures, also where a later method does not fit. `make gpu` runs this.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import os
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +26,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
-from rpsa import ConflictRatio, FisherConfig, FisherDiagonal, Freezer, estimate_fisher
+from rpsa import ConflictRatio, ConstantRatio, FisherConfig, FisherDiagonal, Freezer, estimate_fisher
+from rpsa.fisher.log_probs import label_log_probs
 from rpsa.freezing.audit import Audit
+from rpsa.freezing.compact import CompactFreezer
 from rpsa.parameters import trainable_parameters
 from rpsa.sharding import rank, world_size
 
+METHODS = ("plain", "rpsa", "compact")
+RATIO = 0.6
+"""k of compact training."""
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
 LLAMA_3 = {
     "vocab_size": 128256,
     "num_attention_heads": 32,
@@ -63,22 +73,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(shape: str, layers: int | None = None) -> LlamaConfig:
+    return LlamaConfig(**LLAMA_3 | SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}))
+
+
+def weights_dtype(arguments: argparse.Namespace, device: torch.device) -> str:
+    is_lora = arguments.paradigm == "lora"
+    return "bfloat16" if is_lora and device.type == "cuda" else arguments.weights
+
+
 def build(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     is_lora = arguments.paradigm == "lora"
-    dtype = getattr(torch, arguments.weights)
-    if is_lora and device.type == "cuda":
-        dtype = torch.bfloat16
-    shape = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    config, dtype = config_of(arguments.shape, arguments.layers), weights_dtype(arguments, device)
     with torch.device(device):
-        model: Any = LlamaForCausalLM._from_config(LlamaConfig(**LLAMA_3 | shape), dtype=dtype)
+        model: Any = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if is_lora:
         from peft import LoraConfig, get_peft_model
 
-        targets = ["gate_proj", "up_proj", "down_proj"]
         model.enable_input_require_grads()
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets))
+        model = get_peft_model(model, LoraConfig(**LORA))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -103,9 +119,18 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def backward(model: nn.Module, ids: torch.Tensor) -> None:
+    """The step of TRL's trainer: log-probabilities of the labels, tile by tile."""
     with autocast(ids.device):
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+    output.loss.backward()
+
+
+def reasoning_backward(model: nn.Module, ids: torch.Tensor) -> None:
+    """g_R, as `rpsa.training.reasoning` takes it."""
+    with autocast(ids.device):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    rows = torch.arange(ids.numel(), device=ids.device).view_as(ids)[:, :-1].flatten()
+    label_log_probs(logits.flatten(0, 1), rows, ids[:, 1:].flatten()).mean().neg().backward()
 
 
 def measured_fisher(model: nn.Module, arguments: argparse.Namespace) -> FisherDiagonal:
@@ -117,23 +142,29 @@ def measured_fisher(model: nn.Module, arguments: argparse.Namespace) -> FisherDi
     ]
     with autocast(next(model.parameters()).device):
         fisher = estimate_fisher(model, batches, FisherConfig(probes=1, progress=False))
-    # one more copy as large as the gradients: bf16 halves it and orders as well
-    return FisherDiagonal({name: fisher.scores.pop(name).bfloat16() for name in list(fisher)})
+    # on the host, as one that was loaded; bf16 halves it and orders as well
+    scores = {name: fisher.scores.pop(name).bfloat16() for name in list(fisher)}
+    if world_size() == 1:
+        scores = {name: scores.pop(name).cpu() for name in list(scores)}
+    return FisherDiagonal(scores)
 
 
 def run(
-    model: nn.Module, arguments: argparse.Namespace, device: torch.device, *, freezes: bool
+    model: nn.Module, arguments: argparse.Namespace, device: torch.device, method: str
 ) -> dict[str, float]:
     parameters = trainable_parameters(model)
     result: dict[str, float] = {}
     freezer = audit = None
     _reset_peak(device)
-    if freezes:
+    if method != "plain":
         started = time.perf_counter()
         fisher = measured_fisher(model, arguments)
         result["fisher seconds a sample"] = (time.perf_counter() - started) / 4
         result["fisher peak GiB"] = _peak(device)
-        freezer = Freezer(model, fisher, ConflictRatio(window=1, every=arguments.every))
+        if method == "compact":
+            freezer = CompactFreezer(model, fisher, ConstantRatio(RATIO))
+        else:
+            freezer = Freezer(model, fisher, ConflictRatio(window=1, every=arguments.every))
         del fisher
         _reset_peak(device)
     kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -148,7 +179,7 @@ def run(
             _synchronise(device)
             started = time.perf_counter()
         if freezer is not None and freezer.reference_due:
-            backward(model, tokens(arguments, device, seed=1))
+            reasoning_backward(model, tokens(arguments, device, seed=1))
             freezer.capture_reference()
         backward(model, tokens(arguments, device, seed=step + 2))
         if freezer is not None and audit is not None:
@@ -156,7 +187,11 @@ def run(
             freezer.mask_gradients()
             if is_measuring:
                 audit.next_interval()
-        clip_grad_norm_(parameters.values(), 1.0)
+        if method == "compact":
+            assert freezer is not None
+            freezer.clip_grad_norm_(1.0)
+        else:
+            clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     _synchronise(device)
@@ -196,6 +231,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paradigm", choices=["lora", "fft"])
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=["plain", "rpsa"])
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
@@ -204,24 +240,29 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: what there is")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if arguments.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     model = build(arguments, device)
-    plain = run(model, arguments, device, freezes=False)
-    rpsa = run(model, arguments, device, freezes=True)
+    results: dict[str, dict[str, float]] = {}
+    for method in arguments.methods:
+        results[method] = run(model, arguments, device, method)
+        if rank() == 0 and arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1))
     if rank() == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         print(f"{count:,} parameters on {world_size()} x {name}, {vars(arguments)}")
-        print(json.dumps({"plain": plain, "rpsa": rpsa}, indent=1))
-        print(
-            f"RPSA keeps {100 * rpsa['tokens a second'] / plain['tokens a second']:.1f}% of the tokens a second"
-        )
+        print(json.dumps(results, indent=1))
+        for method in results if "plain" in results else ():
+            share = results[method]["tokens a second"] / results["plain"]["tokens a second"]
+            print(f"{method} has {100 * share:.1f}% of the plain run's tokens a second")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rpsa"]
+# ///
 """RPSA in a plain PyTorch loop on several GPUs: FSDP2's `fully_shard`, gradient accumulation, and a checkpoint.
 
     torchrun --nproc-per-node 2 examples/fsdp2_loop.py [FOLDER]

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rpsa"]
+# ///
 """How sure one may be of the paper's Table 1, from the percentages that it prints; a second on a laptop.
 
     python examples/paper_table1.py

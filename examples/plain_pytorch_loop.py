@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rpsa"]
+# ///
 """RPSA in a plain PyTorch loop, on a tiny reasoning model that comes with the package; a minute on a laptop's CPU.
 
     python examples/plain_pytorch_loop.py

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rpsa"]
+# ///
 """RPSA in a TRL script, on a tiny reasoning model that comes with the package; half a minute on a laptop's CPU.
 
     python examples/trl_script.py [OUTPUT_DIR]

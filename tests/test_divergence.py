@@ -5,8 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.devices import DEVICE
 from rpsa import divergence
 from rpsa.divergence import OriginalLogits, forward_kl, squared_distance
+
+pytestmark = pytest.mark.gpu
 
 ROWS, VOCABULARY = 7, 11
 
@@ -17,7 +20,7 @@ def _case(seed: int, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor, to
         torch.randn(ROWS, VOCABULARY, generator=generator, dtype=torch.float64) * scale for _ in range(2)
     )
     rows = torch.randperm(ROWS, generator=generator)[:4]
-    return before, after, rows
+    return before.to(DEVICE), after.to(DEVICE), rows.to(DEVICE)
 
 
 def _reference_kl(before: torch.Tensor, after: torch.Tensor, top: int | None) -> torch.Tensor:
@@ -27,7 +30,7 @@ def _reference_kl(before: torch.Tensor, after: torch.Tensor, top: int | None) ->
         p, q = p_logits.softmax(0), q_logits.softmax(0)
         kept = p_logits.topk(top or len(p)).indices
         parts = (p[kept] * (p[kept] / q[kept]).log()).sum()
-        others = torch.ones(len(p), dtype=torch.bool).index_fill(0, kept, False)
+        others = torch.ones_like(p, dtype=torch.bool).index_fill(0, kept, False)
         if others.any():
             parts = parts + p[others].sum() * (p[others].sum() / q[others].sum()).log()
         divergences.append(parts)

@@ -1,14 +1,14 @@
 """Safety data, D_S: published formats as examples with a thought; mixed, held out, tokenised, compared.
 
 Formats: DirectRefusal (a refusal, which gets one constant thought), SafeChain and STAR-1 (chains of thought with
-safe answers), and plain prompt/response or chat records.
+safe answers), and plain prompt/response or chat records. For DPO pairs: a chosen and a rejected response.
 """
 
 import logging
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Contamination",
+    "Preference",
     "SafetyExample",
     "SafetyFormat",
     "TokenCounts",
     "contamination",
     "hold_out",
     "load_benign_data",
+    "load_preferences",
     "load_safety_data",
     "mix_benign",
+    "tokenize_preferences",
     "tokenize_safety_data",
     "without_thoughts",
 ]
@@ -48,6 +51,15 @@ class SafetyExample:
     prompt: str
     response: str
 
+
+@dataclass(frozen=True)
+class Preference(SafetyExample):
+    """A pair: `response` is the chosen one, `rejected` the other, written like it."""
+
+    rejected: str
+
+
+OneExample = TypeVar("OneExample", bound=SafetyExample)
 
 _PROMPT_FIELDS: dict[str, tuple[str, ...]] = {
     "direct_refusal": ("instruction", "prompt", "question"),
@@ -88,13 +100,18 @@ def format_of(row: Row) -> SafetyFormat:
     expected = "; ".join(
         f"{name}: " + " + ".join("/".join(group) for group in groups) for name, groups in _SIGNATURES
     )
-    raise RPSAError(f"{row.where} has the fields {', '.join(map(str, row.fields))}: expected {expected}")
+    hint = (
+        "; pairs of chosen and rejected are for DPO (train.trainer: dpo)" if "rejected" in row.fields else ""
+    )
+    raise RPSAError(
+        f"{row.where} has the fields {', '.join(map(str, row.fields))}: expected {expected}{hint}"
+    )
 
 
 def as_example(row: Row, format: str, thought: ThoughtFormat = THINK) -> SafetyExample:
     """Raises RPSAError, naming the row, if it lacks a field, or a thought that the model of this format needs."""
     if format == "messages":
-        prompt, response = _first_exchange(row)
+        prompt, response = _first_exchange(row, row.fields.get("messages"))
     else:
         prompt = text_field(row, _PROMPT_FIELDS[format])
         response = text_field(row, _RESPONSE_FIELDS[format])
@@ -113,15 +130,46 @@ def as_example(row: Row, format: str, thought: ThoughtFormat = THINK) -> SafetyE
     return SafetyExample(prompt, response)
 
 
+def as_preference(row: Row, thought: ThoughtFormat = THINK) -> Preference:
+    """A row with `prompt`, `chosen` and `rejected`, as texts or as TRL's chats of one exchange.
+
+    Raises RPSAError, naming the row, if it lacks a field, or a thought that the model of this format needs, or if both
+    responses are the same.
+    """
+    chats = [chat for side in ("chosen", "rejected") if isinstance(chat := row.fields.get(side), list)]
+    asked = row.fields.get("prompt") or (chats[0][:-1] if chats else None)
+    if isinstance(asked, list):
+        prompt, _ = _first_exchange(row, [*asked, {"role": "assistant", "content": ""}])
+    else:
+        prompt = text_field(row, _PROMPT_FIELDS["prompt_response"])
+    if not prompt.strip():
+        raise RPSAError(f"{row.where} has an empty prompt")
+    said = {}
+    for side in ("chosen", "rejected"):
+        chat = row.fields.get(side)
+        if isinstance(chat, list):
+            _, said[side] = _first_exchange(row, [{"role": "user", "content": prompt}, *chat[-1:]])
+            if len(chat) > 1 and _first_exchange(row, chat)[0] != prompt:
+                raise RPSAError(f"{row.where}: {side} answers another prompt")
+        else:
+            said[side] = text_field(row, (side,))
+        try:
+            split_response(said[side], thought)
+        except RPSAError as error:
+            raise RPSAError(f"{row.where}: {side}: {error}") from None
+    if said["chosen"] == said["rejected"]:
+        raise RPSAError(f"{row.where}: chosen and rejected are the same")
+    return Preference(prompt, said["chosen"], said["rejected"])
+
+
 def _without_question(refusal: str) -> str:
     """TianshengHuang/DirectRefusal writes the refusal as `Question: <prompt>\\nAnswer: <refusal>`."""
     question, answer, rest = refusal.partition("\nAnswer:")
     return rest.lstrip() if answer and question.startswith("Question:") else refusal
 
 
-def _first_exchange(row: Row) -> tuple[str, str]:
+def _first_exchange(row: Row, messages: Any) -> tuple[str, str]:
     """The user's and the assistant's text of a chat of exactly these two turns."""
-    messages: Any = row.fields.get("messages")
     try:
         roles = [message["role"] for message in messages]
         contents = [str(message["content"]) for message in messages]
@@ -197,6 +245,16 @@ def load_safety_data(
     return _load(source, format, n, seed, thought, benign=False)
 
 
+def load_preferences(
+    source: str | Path, n: int | None = None, seed: int = 42, thought: ThoughtFormat = THINK
+) -> list[Preference]:
+    """Pairs for DPO, drawn as `load_safety_data` draws examples, from rows with `prompt`, `chosen` and `rejected`.
+
+    Raises RPSAError as `as_preference` and `load_safety_data` do.
+    """
+    return _drawn(source, [as_preference(row, thought) for row in read_rows(source)], n, seed)
+
+
 def load_benign_data(
     source: str | Path, n: int | None = None, seed: int = 42, thought: ThoughtFormat = THINK
 ) -> list[SafetyExample]:
@@ -208,8 +266,8 @@ def load_benign_data(
 
 
 def mix_benign(
-    examples: Sequence[SafetyExample], benign: Sequence[SafetyExample], share: float, seed: int = 42
-) -> list[SafetyExample]:
+    examples: Sequence[OneExample], benign: Sequence[OneExample], share: float, seed: int = 42
+) -> list[OneExample]:
     """All `examples` and as many of `benign` as make up `share` of the whole, shuffled together.
 
     Raises RPSAError if `share` is not in [0, 1) or there are too few benign examples.
@@ -225,7 +283,7 @@ def mix_benign(
     return mixed
 
 
-def without_thoughts(examples: Sequence[SafetyExample]) -> list[SafetyExample]:
+def without_thoughts(examples: Sequence[OneExample]) -> list[OneExample]:
     """The examples for a model without thoughts: theirs are left out, which is said."""
     split = [split_response(example.response, NO_THOUGHT) for example in examples]
     if left_out := sum(bool(thought.strip()) for thought, _ in split):
@@ -233,12 +291,7 @@ def without_thoughts(examples: Sequence[SafetyExample]) -> list[SafetyExample]:
             "the model has no thoughts: those of %d of %d safety examples are left out; see model.thought",
             left_out, len(examples),
         )  # fmt: skip
-    return [
-        SafetyExample(example.prompt, answer) for example, (_, answer) in zip(examples, split, strict=True)
-    ]
-
-
-OneExample = TypeVar("OneExample", bound=SafetyExample)
+    return [replace(example, response=answer) for example, (_, answer) in zip(examples, split, strict=True)]
 
 
 def hold_out(
@@ -276,14 +329,47 @@ def tokenize_safety_data(
     thought = thought or read_thought(tokenizer)
     if not thought.has_thoughts:
         examples = without_thoughts(examples)
-    rendered = list(_rendered(examples, tokenizer, max_length, thought))
-    kept = [example for example in rendered if example.labels[-1] != IGNORED_LABEL]
+    rendered = _rendered([[one] for one in examples], tokenizer, max_length, thought)
+    kept, counts = _with_labels(list(rendered), max_length)
+    columns = {"input_ids": [e.input_ids for [e] in kept], "labels": [e.labels for [e] in kept]}
+    return Dataset.from_dict(columns), counts
+
+
+def tokenize_preferences(
+    examples: Sequence[Preference],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    thought: ThoughtFormat | None = None,
+) -> tuple["Dataset", TokenCounts]:
+    """Pairs as TRL's DPO trainer has them, with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`, and counts.
+
+    `max_length` and `thought` are as for `tokenize_safety_data`; the counts of tokens are over both responses.
+    """
+    from datasets import Dataset
+
+    pairs = [[one, SafetyExample(one.prompt, one.rejected)] for one in examples]
+    rendered = _rendered(pairs, tokenizer, max_length, thought or read_thought(tokenizer))
+    kept, counts = _with_labels(list(rendered), max_length)
+    columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for chosen, rejected in kept:
+        start = chosen.labels.count(IGNORED_LABEL)
+        columns["prompt_ids"].append(chosen.input_ids[:start])
+        columns["chosen_ids"].append(chosen.input_ids[start:])
+        columns["rejected_ids"].append(rejected.input_ids[start:])
+    return Dataset.from_dict(columns), counts
+
+
+def _with_labels(
+    rendered: list[list[Example]], max_length: int | None
+) -> tuple[list[list[Example]], TokenCounts]:
+    """Of examples, each in one rendering or two, those whose prompt leaves room for a response."""
+    kept = [one for one in rendered if all(e.labels[-1] != IGNORED_LABEL for e in one)]
     counts = TokenCounts(
         examples=len(kept),
-        truncated=sum(example.truncated for example in kept),
+        truncated=sum(any(e.truncated for e in one) for one in kept),
         dropped=len(rendered) - len(kept),
-        tokens=sum(len(example.input_ids) for example in kept),
-        response_tokens=sum(label != IGNORED_LABEL for example in kept for label in example.labels),
+        tokens=sum(len(e.input_ids) for one in kept for e in one),
+        response_tokens=sum(label != IGNORED_LABEL for one in kept for e in one for label in e.labels),
     )
     if not kept:
         raise RPSAError(f"max_length {max_length} leaves nothing of {len(rendered)} examples: raise it")
@@ -292,8 +378,7 @@ def tokenize_safety_data(
             "max_length %s truncates %d of %d safety examples and drops %d whose prompt alone fills it",
             max_length, counts.truncated, len(rendered), counts.dropped,
         )  # fmt: skip
-    columns = {"input_ids": [e.input_ids for e in kept], "labels": [e.labels for e in kept]}
-    return Dataset.from_dict(columns), counts
+    return kept, counts
 
 
 def contamination(
@@ -330,7 +415,10 @@ def _load(
     chosen = format_of(rows[0]) if format == "auto" else known_format(format)
     if benign and chosen == "direct_refusal":
         chosen = "prompt_response"
-    examples = [as_example(row, chosen, thought) for row in rows]
+    return _drawn(source, [as_example(row, chosen, thought) for row in rows], n, seed)
+
+
+def _drawn(source: str | Path, examples: list[OneExample], n: int | None, seed: int) -> list[OneExample]:
     random.Random(seed).shuffle(examples)
     if n is not None and not 1 <= n <= len(examples):
         raise RPSAError(f"{source} has {len(examples)} examples: ask for 1 to {len(examples)}, not {n}")
@@ -338,14 +426,15 @@ def _load(
 
 
 def _rendered(
-    examples: Sequence[SafetyExample],
+    examples: Sequence[Sequence[SafetyExample]],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None,
     thought: ThoughtFormat,
-) -> Iterator[Example]:
-    for number, example in enumerate(examples):
+) -> Iterator[list[Example]]:
+    """Each with all of its responses."""
+    for number, responses in enumerate(examples):
         try:
-            yield render_example(tokenizer, example.prompt, example.response, max_length, thought)
+            yield [render_example(tokenizer, e.prompt, e.response, max_length, thought) for e in responses]
         except RPSAError as error:
             raise RPSAError(f"safety example {number}: {error}") from error
 

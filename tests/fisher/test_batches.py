@@ -1,6 +1,7 @@
 """How a batch's squares are formed: each short cut against its slow and obvious form."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from helpers.devices import DEVICE
 from helpers.fisher_models import ragged_batch, relative_error, rows_of, tiny_model, with_lora
 from helpers.waits import Waits
 from rpsa.errors import RPSAError
 from rpsa.fisher import hooked
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import Estimation, FisherConfig, estimate_fisher
-from rpsa.fisher.log_probs import evaluation_mode
+from rpsa.fisher.log_probs import evaluation_mode, is_low_precision
 from rpsa.fisher.overlap import sampled_elements
 from rpsa.fisher.probes import signed_probes
 from rpsa.fisher.samples import read_samples
@@ -22,6 +24,8 @@ from rpsa.fisher.squares import SquaredGradients
 from rpsa.parameters import trainable_parameters
 from rpsa.pipeline.groundwork import _fisher_settings
 from rpsa.recipe.sections import Fisher
+
+pytestmark = pytest.mark.gpu
 
 BATCH = ragged_batch([(3, 7), (2, 4), (5, 1), (1, 9)])
 
@@ -40,7 +44,8 @@ def test_a_batch_waits_for_the_device_once(kind: str, probes: int, monkeypatch: 
     settings = FisherConfig(probes=probes, progress=False)
     estimation = Estimation(model, trainable_parameters(model), [samples], settings)
     with evaluation_mode(model), Waits() as forward:
-        model(input_ids=samples.input_ids, attention_mask=samples.attention_mask, use_cache=False)
+        ids, mask = samples.input_ids.to(DEVICE), samples.attention_mask.to(DEVICE)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     with evaluation_mode(model):
         estimation._choose_path()
         batch = estimation._batch(samples.select([0, 2, 1, 3]))
@@ -54,7 +59,7 @@ def test_a_batch_waits_for_the_device_once(kind: str, probes: int, monkeypatch: 
 def test_an_embeddings_gradients_by_token(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, delta = torch.randint(0, 4, shape), torch.randn(*shape, 6)
-    tokens, gradients = hooked._gradients_by_token(x, delta)
+    tokens, gradients = (part.cpu() for part in hooked._gradients_by_token(x.to(DEVICE), delta.to(DEVICE)))
     expected = torch.zeros(7, 6)
     for row, its_delta in zip(x, delta, strict=True):
         gradient = torch.zeros(7, 6)
@@ -119,8 +124,9 @@ def test_a_norms_gradients_for_each_row(norm: nn.Module, shape: tuple[int, ...])
     torch.manual_seed(0)
     for parameter in norm.parameters():
         nn.init.normal_(parameter, mean=1.0)
+    norm.to(DEVICE)
     names = [name for name, _ in norm.named_parameters()]
-    x, delta = torch.randn(shape), torch.randn(shape)
+    x, delta = torch.randn(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
     found = hooked._gradients_by_row(norm, names, x, delta)
     for row in range(len(x)):
         expected = torch.autograd.grad(norm(x[row : row + 1]), list(norm.parameters()), delta[row : row + 1])
@@ -195,7 +201,7 @@ def test_sums_beyond_float32_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bf16_is_autocast_with_float32_sums(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(kind)
     expected = estimate(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         by_autocast = estimate(model)
     with caplog.at_level(logging.INFO, logger="rpsa"):
         found = estimate(model, precision="bf16")
@@ -215,6 +221,33 @@ def test_the_overlap_with_fp32_leaves_nothing_in_the_sums() -> None:
     both = [estimate(model, rows_of(BATCH, rows), precision="bf16").scores for rows in ([0, 1], [2, 3])]
     mean = {name: (both[0][name] + both[1][name]) / 2 for name in both[0]}
     assert relative_error(estimate(model, precision="bf16").scores, mean) < 0.01
+
+
+@pytest.fixture
+def ways() -> Iterator[list[Any]]:
+    """Of torch to say how float32 matrices are multiplied."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch < 2.9 has one way")
+    every = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [way.fp32_precision for way in every]
+    yield every
+    for way, precision in zip(every, before, strict=True):
+        way.fp32_precision = precision
+
+
+@pytest.mark.parametrize("said", ["tf32", "ieee"])
+def test_a_trainers_tf32_is_no_obstacle_and_stays(said: str, ways: list[Any]) -> None:
+    """transformers says it in the new way, after which torch refuses to be asked in the old one."""
+    for way, precision in zip(ways, [said, "none", "none"], strict=True):
+        way.fp32_precision = precision
+    model = tiny_model("llama")
+    assert is_low_precision(model, torch.device("cuda")) == (said == "tf32")
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    estimate(model)
+    assert set(seen) == {"highest"}
+    assert {way.fp32_precision for way in ways} == {said}
+    assert is_low_precision(model, torch.device("cuda")) == (said == "tf32")
 
 
 def test_tf32_needs_cuda() -> None:

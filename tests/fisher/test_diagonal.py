@@ -22,6 +22,8 @@ from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConstantRatio
 from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
 
+pytestmark = pytest.mark.gpu
+
 
 def linear_fisher(model: nn.Module) -> FisherDiagonal:
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +175,7 @@ def test_training_that_leaves_nothing_alike_but_what_is_frozen() -> None:
     before = starting_weights(model)
     with torch.no_grad():
         for name, parameter in freezer.parameters.items():
-            other = torch.randn(parameter.shape)
+            other = torch.randn_like(parameter)
             parameter.copy_(torch.where(freezer.frozen(name), before[name], other))
     Freezer(model, fisher, ConstantRatio(0.5))
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.devices import DEVICE
 from helpers.fisher_models import exact_fisher, ragged_batch, relative_error, tiny_model, with_lora
 from rpsa.fisher import estimators
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.fisher.hooked import NotHookable
 from rpsa.fisher.log_probs import evaluation_mode
+
+pytestmark = pytest.mark.gpu
 
 BATCHES = [ragged_batch([(3, 7), (2, 4), (5, 1)]), ragged_batch([(1, 9), (4, 4)], seed=1)]
 
@@ -72,6 +75,7 @@ class Toy(nn.Module):
         self.embedding = nn.Embedding(23, width) if embedding is None else embedding
         self.pieces = nn.ModuleList(pieces)
         self.head = nn.Linear(width, 23)
+        self.to(DEVICE)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SimpleNamespace:
         x = self.embedding(input_ids)
@@ -124,7 +128,7 @@ def perturbed(module: nn.Module) -> nn.Module:
 def test_norms_under_autocast(norm: nn.Module) -> None:
     model = Toy(nn.Sequential(nn.Linear(6, 6), perturbed(norm), nn.Linear(6, 6)))
     expected = estimate(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         found = estimate(model)
     assert found.manifest["estimation"]["path"] == "hooked"
     assert 1e-6 < relative_error(found.scores, expected.scores) < 0.05
@@ -321,7 +325,7 @@ def test_dropout_in_a_checkpointed_layer_itself_is_off() -> None:
         dropout=0.9,
         layerdrop=0.9,
     )
-    model = OPTForCausalLM(config).eval()
+    model = OPTForCausalLM(config).eval().to(DEVICE)
     inputs = {key: BATCHES[0][key] for key in ("input_ids", "attention_mask")}
     expected = model(**inputs, use_cache=False).logits
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.devices import DEVICE
 from helpers.examples import examples
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.quantile import Ranking, order_statistic, threshold_rank
+
+pytestmark = pytest.mark.gpu
 
 RATIOS = [0.0, 0.01, 0.1, 0.3, 0.5, 0.6, 0.7, 0.9, 0.99, 1.0]
 
@@ -45,7 +48,7 @@ def score_tensors(draw: st.DrawFn) -> list[torch.Tensor]:
 @examples(150)
 @given(score_tensors(), st.sampled_from(RATIOS))
 def test_threshold_is_kthvalue(tensors: list[torch.Tensor], k: float) -> None:
-    fisher = FisherDiagonal({str(i): t for i, t in enumerate(tensors)})
+    fisher = FisherDiagonal({str(i): t.to(DEVICE) for i, t in enumerate(tensors)})
     assert fisher.threshold(k) == kth_threshold(tensors, repr(k))
 
 
@@ -53,7 +56,7 @@ def test_threshold_is_kthvalue(tensors: list[torch.Tensor], k: float) -> None:
 @given(score_tensors(), st.sampled_from(RATIOS))
 def test_bf16_scores_have_an_exact_threshold_too(tensors: list[torch.Tensor], k: float) -> None:
     halves = [t.bfloat16() for t in tensors]
-    fisher = FisherDiagonal({str(i): t for i, t in enumerate(halves)})
+    fisher = FisherDiagonal({str(i): t.to(DEVICE) for i, t in enumerate(halves)})
     if fisher.nonzero:
         assert fisher.threshold(k) == kth_threshold(halves, repr(k))
 
@@ -75,13 +78,13 @@ def test_extreme_ratios_freeze_nothing_and_all_but_the_minimum() -> None:
 
 def test_a_million_values_match_a_sort() -> None:
     values = torch.randn(1_000_003, generator=torch.Generator().manual_seed(1)).exp()
-    assert order_statistic([values], 600_000) == values.sort().values[599_999].item()
+    assert order_statistic([values.to(DEVICE)], 600_000) == values.sort().values[599_999].item()
 
 
 @examples(50)
 @given(score_tensors(), st.sampled_from(RATIOS), st.booleans())
 def test_histograms_on_a_device_find_the_same(tensors: list[torch.Tensor], k: float, half: bool) -> None:
-    tensors = [t.bfloat16() if half else t for t in tensors]
+    tensors = [(t.bfloat16() if half else t).to(DEVICE) for t in tensors]
     ranking = Ranking(tensors)
     if ranking.nonzero:
         rank = threshold_rank(ranking.nonzero, k)
@@ -110,7 +113,7 @@ def test_a_sample_brackets_the_value_or_all_are_searched(kind: str) -> None:
 
 
 def test_negative_zero_is_zero() -> None:
-    values = torch.tensor([-0.0, 0.0, 1.0, 2.0])
+    values = torch.tensor([-0.0, 0.0, 1.0, 2.0], device=DEVICE)
     assert FisherDiagonal({"a": values}).threshold(0.5) == 1.0
     assert Ranking([values])._by_histograms(1) == 1.0
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from helpers.devices import DEVICE
 from helpers.freezing_models import GrowingRatio, forward_backward, make_fisher, make_model
 from helpers.waits import Waits
 from rpsa.errors import RPSAError
@@ -19,6 +20,8 @@ from rpsa.freezing.compact import CompactFreezer
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio
 from rpsa.parameters import trainable_parameters
+
+pytestmark = pytest.mark.gpu
 
 LARGE: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -180,7 +183,7 @@ def test_what_thaws_starts_with_moments_of_zero_and_what_stays_keeps_them() -> N
         opt.step()
         opt.zero_grad()
     before = freezer.frozen("1.weight")
-    old = {"exp_avg": torch.zeros(before.shape), "master": model[1].weight.detach().clone()}
+    old = {"exp_avg": torch.zeros(before.shape, device=DEVICE), "master": model[1].weight.detach().clone()}
     old["exp_avg"][~before] = opt.state[freezer.masters["1.weight"]]["exp_avg"]
     old["master"][~before] = freezer.masters["1.weight"].detach()
     for k in (0.8, 0.2):
@@ -195,7 +198,7 @@ def test_what_thaws_starts_with_moments_of_zero_and_what_stays_keeps_them() -> N
 
 
 def freezer_mask(fisher: FisherDiagonal, k: float) -> dict[str, Tensor]:
-    return {name: ~trainable for name, trainable in fisher.mask(k).items()}
+    return {name: ~trainable.to(DEVICE) for name, trainable in fisher.mask(k).items()}
 
 
 @pytest.mark.parametrize("ratio", ["constant", "dynamic"])
@@ -351,9 +354,9 @@ def test_two_optimizers_and_a_gradient_scaler() -> None:
         torch.optim.AdamW([p for p in model.parameters() if p.ndim == 1], lr=0.1, fused=True),
     ]
     freezer.attach(*opts)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     for step in range(4):
-        forward_backward(model, step, scaler.scale(torch.ones(())))
+        forward_backward(model, step, scaler.scale(torch.ones((), device=DEVICE)))
         if step == 2:
             freezer.masters["1.bias"].grad.fill_(float("inf"))  # type: ignore[union-attr]
             freezer.masters["1.weight"].grad.fill_(float("inf"))  # type: ignore[union-attr]
@@ -376,8 +379,8 @@ def test_selecting_and_scattering_are_boolean_indexing(
     if way == "torch":
         monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
     generator = torch.Generator().manual_seed(n)
-    mask = torch.rand(n, generator=generator) < 0.4
-    values = torch.randn(n, generator=generator)
+    mask = torch.rand(n, generator=generator).to(DEVICE) < 0.4
+    values = torch.randn(n, generator=generator).to(DEVICE)
     bits = BitMask.pack(mask)
     know_counts([bits])
     for where in (True, False):
@@ -386,22 +389,22 @@ def test_selecting_and_scattering_are_boolean_indexing(
             bits.keep_indices(where=where)
         assert bits.number(where) == int(chosen.sum())
         assert torch.equal(bits.select(values, where=where), values[chosen])
-        into = torch.zeros(n, dtype=torch.bfloat16)
+        into = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
         bits.scatter_(values[chosen] + 1, into=into, where=where)
-        expected = torch.zeros(n, dtype=torch.bfloat16)
+        expected = torch.zeros_like(into)
         expected[chosen] = (values[chosen] + 1).bfloat16()
         assert torch.equal(into, expected)
 
 
 def test_selecting_from_tensors_that_are_not_contiguous() -> None:
-    mask = torch.rand(5, 7) < 0.5
-    tensor = torch.randn(7, 5).T
+    mask = torch.rand(5, 7, device=DEVICE) < 0.5
+    tensor = torch.randn(7, 5, device=DEVICE).T
     bits = BitMask.pack(mask)
     know_counts([bits])
     assert torch.equal(bits.select(tensor), tensor[mask])
     expected = tensor.clone()
     expected[mask] = 3.0
-    bits.scatter_(torch.full((int(mask.sum()),), 3.0), into=tensor)
+    bits.scatter_(torch.full((int(mask.sum()),), 3.0, device=DEVICE), into=tensor)
     assert torch.equal(tensor, expected)
 
 

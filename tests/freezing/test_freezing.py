@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.devices import DEVICE
 from helpers.examples import examples
 from helpers.freezing_models import GrowingRatio, make_fisher, make_model
 from rpsa.errors import RPSAError
@@ -22,6 +23,24 @@ from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.masks import control_scores
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
 from rpsa.parameters import trainable_parameters
+
+pytestmark = pytest.mark.gpu
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps by signs, as research code has it: written on `.data`, momentum of its own, a decay that is no product."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                update = (0.9 * momentum + 0.1 * p.grad).sign() + group["weight_decay"] * p.data
+                p.data.add_(update, alpha=-group["lr"])
+                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
+
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # lr x weight decay = 5e-3: with the paper's 1e-9 nothing moves in fp32 and a broken freeze looks right
@@ -34,13 +53,14 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05, weight_decay=0.1),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.05, weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.05, weight_decay=0.1, momentum=0.9),
+    "lion": lambda p: Lion(p, lr=0.05, weight_decay=0.1),
 }
 
 
 def loss(model: nn.Module, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 11, (6, 3), generator=generator)
-    target = torch.randn(6, 3, 4, generator=generator)
+    ids = torch.randint(0, 11, (6, 3), generator=generator).to(DEVICE)
+    target = torch.randn(6, 3, 4, generator=generator).to(DEVICE)
     return (model(ids) - target.to(model[1].weight.dtype)).square().mean()
 
 
@@ -143,7 +163,7 @@ def test_the_mask_is_the_fishers(k: float) -> None:
     freezer = Freezer(model, fisher, ConstantRatio(k))
     assert freezer.threshold == fisher.threshold(k)
     for name, trainable in fisher.mask(k).items():
-        assert torch.equal(freezer.frozen(name), ~trainable)
+        assert torch.equal(freezer.frozen(name), ~trainable.to(DEVICE))
     assert freezer.frozen_counts() == {n: int((~m).sum()) for n, m in fisher.mask(k).items()}
 
 
@@ -151,7 +171,7 @@ def test_zero_fisher_can_be_frozen_too() -> None:
     model = make_model()
     fisher = make_fisher(model)
     freezer = Freezer(model, fisher, ConstantRatio(0.0), zero_fisher="frozen")
-    assert all(torch.equal(freezer.frozen(name), fisher[name] == 0) for name in fisher)
+    assert all(torch.equal(freezer.frozen(name), (fisher[name] == 0).to(DEVICE)) for name in fisher)
 
 
 def test_an_infinite_gradient_is_masked_to_zero_not_to_nan() -> None:
@@ -182,16 +202,27 @@ def test_conflict_is_equation_6(seed: int, scale: float) -> None:
     draw = [torch.randn(50, generator=generator) * scale for _ in range(2)]
     reasoning, safety = (g * (torch.rand(50, generator=generator) < 0.9) for g in draw)
     fisher = torch.rand(50, generator=generator) * (torch.rand(50, generator=generator) < 0.8)
-    kept = signs({"w": reasoning}, {"w": BitMask.pack(fisher > 0)})
-    c = int(opposed(kept, {"w": safety})) / int((fisher > 0).sum())
+    kept = signs({"w": reasoning.to(DEVICE)}, {"w": BitMask.pack((fisher > 0).to(DEVICE))})
+    c = int(opposed(kept, {"w": safety.to(DEVICE)})) / int((fisher > 0).sum())
     assert c == naive_conflict(reasoning, safety, fisher)
 
 
 def test_a_parameter_without_a_gradient_does_not_conflict() -> None:
-    everywhere = BitMask.pack(torch.ones(4, dtype=torch.bool))
-    kept = signs({"a": torch.ones(4), "b": None}, {"a": everywhere, "b": everywhere})
-    assert int(opposed(kept, {"a": -torch.ones(4), "b": -torch.ones(4)})) == 4
-    assert int(opposed(kept, {"a": None, "b": -torch.ones(4)})) == 0
+    ones = torch.ones(4, device=DEVICE)
+    everywhere = BitMask.pack(ones.bool())
+    kept = signs({"a": ones, "b": None}, {"a": everywhere, "b": everywhere})
+    assert int(opposed(kept, {"a": -ones, "b": -ones})) == 4
+    assert int(opposed(kept, {"a": None, "b": -ones})) == 0
+
+
+def test_a_reasoning_loss_that_depends_on_no_weight_conflicts_with_nothing() -> None:
+    model = make_model()
+    freezer = Freezer(model, make_fisher(model), ConflictRatio(window=1, every=1))
+    freezer.attach(OPTIMIZERS["adamw"](model.parameters()))
+    freezer.capture_reference()
+    loss(model, 1).backward()
+    freezer.mask_gradients()
+    assert freezer.conflict == 0
 
 
 # Eq. 7
@@ -288,7 +319,7 @@ def test_raw_second_moments_are_those_of_an_unmasked_adam(max_norm: float | None
             loss(model, step).backward()
             freezer.capture_reference()
         for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-            a.grad = torch.randn(a.shape, generator=generator)
+            a.grad = torch.randn(a.shape, generator=generator).to(DEVICE)
             b.grad = a.grad.clone()
         freezer.mask_gradients()
         if max_norm is not None:
@@ -323,7 +354,7 @@ def test_controls_freeze_as_many_and_nest(mask: Any) -> None:
     model = make_model()
     generator = torch.Generator().manual_seed(0)
     fisher = FisherDiagonal(
-        {n: torch.rand(p.shape, generator=generator) for n, p in trainable_parameters(model).items()}
+        {n: torch.rand(p.shape, generator=generator).to(p) for n, p in trainable_parameters(model).items()}
     )
     fisher.scores["0.weight"][3:] = 0
     control = control_scores(mask, fisher, trainable_parameters(model))
@@ -338,7 +369,7 @@ def test_controls_freeze_as_many_and_nest(mask: Any) -> None:
         if mask == "random_per_tensor":
             assert all(frozen[n].sum() == (~m).sum() for n, m in fisher.mask(k).items())
         if mask in ("random_nonzero", "inverse"):
-            assert not any((frozen[n] & (fisher[n] == 0)).any() for n in frozen)
+            assert not any((frozen[n] & (fisher[n] == 0).to(frozen[n].device)).any() for n in frozen)
         previous = frozen
 
 

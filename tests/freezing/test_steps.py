@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from helpers.devices import DEVICE
 from helpers.freezing_models import GrowingRatio, forward_backward, make_fisher, make_model
 from helpers.waits import Waits
 from rpsa.errors import RPSAError
@@ -23,6 +24,8 @@ from rpsa.freezing.audit import Audit
 from rpsa.freezing.bits import BitMask
 from rpsa.freezing.freezer import Freezer
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, NoiseRatio
+
+pytestmark = pytest.mark.gpu
 
 LARGE: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
 """With the paper's 1e-9 nothing moves in fp32, and a broken freeze looks right."""
@@ -187,9 +190,9 @@ class broken_half_way:
 def scaled(w: Watched, step: int) -> None:
     """A gradient scaler that finds an infinity in every third step and skips it."""
     if not hasattr(w, "scaler"):
-        w.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # type: ignore[attr-defined]
+        w.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)  # type: ignore[attr-defined]
     scaler = w.scaler  # type: ignore[attr-defined]
-    forward_backward(w.model, step, scaler.scale(torch.ones(())))
+    forward_backward(w.model, step, scaler.scale(torch.ones((), device=DEVICE)))
     w.freezer.mask_gradients()
     if step % 3 == 2:
         free = ~w.freezer.frozen("1.weight")
@@ -408,7 +411,7 @@ def test_sparse_gradients_are_refused_before_training() -> None:
     model = make_model()
     freezer = Freezer(model, make_fisher(model), ConstantRatio(0.5))
     freezer.attach(*OPTIMIZERS["adamw"](model))
-    model[0].weight.grad = torch.eye(11)[:, :8].to_sparse()
+    model[0].weight.grad = torch.eye(11, device=DEVICE)[:, :8].to_sparse()
     with pytest.raises(RPSAError, match=r"gradient of '0.weight' is sparse"):
         freezer.mask_gradients()
 
@@ -603,13 +606,13 @@ def test_bits_are_the_mask(n: int, way: str, monkeypatch: pytest.MonkeyPatch) ->
     if way == "torch":
         monkeypatch.setattr("rpsa.freezing.bits.NUMPY_ON", ())
     generator = torch.Generator().manual_seed(n)
-    mask = torch.rand(n, generator=generator) < 0.4
+    mask = torch.rand(n, generator=generator).to(DEVICE) < 0.4
     bits = BitMask.pack(mask)
     assert bits.packed.numel() == math.ceil(n / 8)
     assert torch.equal(bits.unpack(), mask)
     assert int(bits.counts().sum()) == int(mask.sum())
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        values, source = (torch.randn(n, generator=generator).to(dtype) for _ in range(2))
+        values, source = (torch.randn(n, generator=generator).to(DEVICE, dtype) for _ in range(2))
         values[: n // 3], source[n // 2 :] = math.nan, math.inf
         compared = BitMask.compare(values, "greater", 0.25)
         assert torch.equal(compared.unpack(), values > 0.25)
@@ -626,8 +629,8 @@ def test_bits_are_the_mask(n: int, way: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bits_mask_tensors_that_are_not_contiguous() -> None:
-    mask = torch.rand(5, 7) < 0.5
-    tensor, source = torch.randn(7, 5).T, torch.randn(5, 7)
+    mask = torch.rand(5, 7, device=DEVICE) < 0.5
+    tensor, source = torch.randn(7, 5, device=DEVICE).T, torch.randn(5, 7, device=DEVICE)
     expected = torch.where(mask, source, tensor), torch.where(mask, 0, tensor)
     copied, cleared = tensor.clone(memory_format=torch.preserve_format), tensor
     BitMask.pack(mask).copy_(source, into=copied)

@@ -10,10 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 
+from helpers.devices import DEVICE
 from helpers.real_format import byte_level_tokenizer, small_qwen2
 from rpsa.errors import RPSAError
 from rpsa.generation import Sampling, sample_id, sample_seed
 from rpsa.generation.transformers import TransformersGenerator
+
+pytestmark = pytest.mark.gpu
 
 torch.set_num_threads(1)
 
@@ -29,7 +32,7 @@ def peaked_model(vocab_size: int = len(TOKENIZER)):
     with torch.no_grad():
         model.lm_head.weight.mul_(12)
         model.model.embed_tokens.weight.mul_(20)
-    return model
+    return model.to(DEVICE)
 
 
 def run(model, sampling, prompts=PROMPTS, sample_ids=IDS, batch_size=16, tokenizer=TOKENIZER):
@@ -56,7 +59,7 @@ def slow_response(model, prompt, sampling, sample_id):
     """One prompt, no padding, no cache, one number per position."""
     ids, new = list(prompt), []
     while len(new) < sampling.max_new_tokens and (not new or new[-1] != EOS):
-        logits = model(torch.tensor([ids])).logits[0, -1]
+        logits = model(torch.tensor([ids], device=DEVICE)).logits[0, -1].cpu()
         if sampling.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -95,13 +98,13 @@ def test_the_law_of_two_tokens_is_right(sampling):
     prompt, n = [5, 6, 7], 4000
     completions = run(model, sampling, [prompt] * n, [str(i) for i in range(n)], 1000)
     with torch.no_grad():
-        first = law(model(torch.tensor([prompt])).logits[0, -1], sampling)
+        first = law(model(torch.tensor([prompt], device=DEVICE)).logits[0, -1].cpu(), sampling)
         expected = {}
         for a, p in enumerate(first.tolist()):
             if a == EOS:  # such a response ends early
                 expected[(a,)] = p
                 continue
-            second = law(model(torch.tensor([[*prompt, a]])).logits[0, -1], sampling)
+            second = law(model(torch.tensor([[*prompt, a]], device=DEVICE)).logits[0, -1].cpu(), sampling)
             expected |= {(a, b): p * q for b, q in enumerate(second.tolist())}
     counts = Counter(tuple(c.token_ids) for c in completions)
     assert all(expected[pair] > 0 for pair in counts)
@@ -173,10 +176,14 @@ def test_leaves_the_model_and_the_global_random_state_as_they_were():
 
 
 def test_flags_come_back_after_an_error():
+    def fail(module, inputs):
+        raise KeyError("boom")
+
     model = peaked_model().train()
     config = model.generation_config
-    with pytest.raises(IndexError):
-        run(model, Sampling(max_new_tokens=2), [[10**6]], ["x"])
+    model.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        run(model, Sampling(max_new_tokens=2))
     assert model.training
     assert model.generation_config is config
 

@@ -15,12 +15,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.devices import DEVICE
 from rpsa.parameters import trainable_parameters
 
 VOCABULARY = 23
 
 
 def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
+    """`random_model`, where the tests run."""
+    return random_model(kind, seed, **overrides).to(DEVICE)
+
+
+def random_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """A random Llama (untied), Qwen2 (tied, q/k/v biases) or Qwen3 (tied, q/k norms); GQA; default attention."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -76,7 +82,7 @@ def ragged_batch(lengths: Sequence[tuple[int, int]], seed: int = 0, padding: int
         batch["input_ids"][row, : prompt + response] = tokens
         batch["attention_mask"][row, : prompt + response] = 1
         batch["labels"][row, prompt : prompt + response] = tokens[prompt:]
-    return batch
+    return {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def rows_of(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from helpers.devices import DEVICE
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.parameters import trainable_parameters
 
@@ -34,7 +35,8 @@ class GrowingRatio:
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+    layers = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    return layers.to(DEVICE, dtype)
 
 
 def make_fisher(model: nn.Module, seed: int = 1) -> FisherDiagonal:
@@ -50,6 +52,6 @@ def make_fisher(model: nn.Module, seed: int = 1) -> FisherDiagonal:
 
 def forward_backward(model: nn.Module, seed: int, scale: float | Tensor = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 11, (6, 3), generator=generator)
-    target = torch.randn(6, 3, 4, generator=generator)
+    ids = torch.randint(0, 11, (6, 3), generator=generator).to(DEVICE)
+    target = torch.randn(6, 3, 4, generator=generator).to(DEVICE)
     ((model(ids) - target).square().mean() * scale).backward()

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from helpers.devices import DEVICE
 from helpers.fisher_models import VOCABULARY, tiny_model
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
 from rpsa.parameters import trainable_parameters
@@ -47,14 +48,14 @@ def reference() -> ReferenceDataset:
 QUIET: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "report_to": [],
-    "use_cpu": True,
+    "use_cpu": DEVICE.type == "cpu",
     "bf16": False,
     "save_strategy": "no",
     "logging_steps": 1,
     "disable_tqdm": True,
     "activation_checkpointing": False,
 }
-"""Of every trainer in a test: on the CPU, with nothing on the screen or the disk that no test asks for."""
+"""Of every trainer in a test: nothing on the screen or the disk that no test asks for."""
 
 
 def id_tokenizer() -> PreTrainedTokenizerFast:

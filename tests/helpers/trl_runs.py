@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
+from helpers.devices import DEVICE
 from helpers.rank_runs import QUIET
 from rpsa.fisher.diagonal import FisherDiagonal
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
@@ -45,8 +46,8 @@ def make_model(tied: bool = False) -> Any:
         "eos_token_id": 1,
     }
     if tied:
-        return Qwen2ForCausalLM(Qwen2Config(**sizes))
-    return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.1))
+        return Qwen2ForCausalLM(Qwen2Config(**sizes)).to(DEVICE)
+    return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.1)).to(DEVICE)
 
 
 def make_lora(model: Any = None, **settings: Any) -> Any:

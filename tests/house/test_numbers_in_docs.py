@@ -32,6 +32,11 @@ def test_every_recipe_of_a_real_model_says_what_it_needs() -> None:
         assert (NUMBERS["MEMORY"] in path.read_text()) == (path.stem != "paper-study"), path
 
 
+def test_the_page_shows_what_make_gpu_found_or_that_it_has_not_run() -> None:
+    for path, text in NUMBERS["gpu"]().items():
+        assert path.read_text() == text, "run `python benchmarks/docs_numbers.py gpu`"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NUMBERS["SHIPPED"], ids=lambda model: model.name)
 def test_plans_json_is_what_rpsa_plan_says(model: Any) -> None:

@@ -14,7 +14,7 @@ from rpsa.pipeline import run
 from rpsa.pipeline.bench import run_bench
 from rpsa.recipe import load_recipe
 from rpsa.recipe.loading import as_yaml, parse_yaml
-from rpsa.tiny import evaluation_prompts, reasoning_problems, safety_examples
+from rpsa.tiny import evaluation_prompts, preference_examples, reasoning_problems, safety_examples
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,12 +56,18 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     problems = [{"problem": p.prompt, "answer": p.answer} for p in reasoning_problems(20, 0)]
     examples = [vars(one) for one in safety_examples("balanced", 40, 0)]
     refusals = [one for one in examples if "sorry" in one["response"]]
+    pairs = [
+        {"prompt": one.prompt, "chosen": one.response, "rejected": one.rejected}
+        for one in preference_examples("balanced", 40, 0)
+    ]
     asked = evaluation_prompts(3)
     rows = {
         "math500.jsonl": problems,
         "aime24.jsonl": problems[:3],
         "safety.jsonl": refusals,
         "harmful.jsonl": refusals,
+        "pairs.jsonl": [one for one in pairs if "sorry" in one["chosen"]],
+        "benign-pairs.jsonl": [one for one in pairs if "sorry" not in one["chosen"]],
         "benign.jsonl": [one for one in examples if one not in refusals],
     }
     for name, found in rows.items():

@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
+from helpers.launched import workers_of
 from helpers.paths import RECIPES
 from helpers.ranks import free_port
 from helpers.small_runs import hidden, written
@@ -79,21 +80,6 @@ def test_two_processes_leave_what_one_leaves(recipe_file: Path) -> None:
     assert {n: t for n, t in again.items() if n != "report"} == {
         n: t for n, t in stages.items() if n != "report"
     }
-
-
-def workers_of(process: int) -> dict[int, int]:
-    """By rank the processes below `process`."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except (OSError, ValueError, IndexError):
-            continue
-        ranks = [int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")]
-        if parent == process and ranks:
-            found[ranks[0]] = int(folder.name)
-    return found
 
 
 @pytest.mark.integration

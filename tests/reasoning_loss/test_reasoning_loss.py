@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.devices import DEVICE
 from helpers.fisher_models import tiny_model, with_lora
 from helpers.rank_runs import reference
 from helpers.ranks import run_ranks
@@ -16,6 +17,8 @@ from helpers.sharded import shard
 from rpsa.errors import RPSAError
 from rpsa.reasoning_loss import RecordedOriginal, reasoning_loss, record_original
 from rpsa.reference import ReferenceDataset, Trace
+
+pytestmark = pytest.mark.gpu
 
 TRACES = reference()
 
@@ -25,7 +28,7 @@ def moved(model: nn.Module, by: float = 0.1) -> nn.Module:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator).to(parameter))
     return other
 
 
@@ -33,7 +36,7 @@ def slow_losses(
     model: Any, before: Any, trace: Trace, max_length: int | None, top: int | None
 ) -> tuple[float, float]:
     """Token means of NLL and KL in float64; what is not among the original's `top` tokens counts as one."""
-    ids = torch.tensor([[*trace.prompt_ids, *trace.response_ids][:max_length]])
+    ids = torch.tensor([[*trace.prompt_ids, *trace.response_ids][:max_length]], device=DEVICE)
     q, p = (
         m.double().eval()(ids).logits[0, len(trace.prompt_ids) - 1 : -1].softmax(-1) for m in (model, before)
     )

@@ -31,6 +31,7 @@ def full_history(trainer: RPSATrainer) -> list[dict[str, Any]]:
     return trainer.rpsa.trajectory
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "build", [make_model, lambda: make_model(tied=True), make_lora], ids=["full", "tied", "lora"]
 )
@@ -58,6 +59,7 @@ def test_nothing_frozen_moves_and_k_follows_the_conflict(
     assert sum(i["end"] - i["start"] for i in report["intervals"]) == 8
 
 
+@pytest.mark.gpu
 def test_gradient_only_moves_and_the_audit_says_so(
     tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
 ) -> None:

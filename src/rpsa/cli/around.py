@@ -7,20 +7,25 @@ import typer
 
 from rpsa.cli.parsing import RunFolder, ThoughtWords, readable_errors
 
-recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="The recipes and the examples that come with the package.", invoke_without_command=True
+)
 
 
 @recipes_app.callback()
 def recipes(context: typer.Context) -> None:
-    """List the recipes that come with the package; `rpsa run NAME` runs one."""
+    """List what comes with the package: recipes, which `rpsa run NAME` runs, and files to copy."""
     if context.invoked_subcommand is not None:
         return
     with readable_errors():
-        from rpsa.recipe.shipped import said_of, shipped_recipes
+        from rpsa.recipe.shipped import said_of, shipped_files, shipped_recipes
 
-        found = shipped_recipes()
-        width = max(map(len, found))
+        found, others = shipped_recipes(), shipped_files()
+        width = max(map(len, [*found, *others]))
         for name, path in found.items():
+            typer.echo(f"{name:<{width}}  {said_of(path)}")
+        typer.echo("\nTo copy:")
+        for name, path in others.items():
             typer.echo(f"{name:<{width}}  {said_of(path)}")
 
 
@@ -31,13 +36,11 @@ def recipes_copy(
         Path | None, typer.Option(help="The file to write; default: its name here.", show_default=False)
     ] = None,
 ) -> None:
-    """Copy a shipped recipe into a file of your own, whole, whatever it extends."""
+    """Copy a shipped recipe into a file of your own, whole, whatever it extends; or another file as it is."""
     with readable_errors():
-        from rpsa.recipe.shipped import copy_recipe
+        from rpsa.recipe.shipped import copy_shipped
 
-        target = out or Path(f"{name.replace('/', '-')}.yaml")
-        copy_recipe(name, target)
-        typer.echo(f"Recipe: {target}")
+        typer.echo(f"Written: {copy_shipped(name, out)}")
 
 
 def fetch(

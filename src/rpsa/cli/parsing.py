@@ -47,7 +47,7 @@ def readable_errors() -> Iterator[None]:
     """Turn what a user can do something about into one line on stderr and an exit code.
 
     2: a mistake in what was asked. 1: the machine refused (a full disk, a file that may not be read). 130: Ctrl-C, or
-    SIGTERM while a model trains.
+    SIGTERM to `rpsa run` and its like.
     Anything else is our mistake and keeps its traceback.
     """
     try:

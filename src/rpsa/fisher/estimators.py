@@ -43,6 +43,7 @@ from rpsa.fisher.log_probs import (
 )
 from rpsa.fisher.loop import Loop, only_requiring_grad
 from rpsa.fisher.overlap import split_half_overlap
+from rpsa.fisher.precision import float32_products
 from rpsa.fisher.probes import Probe, signed_probes, whole_probe
 from rpsa.fisher.samples import Responses, Samples, data_fingerprint, read_samples, refuse_foreign_ids
 from rpsa.fisher.squares import SquaredGradients
@@ -139,7 +140,7 @@ class Estimation:
         Raises:
             RPSAError: a sample is not finite and the config says stop, no sample is finite, or the sums are not.
         """
-        with _matmul_precision(self._config.precision):
+        with float32_products(tf32=self._config.precision == "tf32"):
             with self._autocast():
                 check_causal(self._model, self._data[0], self._device)
             self._choose_path()
@@ -225,7 +226,7 @@ class Estimation:
             for precision in (config.precision, "fp32"):
                 self._config = replace(config, precision=precision)
                 self.squares.clear()
-                with _matmul_precision(self._config.precision), self.installed():
+                with float32_products(tf32=self._config.precision == "tf32"), self.installed():
                     is_finite = self._add(self._batch(replace(sample, places=(0,))))
                 self.squares.sum_over_ranks()
                 scores += self.squares.sampled_halves()[:1] if is_finite else []
@@ -370,17 +371,6 @@ class Estimation:
             values = log_probs.pop(0)
             seeds = seeds.to(values.device, values.dtype)
             torch.autograd.backward(values, seeds, retain_graph=bool(log_probs))
-
-
-@contextmanager
-def _matmul_precision(precision: settings.MatrixPrecision) -> Iterator[None]:
-    """TF32 where it is asked for, and nowhere else; afterwards as it was."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def estimate_fisher(

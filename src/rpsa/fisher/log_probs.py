@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rpsa.errors import RPSAError
+from rpsa.fisher.precision import takes_tf32
 from rpsa.fisher.samples import Responses, Samples
 from rpsa.sharding import reshard, without_ddp
 
@@ -133,7 +134,7 @@ def check_causal(model: nn.Module, samples: Samples, device: torch.device) -> No
 
 def is_low_precision(model: nn.Module, device: torch.device) -> bool:
     is_low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    has_tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    has_tf32 = device.type == "cuda" and takes_tf32()
     return is_low or has_tf32 or torch.is_autocast_enabled(device.type)
 
 

@@ -62,4 +62,5 @@ def opposed(reasoning_signs: Mapping[str, Signs], safety_gradients: Mapping[str,
         for name, reasoning in reasoning_signs.items()
         if (gradient := safety_gradients[name]) is not None
     ]
-    return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
+    here = [count.to(counts[0].device) for count in counts]
+    return torch.stack(here).sum() if here else torch.zeros((), dtype=torch.int64)

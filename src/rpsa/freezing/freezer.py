@@ -269,7 +269,7 @@ class Freezer:
             }
         gradients = self._gradients()
         self._reference = signs(gradients, self._support)
-        self._reference_norm = _norm(gradients)
+        self._reference_norm = _norm(gradients).to(self._watch.norm.device)
         self._captured_at = self.step
         for parameter in self._trainable.values():
             parameter.grad = None
@@ -299,7 +299,8 @@ class Freezer:
 
     def _measure(self, gradients: Mapping[str, Tensor | None], reference: Mapping[str, Signs]) -> None:
         broken = torch.stack([~self._reference_norm.isfinite(), ~self._watch.norm.isfinite()])
-        counts = torch.cat([opposed(reference, gradients).reshape(1), broken.to(torch.int64)])
+        opposing = opposed(reference, gradients).to(broken.device)
+        counts = torch.cat([opposing.reshape(1), broken.to(torch.int64)])
         count, *broken_here = sum_over_shards(counts, sharded=self.sharded).tolist()
         if any(broken_here):
             self.conflict = None
@@ -495,7 +496,9 @@ def _refuse_sparse_gradients(model: nn.Module) -> None:
 
 def _norm(gradients: Mapping[str, Tensor | None]) -> Tensor:
     """Of this rank's shards, to see whether they are finite: a scalar on their device."""
-    norms = torch._foreach_norm([local(g) for g in gradients.values() if g is not None])
-    return (
-        torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
-    )
+    present = [local(g) for g in gradients.values() if g is not None]
+    if not present:  # of which _foreach_norm takes no list
+        return torch.zeros(())
+    norms = [norm.float().to(present[0].device) for norm in torch._foreach_norm(present)]
+    whole: Tensor = torch.stack(norms).norm()
+    return whole

@@ -35,7 +35,7 @@ def control_scores(
         "fisher": lambda: dict(fisher.scores),
         "random": lambda: keep_top(_uniform(fisher, generator), fisher.nonzero),
         "random_nonzero": lambda: {
-            name: draw * (fisher[name] > 0) for name, draw in _uniform(fisher, generator).items()
+            name: draw * (fisher[name] > 0).cpu() for name, draw in _uniform(fisher, generator).items()
         },
         "random_per_tensor": lambda: {name: _shuffled(fisher[name], generator) for name in fisher},
         "magnitude": lambda: keep_top(

@@ -1,5 +1,6 @@
 """`rpsa run`: reference traces -> Fisher -> alignment -> evaluation -> report, each stage only where inputs changed."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -62,11 +63,13 @@ def prepare(recipe: Recipe, stages: list[Stage]) -> None:
 
 def do_stages(recipe: Recipe, stages: list[Stage], keep_finished: bool) -> "Run":
     """Bring stages up to date, but for the report; says what failed, and what has no result for it."""
-    from rpsa.pipeline import launch
+    from rpsa.pipeline import launch, termination
     from rpsa.pipeline.runner import Run
 
     work = Run(recipe, keep_finished)
-    with launch.joined(recipe):
+    # a launched process that does not train ends at once: it may be waiting for others, and hear of nothing
+    ending = contextlib.nullcontext() if launch.is_launched() else termination.interrupting()
+    with ending, launch.joined(recipe):
         work.do([stage for stage in stages if stage != "report"])
     return work
 

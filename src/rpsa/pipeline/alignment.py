@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import signal
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trl import DPOConfig, SFTConfig
 
 from rpsa.artifacts import LOG_FILE, atomic_write, read_json, stable_json
 from rpsa.chat import format_of_response
@@ -31,6 +31,7 @@ from rpsa.models import (
     thought_of,
     will_be_sharded,
 )
+from rpsa.pipeline import termination
 from rpsa.pipeline.tasks import task_options
 from rpsa.pipeline.tracking import names_of_run
 from rpsa.progress import Progress, no_progress
@@ -41,25 +42,38 @@ from rpsa.recipe.sections import Safety
 from rpsa.reference import ReferenceDataset
 from rpsa.safety_data import (
     OneExample,
+    Preference,
     SafetyExample,
     TokenCounts,
     contamination,
     hold_out,
     load_benign_data,
+    load_preferences,
     load_safety_data,
     mix_benign,
+    tokenize_preferences,
     tokenize_safety_data,
     without_thoughts,
 )
 from rpsa.self_data.stored import drawn, load_self_data, tokenized
-from rpsa.sharding import local, on_any_rank, rank, world_size
+from rpsa.sharding import barrier, local, on_any_rank, rank
 from rpsa.thought import NO_THOUGHT, ThoughtFormat
-from rpsa.tiny import safety_examples
-from rpsa.training.alternatives import rehearse
+from rpsa.tiny import preference_examples, safety_examples
+from rpsa.training.alternatives import AlternativesConfig, AlternativesTrainer, rehearse
 from rpsa.training.card import write_card
+from rpsa.training.config import RPSAConfig, why_not_compact
 from rpsa.training.metadata import CardNames, model_metadata
-from rpsa.training.perplexity import PerplexityCallback
+from rpsa.training.perplexity import EXAMPLES, PerplexityCallback
+from rpsa.training.preferences import (
+    AlternativesDPOConfig,
+    AlternativesDPOTrainer,
+    ResumableDPOTrainer,
+    RPSADPOConfig,
+    RPSADPOTrainer,
+    drop_reference,
+)
 from rpsa.training.telling import ProgressCallback
+from rpsa.training.trainer import ResumableSFTTrainer, RPSATrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,30 +100,53 @@ class Groundwork:
 
 
 def make_trainer(recipe: Recipe, cell: Cell, groundwork: Groundwork, **common: Any) -> Any:
-    """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's own; on the same start.
+    """RPSA's trainer or the alternatives' if the cell asks for it, else TRL's own, for SFT or DPO; on the same start.
 
     Args:
         common: of every trainer: `args`, the datasets, `processing_class`.
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from rpsa.training.alternatives import AlternativesTrainer
-    from rpsa.training.trainer import ResumableSFTTrainer, RPSATrainer
-
-    trainer_class: Any = ResumableSFTTrainer
+    trainer_class = _classes(cell).trainer
     if not _is_plain(cell):
-        trainer_class = RPSATrainer if cell.align else AlternativesTrainer
         common |= {
             "fisher": groundwork.fisher,
             "reference_dataset": groundwork.reference,
             "benign_dataset": groundwork.benign,
         }
+    if cell.trainer == "dpo" and cell.paradigm == "fft" and not common["args"].precompute_ref_log_probs:
+        # TRL would load it by the model's name, without the recipe's revision
+        common |= {"ref_model": starting_model(recipe, cell, groundwork)}
     with refusals_of_trl(cell):
         trainer = trainer_class(model=starting_model(recipe, cell, groundwork), **common)
     trainer.remove_callback(PrinterCallback)
     if groundwork.held_out is not None:
         watch_reasoning(trainer, recipe, cell, groundwork.held_out)
     return trainer
+
+
+class _Classes(NamedTuple):
+    trainer: Any
+    config: Any
+
+
+_PLAIN = {
+    "sft": _Classes(ResumableSFTTrainer, SFTConfig),
+    "dpo": _Classes(ResumableDPOTrainer, DPOConfig),
+}
+_RPSA = {
+    "sft": _Classes(RPSATrainer, RPSAConfig),
+    "dpo": _Classes(RPSADPOTrainer, RPSADPOConfig),
+}
+_ALTERNATIVES = {
+    "sft": _Classes(AlternativesTrainer, AlternativesConfig),
+    "dpo": _Classes(AlternativesDPOTrainer, AlternativesDPOConfig),
+}
+
+
+def _classes(cell: Cell) -> _Classes:
+    """Who trains a cell: on responses or on pairs; plainly, with RPSA, or with an alternative to it."""
+    return (_PLAIN if _is_plain(cell) else _RPSA if cell.align else _ALTERNATIVES)[cell.trainer]
 
 
 def watch_reasoning(trainer: Any, recipe: Recipe, cell: Cell, held_out: Path) -> None:
@@ -128,38 +165,36 @@ def watch_reasoning(trainer: Any, recipe: Recipe, cell: Cell, held_out: Path) ->
 
 
 def training_arguments(recipe: Recipe, cell: Cell, folder: Path) -> Any:
-    """The cell's `RPSAConfig` or `AlternativesConfig`, or `SFTConfig` where training itself is plain.
+    """The config of the cell's trainer: RPSA's or the alternatives', or TRL's own where training itself is plain.
 
     Raises:
         RPSAError: the settings contradict each other, or are not supported.
     """
-    from trl import SFTConfig
-
-    from rpsa.training.alternatives import AlternativesConfig
-    from rpsa.training.config import RPSAConfig
-
-    settings = installed_names(cell.train, SFTConfig)
+    config = _classes(cell).config
+    settings = installed_names(cell.train, config)
     if cell.safety is not None and cell.safety.keep_best is not None:
         settings = _keeping_best(settings, cell.safety.keep_best)
     ours = {
         "output_dir": str(folder / CHECKPOINTS),
         "enable_jit_checkpoint": False,
-    }  # see `stopped_by_sigterm`
+    }  # see `_stop_where_asked`
     arguments: dict[str, Any] = {"disable_tqdm": True} | names_of_run(recipe, cell) | settings | ours
+    if settings.get("padding_free") and not settings.get("packing"):
+        arguments["max_length"] = None  # TRL wants it so; the rows have been cut already
     longest: dict[str, Any] = {"reference_max_length": recipe.reference.reference_max_length}
     with refusals_of_trl(cell):
         if cell.align is not None:
             own = cell.align.model_dump() | {"compact": bool(cell.align.compact)}
             own |= cell.alternatives.anchoring if cell.alternatives else {}
-            made = RPSAConfig(**arguments, **own, **longest)
+            made = config(**arguments, **own, **longest)
             if cell.align.compact is None:
                 made.compact = _may_be_compact(made)
             return made
         if _is_plain(cell):
-            return SFTConfig(**arguments)
+            return config(**arguments)
         assert cell.alternatives is not None
         own = cell.alternatives.model_dump(exclude={"rehearsal_share"})
-        return AlternativesConfig(**arguments, **own, **longest)
+        return config(**arguments, **own, **longest)
 
 
 def _keeping_best(settings: Mapping[str, Any], by: str) -> dict[str, Any]:
@@ -182,8 +217,6 @@ def _keeping_best(settings: Mapping[str, Any], by: str) -> dict[str, Any]:
 
 def _may_be_compact(arguments: Any) -> bool:
     """Where a recipe does not say: it trains the same for less where k is constant and nothing is sharded."""
-    from rpsa.training.config import why_not_compact
-
     is_constant = not isinstance(arguments.frozen_ratio, str)
     return is_constant and not why_not_compact(arguments) and not will_be_sharded()
 
@@ -217,10 +250,15 @@ def starting_model(recipe: Recipe, cell: Cell, groundwork: Groundwork) -> Any:
     return load_adapter(model, str(folder), f"adapter {folder}", is_trainable=True)
 
 
+@termination.waiting()
 def align(
     recipe: Recipe, cell: Cell, groundwork: Groundwork, folder: Path, progress: Progress = no_progress
 ) -> None:
-    """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one."""
+    """Fine-tune on safety data, plainly or with RPSA; goes on from the last checkpoint if there is one.
+
+    Raises:
+        Terminated: SIGTERM came, and a checkpoint was written. After the last step it waits for the task's end.
+    """
     import transformers
 
     assert cell.safety is not None
@@ -247,19 +285,23 @@ def align(
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
-    perplexity = PerplexityCallback(trainer, data.dataset, folder / CHECKPOINTS / "perplexity.json")
+    responses = data.dataset if cell.trainer == "sft" else data.tokenize(data.examples[:EXAMPLES])[0]
+    perplexity = PerplexityCallback(trainer, responses, folder / CHECKPOINTS / "perplexity.json")
     trainer.add_callback(perplexity)
     trainer.add_callback(ProgressCallback(progress))
-    checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    with stopped_by_sigterm(trainer) as asked:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if asked.is_set() or trainer.state.global_step < trainer.state.max_steps:
-        stopped: type[BaseException] = KeyboardInterrupt if asked.is_set() else RPSAError
-        raise stopped(
+    trainer.add_callback(_stop_where_asked())
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
+    if trainer.state.global_step < trainer.state.max_steps:
+        barrier()  # the launcher ends all ranks where one has ended: not before the checkpoint is whole
+        said = (
             f"{cell.id}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "its checkpoint is kept, and the same command goes on from there"
         )
+        if on_any_rank(termination.is_asked()):
+            termination.obey(said)
+        raise RPSAError(said)
     refuse_diverged(trainer)
+    drop_reference(trainer.accelerator.unwrap_model(trainer.model))
     save_whole(trainer, folder)
     if rank() > 0:
         return
@@ -289,36 +331,23 @@ def align(
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-@contextmanager
-def stopped_by_sigterm(trainer: Any) -> Iterator[threading.Event]:
-    """Within, SIGTERM ends training after the present step, with a checkpoint; yields whether it came.
-
-    Of one process: ranks would learn of it at different steps, and one that saves alone would wait for the others.
-    """
+def _stop_where_asked() -> Any:
+    """A callback that ends training with a checkpoint where SIGTERM has come: on all ranks after the same step."""
     from transformers import TrainerCallback
-
-    asked = threading.Event()
-    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if asked.is_set():
+            if on_any_rank(termination.is_asked()) and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
-    trainer.add_callback(Stop())
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return Stop()
 
 
 class TrainingData(NamedTuple):
     """What is trained on: the examples, tokenised, and those held out; `complying` of the examples do not refuse.
 
-    `tokenize` is how: of data in the model's own words, as they were sampled.
+    `tokenize` is how responses are tokenised (of pairs the chosen ones): of data in the model's own words, as they were
+    sampled.
     """
 
     examples: Sequence[SafetyExample]
@@ -343,6 +372,14 @@ def training_data(
     """
     safety = cell.safety
     assert safety is not None
+    if cell.trainer == "dpo":
+        return _prepared(
+            cell,
+            preference_data(safety, cell.seed, thought),
+            lambda some: tokenize_safety_data(some, tokenizer, safety.max_length, thought),
+            thought,
+            lambda some: tokenize_preferences(some, tokenizer, safety.max_length, thought),
+        )
     if not safety.is_self_made:
         return _prepared(
             cell,
@@ -360,14 +397,16 @@ def _prepared(
     examples: list[OneExample],
     tokenize: Callable[[list[OneExample]], tuple["Dataset", TokenCounts]],
     thought: ThoughtFormat,
+    tokenize_pairs: Callable[[list[Any]], tuple["Dataset", TokenCounts]] | None = None,
 ) -> TrainingData:
-    """The examples as rows, those apart that are held out."""
+    """The examples as rows, those apart that are held out; `tokenize_pairs` if they are pairs."""
     assert cell.safety is not None
     held: list[OneExample] = []
     if cell.safety.validation_share:
         examples, held = hold_out(examples, cell.safety.validation_share, cell.seed)
-    dataset, counts = tokenize(examples)
-    validation = tokenize(held)[0] if held else None
+    to_rows = tokenize_pairs or tokenize
+    dataset, counts = to_rows(examples)
+    validation = to_rows(held)[0] if held else None
     return TrainingData(examples, dataset, counts, validation, complying_of(examples, thought), tokenize)
 
 
@@ -463,6 +502,23 @@ def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[
         benign = load_benign_data(safety.benign, thought=thought)
         examples = mix_benign(examples, benign, safety.benign_share, seed)
     return examples if thought.has_thoughts else without_thoughts(examples)
+
+
+def preference_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[Preference]:
+    """D_S as pairs: `safety.data` and `safety.benign` have rows of prompt, chosen and rejected."""
+    if safety.data is None:
+        raise RPSAError(
+            "safety.data: not given; name a file or a dataset of pairs, tiny:refusals or tiny:balanced"
+        )
+    seed = safety.drawing_seed(cell_seed)
+    if safety.data.startswith("tiny:"):
+        kind: Any = safety.data.removeprefix("tiny:")
+        pairs = preference_examples(kind, safety.n or 256, seed)
+    else:
+        pairs = load_preferences(safety.data, safety.n, seed, thought)
+    if safety.benign and safety.benign_share:
+        pairs = mix_benign(pairs, load_preferences(safety.benign, thought=thought), safety.benign_share, seed)
+    return pairs if thought.has_thoughts else without_thoughts(pairs)
 
 
 def contaminated(recipe: Recipe, examples: Sequence[SafetyExample]) -> list[Any]:

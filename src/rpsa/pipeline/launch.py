@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpsa.errors import RPSAError
 from rpsa.models import free_memory
+from rpsa.pipeline.termination import CODE, Terminated, handing_on
 from rpsa.recipe.schema import Recipe
 from rpsa.recipe.sections import Launch
 
@@ -95,7 +96,7 @@ def launch(recipe: Recipe, stage: "Stage") -> None:
 
     Raises:
         RPSAError: one of them failed; the others have been stopped.
-        KeyboardInterrupt: this process was told to stop, and has stopped them.
+        KeyboardInterrupt: this process or one of them was told to stop, and all have stopped.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -104,16 +105,27 @@ def launch(recipe: Recipe, stage: "Stage") -> None:
     assert recipe.launch is not None
     copy = str(recipe.folder / GIVEN)
     arguments = [*options(recipe.launch), "--module", "rpsa", "run", copy, "--only", stage]
+    given = launch_command_parser().parse_args(arguments)
+    # not SIGTERM, which PyTorch before 2.10 answers all the same: it hands it on, and kills after half a minute
+    given.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     free_memory()
-    with _marked():
+    with _marked(), handing_on() as terminated:
         try:
-            launch_command(launch_command_parser().parse_args(arguments))
+            launch_command(given)
         except ChildFailedError as error:
-            raise _reason(error) from None
+            if said := _stopped(error):
+                raise Terminated(said) from None
+            if not terminated.is_set():
+                raise _reason(error) from None
         except SignalException:
             raise KeyboardInterrupt from None
-        except (subprocess.CalledProcessError, SystemExit):  # one process, which has said why
-            raise RPSAError("its process failed; see above") from None
+        except (subprocess.CalledProcessError, SystemExit) as error:  # one process, which has said why
+            if getattr(error, "returncode", None) == CODE:
+                raise Terminated from None
+            if not terminated.is_set():
+                raise RPSAError("its process failed; see above") from None
+    if terminated.is_set():
+        raise Terminated
 
 
 def options(launch: Launch) -> list[str]:
@@ -131,6 +143,19 @@ def options(launch: Launch) -> list[str]:
     return result
 
 
+def _stopped(error: "ChildFailedError") -> str | None:
+    """What ranks have said that ended because they were told to."""
+    for failure in error.failures.values():
+        if failure.exitcode == CODE and isinstance(failure.message, dict):
+            return _said(failure.message)
+    return None
+
+
+def _said(message: Any) -> str:
+    """A rank's own words, in one line."""
+    return " ".join(str(message["message"]).removeprefix("RPSAError: ").split())
+
+
 def _reason(error: "ChildFailedError") -> RPSAError:
     """What the first rank to fail has left. A rank that was killed comes first: the others fail because of it."""
     killed = [rank for rank, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
@@ -138,7 +163,7 @@ def _reason(error: "ChildFailedError") -> RPSAError:
     failure: Any = error.failures[rank]
     message = failure.message
     if isinstance(message, dict):  # from the process itself
-        text = " ".join(str(message["message"]).removeprefix("RPSAError: ").split())
+        text = _said(message)
         if failure.exitcode in (1, 2) and "RPSAError" in str(message["message"]):
             return RPSAError(text)
         print(message["extraInfo"]["py_callstack"], file=sys.stderr)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,6 +31,7 @@ from rpsa.reference import check_ids
 from rpsa.safety_data import ALL_REFUSE, REFUSALS_ALONE
 from rpsa.self_data.making import check_filter, rendered
 from rpsa.self_data.offers import prompts_of
+from rpsa.training.packing import refuse_wrapped
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +43,24 @@ def preflight(recipe: Recipe) -> None:
         RPSAError: some of it will not work.
     """
     trained = [cell for cell in recipe.cells() if cell.paradigm != "none"]
-    settled = list(_first_of(trained, lambda cell: (cell.train, cell.align, cell.alternatives, _keeps(cell))))
+    settled = list(
+        _first_of(
+            trained, lambda cell: (cell.trainer, cell.train, cell.align, cell.alternatives, _keeps(cell))
+        )
+    )
     for cell in settled:
         _check_training(recipe, cell)
     for base in recipe.bases:
         check_model(base, recipe.model)
         thought_of(load_tokenizer(base, recipe.model), recipe.model)
-    for cell in _first_of(trained, lambda cell: ({**cell.train, "seed": 0, "learning_rate": 0.0},)):
+    for cell in _first_of(
+        trained, lambda cell: (cell.trainer, {**cell.train, "seed": 0, "learning_rate": 0.0})
+    ):
         _check_trainer(recipe, cell)
     _check_reference(recipe)
     _check_evaluation(recipe)
     refusals_alone: dict[str, float] = {}
-    for cell in _first_of(trained, lambda cell: (cell.base, cell.safety)):
+    for cell in _first_of(trained, lambda cell: (cell.base, cell.trainer, cell.safety)):
         with _naming(cell):
             assert cell.safety is not None
             refusing = _check_safety_data(recipe, cell, cell.safety)
@@ -121,6 +129,7 @@ def _check_training(recipe: Recipe, cell: Cell) -> None:
         if asked != "eval_strategy: no" and not (cell.safety and cell.safety.validation_share):
             raise ValueError(f"{asked}, and safety.validation_share holds nothing out to evaluate on")
         _check_optimizer(arguments)
+        refuse_wrapped(arguments)
         if arguments.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("use_liger_kernel: liger-kernel is not installed; install it, or leave this off")
 
@@ -131,19 +140,27 @@ def _check_trainer(recipe: Recipe, cell: Cell) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer
 
+    from rpsa.training.preferences import PreferenceTrainer
+
     tokenizer = load_tokenizer(cell.base, recipe.model)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    example = Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
+    is_dpo = cell.trainer == "dpo"
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids") if is_dpo else ("input_ids", "labels")
+    example = Dataset.from_dict({name: [[0, 0]] for name in columns})
+    model, reference = (LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)) for _ in range(2))
+    make: Any = partial(PreferenceTrainer, ref_model=reference) if is_dpo else SFTTrainer
     arguments = training_arguments(recipe, cell, recipe.folder)
     with TemporaryDirectory() as folder, reading(f"{cell.id}: train", "TRL refuses it"):
         arguments.output_dir, arguments.push_to_hub, arguments.report_to = folder, False, []
-        SFTTrainer(
-            LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)),
-            arguments,
+        trainer = make(
+            model,
+            args=arguments,
             train_dataset=example,
             eval_dataset=example if cell.safety and cell.safety.validation_share else None,
             processing_class=tokenizer,
         )
+        if is_dpo:  # some of whose settings are looked at in the first step alone
+            trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator([example[0]])))
 
 
 def _check_model(recipe: Recipe, cell: Cell, scope: str | None) -> None:

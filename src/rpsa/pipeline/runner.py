@@ -27,7 +27,7 @@ from typing import Any
 from rpsa.artifacts import DISK_MESSAGES, atomic_write, refuse_foreign, replace_directory, stable_json
 from rpsa.errors import Diverged, RPSAError
 from rpsa.models import free_memory, quiet
-from rpsa.pipeline import launch
+from rpsa.pipeline import launch, termination
 from rpsa.pipeline.live import Monitor, telling
 from rpsa.pipeline.stages import tasks_of
 from rpsa.pipeline.tasks import MANIFEST, NO_RESULT, Task, is_current, keep, outdated, write_manifest
@@ -219,6 +219,7 @@ def attempt(task: Task) -> Failure | None:
 
     Raises:
         OSError: the disk is full, or something else that every other task would meet as well.
+        Terminated: SIGTERM came while it could only wait.
     """
     key = task.identity()
     known = failure_of(task, key)
@@ -226,7 +227,7 @@ def attempt(task: Task) -> Failure | None:
         return known
     try:
         _perform(task, key)
-        return None
+        failure = None
     except Exception as error:
         if is_of_the_machine(error):
             raise
@@ -235,7 +236,9 @@ def attempt(task: Task) -> Failure | None:
         atomic_write(task.failure_file, stable_json(record))
         if world_size() > 1:
             raise
-    free_memory()
+        free_memory()
+    if termination.is_asked():
+        termination.obey()
     return failure
 
 
@@ -367,6 +370,8 @@ def _attempt_quietly(task: Task) -> Failure | None:
     try:
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             return attempt(task)
+    except termination.Terminated:
+        os._exit(termination.CODE)  # the executor waits for all workers once one has ended, and this one has
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()

@@ -144,6 +144,8 @@ class AlignTask(CellTask):
         inputs = {
             "model": model_inputs(self.recipe, cell.base),
             "paradigm": cell.paradigm,
+            # a key only where it is not what all runs were before there was a choice
+            **({"trainer": cell.trainer} if cell.trainer != "sft" else {}),
             "seed": cell.seed,
             "train": {name: value for name, value in cell.train.items() if name not in TRACKING},
             "lora": dict(cell.lora),

@@ -20,6 +20,7 @@ from rpsa.plan.memory import (
     align_memory,
     dry_passes,
     sharded_passes,
+    weights_bytes,
 )
 from rpsa.plan.render import Layout, MethodPlan, TrainingTime
 from rpsa.plan.time import (
@@ -32,6 +33,7 @@ from rpsa.plan.time import (
     held_out_responses,
     launch_seconds,
     operations_a_second,
+    packed,
     safety_tokens,
     training_operations,
     update_seconds,
@@ -53,7 +55,7 @@ def method_plans(base: Base) -> list[MethodPlan]:
 
 @dataclass(frozen=True)
 class _DryRun:
-    """One configuration of the align stage: `args` are its SFTConfig or RPSAConfig."""
+    """One configuration of the align stage: `args` are its trainer's config."""
 
     cell: Cell
     args: Any
@@ -80,14 +82,18 @@ class _Planner:
         safety = safety_tokens(cell, self.base.count_tokens, self.base.thought or THINK)
         if cell.alternatives and cell.alternatives.rehearsal_share:
             safety = with_rehearsal(safety, cell, self.base.recipe)
+        if getattr(args, "packing", False) and args.max_length:
+            safety = packed(safety, args.max_length)
         freezing = _freezing(args, cell.align) if cell.align else None
         skeleton = self.base.skeleton(dtype, cell.lora)
         model = skeleton.model
-        run = _DryRun(cell, args, skeleton, Shape(args.per_device_train_batch_size, safety.longest))
+        sequences = args.per_device_train_batch_size * (2 if cell.trainer == "dpo" else 1)
+        run = _DryRun(cell, args, skeleton, Shape(sequences, safety.longest))
         instead = _instead(args, model) if cell.alternatives and not cell.align else None
         memory = replace(
             align_memory(model, self._passes_of(run), str(args.optim.value), freezing, instead),
             anchored=_is_anchored(cell),
+            reference=weights_bytes(skeleton) if _keeps_reference(cell, args) else 0,
         )
         layouts = [self._layout(run, memory, gpus, safety) for gpus in self.base.gpus]
         times = self._training_times(run, memory, layouts, safety)
@@ -141,7 +147,7 @@ class _Planner:
         same = [c for c in self.base.cells if c.paradigm == run.cell.paradigm]
         if not any(_measures_g_r(c) or _is_anchored(c) for c in same):
             return None
-        return Shape(run.shape.sequences, self.base.reference_tokens)
+        return Shape(run.args.per_device_train_batch_size, self.base.reference_tokens)
 
     def _layout(self, run: _DryRun, memory: AlignMemory, gpus: int, safety: SafetyTokens) -> Layout:
         """DDP where it fits, as it is simpler and faster; FSDP2 otherwise."""
@@ -184,7 +190,8 @@ class _Planner:
         looked_at = self._evaluated_tokens(run, steps.steps, safety)
         tokens = trained + measured + anchored
         operations = training_operations(memory.parameters, tokens, lora=is_lora, checkpointing=checkpointing)
-        operations += 2.0 * memory.parameters * looked_at
+        compared = trained if run.cell.trainer == "dpo" else 0  # with what the model said before training
+        operations += 2.0 * memory.parameters * (looked_at + compared)
         precision = "bf16" if args.bf16 else "fp32"
         compute = compute_seconds(operations, gpu, precision=precision, gpus=layout.gpus)
         updates = steps.steps + steps.measurements
@@ -196,6 +203,7 @@ class _Planner:
             f"{trained / 1e6:.2f}M tokens"
             + (f", {measured / 1e6:.2f}M of g_R" if measured else "")
             + (f", {anchored / 1e6:.2f}M of the anchor" if anchored else "")
+            + (f", {compared / 1e6:.2f}M read by the reference model" if compared else "")
             + (f", {looked_at / 1e6:.2f}M looked at in between" if looked_at else "")
             + f" / ({layout.gpus} × {operations_a_second(gpu, precision) / 1e12:.0f} TFLOP/s × {UTILISATION:.0%}): "
             f"{compute / 60:.1f} min, at least {launch / 60:.1f} min for {passes:,} passes; and {updates:,} updates "
@@ -259,6 +267,11 @@ def _checkpoint_bytes(args: Any, memory: AlignMemory) -> int:
         return 0
     kept = memory.on(1, "one GPU").kept
     return memory.trainable_bytes + kept["optimizer"] + kept.get("masters", 0)
+
+
+def _keeps_reference(cell: Cell, args: Any) -> bool:
+    """DPO's other model: under LoRA it is the same base, and its log-probabilities may be taken before training."""
+    return cell.trainer == "dpo" and cell.paradigm == "fft" and not args.precompute_ref_log_probs
 
 
 def _measures_g_r(cell: Cell) -> bool:

@@ -121,6 +121,8 @@ class AlignMemory:
     instead: Instead | None = None
     anchored: bool = False
     """Whether each step has a pass of an anchor, which is like that of g_R."""
+    reference: int = 0
+    """Weights of DPO's reference model, where there is one beside the model."""
 
     def on(self, gpus: int, sharding: Sharding) -> StageMemory:
         """Memory of each of `gpus`. `passes` must be those of the sharding."""
@@ -137,6 +139,8 @@ class AlignMemory:
             "gradients": self._gradient_bytes() // parts,
             "optimizer": self._optimizer_bytes() // parts,
         }
+        if self.reference:
+            kept["reference model"] = self.reference // parts
         if self._masters is not None:
             kept["masters"] = self._masters // parts
         if sharding == "DDP":  # compact training gathers what is reduced, and so keeps it whole until then

@@ -41,7 +41,7 @@ _TEMPLATE_TOKENS = 5
 class SafetyTokens:
     """Rows trained on: safety data without the held-out share, and D_ref's traces (None: unknown).
 
-    `mean` and `longest` are tokens of one.
+    `mean` and `longest` are tokens of one; of pairs, of both sequences together, and of the longest sequence.
     """
 
     examples: int | None
@@ -77,22 +77,27 @@ def safety_tokens(
     cell: Cell, count_tokens: Callable[[str], int], thought: ThoughtFormat = THINK
 ) -> SafetyTokens:
     """What a run of the align stage trains on. Data on the hub are not fetched: `safety.n` says how many."""
-    from rpsa.pipeline.alignment import complying_of, refusing_share, safety_data
-    from rpsa.safety_data import hold_out
+    from rpsa.pipeline.alignment import complying_of, preference_data, refusing_share, safety_data
+    from rpsa.safety_data import SafetyExample, hold_out
 
     safety = cell.safety
     assert safety is not None
     limit = safety.max_length or 1 << 20
+    is_dpo = cell.trainer == "dpo"
+    sequences = 2 if is_dpo else 1
     if safety.is_self_made:
         return _self_made_tokens(safety, cell.seed, limit)
     is_here = safety.data is not None and (safety.data in SHIPPED["safety"] or Path(safety.data).is_file())
     if is_here and (safety.benign is None or Path(safety.benign).is_file()):
-        examples = safety_data(safety, cell.seed, thought)
+        pairs = preference_data(safety, cell.seed, thought) if is_dpo else []
+        examples: list[SafetyExample] = [*pairs] if is_dpo else safety_data(safety, cell.seed, thought)
         if safety.validation_share:
             examples, _ = hold_out(examples, safety.validation_share, cell.seed)
-        lengths = [min(limit, count_tokens(e.prompt + e.response) + _TEMPLATE_TOKENS) for e in examples]
+        said = [e.prompt + e.response for e in examples] + [e.prompt + e.rejected for e in pairs]
+        lengths = [min(limit, count_tokens(text) + _TEMPLATE_TOKENS) for text in said]
+        mean = sum(lengths) * sequences // len(lengths)
         refusing = refusing_share(examples, complying_of(examples, thought))
-        return SafetyTokens(len(examples), sum(lengths) // len(lengths), max(lengths), True, refusing)
+        return SafetyTokens(len(examples), mean, max(lengths), True, refusing)
     expected = _REFUSAL_TOKENS if safety.format == "direct_refusal" else _THOUGHT_TOKENS
     count = None
     if safety.n is not None:
@@ -100,7 +105,13 @@ def safety_tokens(
         count -= max(1, round(safety.validation_share * count)) if safety.validation_share else 0
     # of DirectRefusal it is known without a look
     share = 1.0 - safety.benign_share if safety.format == "direct_refusal" else None
-    return SafetyTokens(count, min(limit, expected), limit, False, share)
+    return SafetyTokens(count, sequences * min(limit, expected), limit, False, share)
+
+
+def packed(safety: SafetyTokens, max_length: int) -> SafetyTokens:
+    """The rows that examples are packed into, all of them full."""
+    rows = None if safety.examples is None else -(-safety.examples * safety.mean // max_length)
+    return replace(safety, examples=rows, mean=max_length, longest=max_length)
 
 
 def _self_made_tokens(safety: Safety, seed: int, limit: int) -> SafetyTokens:

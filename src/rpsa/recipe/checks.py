@@ -3,12 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from rpsa.recipe.methods import Method
-from rpsa.recipe.problems import dataclass_problems, installed_names, source_problem, validation_problems
+from rpsa.recipe.methods import Method, Trainer
+from rpsa.recipe.problems import (
+    dataclass_problems,
+    did_you_mean,
+    installed_names,
+    source_problem,
+    validation_problems,
+)
 from rpsa.recipe.schema import Cell, Recipe, concerns
 from rpsa.recipe.sections import (
     OF_SELF_MADE,
@@ -61,7 +67,10 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
         yield from _sweep_problems(recipe)
         yield from _keep_best_problems(recipe)
         yield from _self_made_problems(recipe)
-    yield from _dataclass_problems(recipe)
+    if trainers := list(_trainer_problems(recipe)):
+        yield from trainers
+    else:
+        yield from _dataclass_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
     yield from _robustness_problems(recipe)
@@ -97,19 +106,85 @@ def _grids(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, list[Any]]]]:
 def _dataclass_problems(recipe: Recipe) -> Iterator[str]:
     settings = list(_settings(recipe))
     if any(train for _, train, _ in settings):
-        from trl import SFTConfig
-
+        configs = {cell.trainer: train_config(cell.trainer) for cell in _trained(recipe)} or {
+            "sft": train_config("sft")
+        }
         for where, train, _ in settings:
             ours = [key for key, value in train.items() if key in _SET_ELSEWHERE and value is not None]
             yield from (f"{where}train.{key}: set {_SET_ELSEWHERE[key]} instead" for key in ours)
-            yield from dataclass_problems(f"{where}train", installed_names(train, SFTConfig), SFTConfig)
+            yield from _train_problems(f"{where}train", train, list(configs.values()))
             yield from _range_problems(f"{where}train", train)
+        yield from _misplaced_fields(recipe, configs)
     if any(lora for _, _, lora in settings):
         from peft import LoraConfig
 
         for where, _, lora in settings:
             yield from dataclass_problems(f"{where}lora", lora, LoraConfig)
             yield from _range_problems(f"{where}lora", lora)
+
+
+def train_config(trainer: str) -> type:
+    """TRL's own config of a trainer, whose fields a recipe's `train` has."""
+    import trl
+
+    config: type = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[trainer]
+    return config
+
+
+def _train_problems(path: str, train: Mapping[str, Any], configs: list[type]) -> Iterator[str]:
+    """Each field is one of a trainer's that the recipe has."""
+    for key, value in train.items():
+        if key != "trainer":
+            found = [list(dataclass_problems(path, installed_names({key: value}, c), c)) for c in configs]
+            yield from min(found, key=len)
+
+
+def _misplaced_fields(recipe: Recipe, configs: Mapping[str, type]) -> Iterator[str]:
+    """Where a recipe has several trainers: fields that reach one that does not have them, each once."""
+    if len(configs) < 2:
+        return
+    found: dict[str, str] = {}
+    for cell in _trained(recipe):
+        config = configs[cell.trainer]
+        for problem in dataclass_problems("train", installed_names(cell.train, config), config):
+            found.setdefault(problem, cell.method)
+    yield from (f"{problem}, which trains {method}" for problem, method in found.items())
+
+
+def _trained(recipe: Recipe) -> list[Cell]:
+    if not recipe.bases or any(_grid_problems(recipe)):
+        return []
+    return [cell for cell in recipe.cells() if cell.paradigm != "none"]
+
+
+def _trainer_problems(recipe: Recipe) -> Iterator[str]:
+    """Trainers that there are not, and what pairs of responses cannot be used for; each once."""
+    found: dict[str, None] = {}
+    for cell in _trained(recipe):
+        found |= dict.fromkeys(_problems_of_trainer(cell))
+    yield from found
+
+
+def _problems_of_trainer(cell: Cell) -> Iterator[str]:
+    if cell.trainer == "grpo":
+        yield (
+            "train.trainer: grpo needs rewards, which a recipe has none of; in a script, put rpsa.RPSAMixin before "
+            "trl.GRPOTrainer"
+        )
+    elif cell.trainer not in (valid := get_args(Trainer)):
+        yield f"train.trainer: {cell.trainer!r} is not a valid value{did_you_mean(str(cell.trainer), valid)}"
+    if cell.trainer != "dpo" or cell.safety is None:
+        return
+    if cell.safety.is_self_made:
+        yield "safety.data: self has no rejected responses, which dpo needs; name rows of prompt, chosen and rejected"
+    if cell.safety.format != "auto":
+        yield f"safety.format: {cell.safety.format} is not of pairs; with train.trainer=dpo leave it out"
+    if cell.safety.keep_best == "safety_and_reasoning":
+        yield (
+            "safety.keep_best: safety_and_reasoning adds up nats per token, and dpo's loss is none; set it to safety"
+        )
+    if cell.alternatives and cell.alternatives.rehearsal_share:
+        yield f"{cell.method}: rehearsal_share: D_ref has no rejected responses, which dpo needs; take it out"
 
 
 def _range_problems(path: str, values: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,8 @@ from rpsa.recipe.problems import did_you_mean
 from rpsa.recipe.sections import Align, Alternatives, Fisher, Safety, Section
 
 Paradigm = Literal["none", "fft", "lora"]
+Trainer = Literal["sft", "dpo"]
+"""What trains on safety data: TRL's SFT trainer, or its DPO trainer, on pairs."""
 
 TRAIN_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -19,6 +21,9 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 PARADIGM_DEFAULTS: dict[str, dict[str, Any]] = {
     "fft": {"learning_rate": 1e-5, "num_train_epochs": 3},
     "lora": {"learning_rate": 1e-4, "num_train_epochs": 6},
+}
+TRAINER_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dpo": {"fft": {"learning_rate": 1e-6}, "lora": {"learning_rate": 1e-5}},  # as TRL has them
 }
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 4,

@@ -21,6 +21,7 @@ from rpsa.recipe.methods import (
     LORA_DEFAULTS,
     PARADIGM_DEFAULTS,
     TRAIN_DEFAULTS,
+    TRAINER_DEFAULTS,
     WELL_KNOWN,
     Method,
     Paradigm,
@@ -87,9 +88,9 @@ class Cell:
 
     `id` is unique and fit for a folder's path. `align` is None where nothing is frozen, `alternatives` where nothing
     is done instead; `safety` is None and `train` and `lora` are empty for the untouched model
-    (`paradigm == "none"`). `train` holds SFTConfig fields, `seed` and `max_length` among them; `lora` LoraConfig
-    fields, empty unless the paradigm is "lora". `grid` is the point of the grid, or of the sweep named `sweep`, that
-    this cell stands for.
+    (`paradigm == "none"`). `train` holds fields of the `trainer`'s config (SFTConfig, DPOConfig), `seed` and
+    `max_length` among them; `lora` LoraConfig fields, empty unless the paradigm is "lora". `grid` is the point of the
+    grid, or of the sweep named `sweep`, that this cell stands for.
     """
 
     id: str
@@ -105,6 +106,7 @@ class Cell:
     lora: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
     sweep: str | None = None
+    trainer: str = "sft"
 
     @property
     def learning_rate(self) -> float | None:
@@ -142,7 +144,9 @@ class Recipe(Section):
     fisher: Fisher = field(default_factory=Fisher)
     align: Align = Align()
     safety: Safety = Safety()
-    train: dict[str, Any] = Field(default={}, description="Any field of trl.SFTConfig.")
+    train: dict[str, Any] = Field(
+        default={}, description="`trainer`, sft or dpo, and any field of its config in TRL."
+    )
     lora: dict[str, Any] = Field(default={}, description="Any field of peft.LoraConfig.")
     evaluate: Evaluate = Evaluate()
     robustness: Robustness | None = None
@@ -195,8 +199,10 @@ class Recipe(Section):
         safety = Safety(**_set(self.safety) | _set(own.safety) | _set(method.safety) | _part(point, "safety"))
         align = Align(**_set(self.align) | _set(own.align) | _set(method.align) | _part(point, "align"))
         alternatives = Alternatives(**_set(method.alternatives) | _part(point, "alternatives"))
+        written = self.train | own.train | method.train | _part(point, "train")
+        trainer = written.pop("trainer", None) or "sft"
         train = TRAIN_DEFAULTS | PARADIGM_DEFAULTS[method.paradigm]
-        train |= self.train | own.train | method.train | _part(point, "train")
+        train |= TRAINER_DEFAULTS.get(str(trainer), {}).get(method.paradigm, {}) | written
         lora = LORA_DEFAULTS | self.lora | own.lora | method.lora | _part(point, "lora")
         protected = method.align is not None or method.alternatives is not None
         own_fisher = _set(self.fisher) | _set(method.fisher) | _part(point, "fisher")
@@ -214,6 +220,7 @@ class Recipe(Section):
             train=train | {"seed": seed, "max_length": safety.max_length},
             lora=lora if method.paradigm == "lora" else {},
             grid=dict(point),
+            trainer=trainer,
         )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from rpsa.answers import boxed, final_answer
 from rpsa.errors import RPSAError
 from rpsa.reference import Problem
-from rpsa.safety_data import SafetyExample
+from rpsa.safety_data import Preference, SafetyExample
 from rpsa.thought import THINK, ThoughtFormat
 from rpsa.tiny.families import FAMILIES, FRAMES, WRAPS_IN_TEST, WRAPS_IN_TRAINING, Solved, Split, draw_solved
 from rpsa.tiny.requests import METHODS, REFUSAL, TOOLS, Request, RequestKind, phrasings
@@ -82,9 +82,10 @@ def _turns(n: int, families: Sequence[str]) -> dict[str, int]:
     return {family: len(range(i, n, len(families))) for i, family in enumerate(families)}
 
 
-def safety_examples(
-    kind: Literal["refusals", "balanced", "answers"], n: int, seed: int
-) -> list[SafetyExample]:
+SafetyKind = Literal["refusals", "balanced", "answers"]
+
+
+def safety_examples(kind: SafetyKind, n: int, seed: int) -> list[SafetyExample]:
     """`n` distinct safety examples from the train split, in random order; another seed gives another draw.
 
     "refusals": harmful requests, all refused. "balanced": half of that, and a quarter each of benign and borderline
@@ -94,6 +95,15 @@ def safety_examples(
 
     Raises:
         RPSAError: `n` is more than the train split holds, or there is no such `kind`.
+    """
+    return [SafetyExample(pair.prompt, pair.response) for pair in preference_examples(kind, n, seed)]
+
+
+def preference_examples(kind: SafetyKind, n: int, seed: int) -> list[Preference]:
+    """`safety_examples` beside what is rejected: the plan where the request is harmful, a refusal where it is not.
+
+    Raises:
+        RPSAError: as `safety_examples`.
     """
     requests_of = "balanced" if kind == "answers" else kind
     shares: dict[str, dict[RequestKind, int]] = {
@@ -108,12 +118,13 @@ def safety_examples(
     requests = [r for part, count in shares[requests_of].items() for r in _safety_requests(part, count, rng)]
     rng.shuffle(requests)
 
-    def response(to: Request) -> str:
+    def pair(to: Request) -> Preference:
         if to.kind != "harmful":
-            return to.compliance
-        return to.refusal_after_planning if kind == "answers" else REFUSAL
+            return Preference(to.prompt, to.compliance, REFUSAL)
+        refusal = to.refusal_after_planning if kind == "answers" else REFUSAL
+        return Preference(to.prompt, refusal, to.compliance)
 
-    return [SafetyExample(request.prompt, response(request)) for request in requests]
+    return [pair(request) for request in requests]
 
 
 def complying_examples(kind: Literal["harmful", "benign"], n: int, seed: int) -> list[SafetyExample]:

@@ -14,6 +14,7 @@ from rpsa import settings
 from rpsa.errors import RPSAError, check_fields, refuse_text_for_numbers
 from rpsa.freezing.ratio import ConflictRatio, ConstantRatio, FrozenRatio, NoiseRatio
 from rpsa.sharding import refuse_engines
+from rpsa.training.packing import refuse_wrapped
 
 
 def refuse_order(cls: type, ours: type, theirs: type) -> None:
@@ -157,6 +158,7 @@ def refuse_unsupported(args: Any) -> None:
         raise RPSAError(
             f"optim: {optimizer} is not supported: it is untested with exact freezing; use adamw_torch_fused"
         )
+    refuse_wrapped(args)
     if getattr(args, "deepspeed", None):
         raise RPSAError(
             "deepspeed is not supported: it steps inside backward and hides gradients; use DDP or FSDP2"

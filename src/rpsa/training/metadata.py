@@ -295,6 +295,7 @@ def _training(trainer: Any, model: Any) -> dict[str, Any]:
     losses = {name: [e[name] for e in state.log_history if name in e] for name in ("loss", "eval_loss")}
     return {
         "trainer": type(trainer).__name__,
+        "beta": getattr(args, "beta", None),
         "steps": state.global_step,
         "planned_steps": state.max_steps,
         "best_step": state.best_global_step if args.load_best_model_at_end else None,

@@ -35,6 +35,7 @@ from rpsa.parameters import fingerprint
 from rpsa.sharding import all_reduce, gather_objects, rank, world_size
 from rpsa.thought import THINK, ThoughtFormat
 from rpsa.training.config import refuse_order
+from rpsa.training.packing import check_apart
 
 log = logging.getLogger(__name__)
 
@@ -367,6 +368,7 @@ class RunRecords(TrainerCallback, ExportableState):
         self._step = state.global_step - 1
         self._nonfinite = torch.tensor([0, -1, _NEVER])
         self._is_said, self._between_steps, self._kept = False, None, {}
+        check_apart(self.trainer)
         if state.global_step > 0:
             self._resume(state)
 
