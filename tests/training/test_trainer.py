@@ -285,6 +285,7 @@ def test_a_run_too_short_for_dynamic_k_warns(
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("build", "settings"),
     [
