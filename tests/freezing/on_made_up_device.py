@@ -1,7 +1,8 @@
 """A second device without a GPU: fake tensors say that they are there, and refuse to meet those of the host.
 
 Nothing is computed, so that this goes as far as no value is asked for; `make gpu` does the rest. The device is one that
-torch lets a program make up: of CUDA itself a torch without CUDA cannot even fake an index.
+torch lets a program make up: of CUDA itself a torch without CUDA cannot even fake an index. It is made up for the whole
+process, and other libraries would take it for a GPU, so that `test_made_up_device.py` runs this file in one of its own.
 """
 
 from collections.abc import Iterator
