@@ -21,6 +21,8 @@ from rpsa.text import json_problem, printable
 
 logger = logging.getLogger(__name__)
 
+METADATA = "rpsa_metadata.json"
+"""In a model's folder: the facts of its card."""
 AUDIT_FILE = "rpsa_audit.json"
 """What the trainer leaves beside a model about its frozen elements; here, where reading it needs no torch."""
 LOG_FILE = "log.json"

@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from rpsa.artifacts import atomic_write, read_json, reading, sha256_of, stable_json
+from rpsa.artifacts import atomic_write, package_versions, read_json, reading, sha256_of, stable_json
 from rpsa.chat import thought_format
 from rpsa.checkpoints import load_pretrained
 from rpsa.errors import RPSAError
+from rpsa.parameters import keep_four_bits
 from rpsa.recipe.loading import parse_yaml
-from rpsa.recipe.problems import validation_problems
+from rpsa.recipe.problems import did_you_mean, validation_problems
 from rpsa.recipe.schema import Cell
 from rpsa.recipe.sections import Model
 from rpsa.thought import ThoughtFormat
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 """Where in a Fisher's folder the adapter is that it was measured on."""
+
+Backend = Literal["auto", "transformers", "vllm"]
+"""What a recipe may ask for."""
 
 _HASHED_WHOLE = 64 << 20
 
@@ -43,8 +47,9 @@ def identity(name: str, model: Model) -> dict[str, Any]:
     Files over 64 MiB count by size and time of change, others by content; a hub id by its revision.
     """
     folder = Path(location(name))
+    kernels = _kernels_identity(model)
     if not folder.is_dir():
-        return {"name": name, "revision": model.revision}
+        return {"name": name, "revision": model.revision, **kernels}
     files = {path: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     return {
         "name": name,
@@ -54,7 +59,33 @@ def identity(name: str, model: Model) -> dict[str, Any]:
             else [stat.st_size, stat.st_mtime_ns]
             for path, stat in files.items()
         },
+        **kernels,
     }
+
+
+def _kernels_identity(model: Model) -> dict[str, Any]:
+    """No key where there is nothing to tell, as before there was a choice."""
+    found: dict[str, Any] = {}
+    if model.attn_implementation:
+        found["attn_implementation"] = model.attn_implementation
+    if model.quantization:
+        found |= {"quantization": model.quantization, **package_versions(["bitsandbytes"])}
+    return found
+
+
+def generating_backend(model: Model, asked: Backend) -> Backend:
+    """4-bit weights are those of bitsandbytes under transformers: vLLM would quantise merged ones, which are others.
+
+    Raises:
+        RPSAError: vLLM is asked for.
+    """
+    if model.quantization is None:
+        return asked
+    if asked == "vllm":
+        raise RPSAError(
+            "model.quantization: vLLM would not run the weights that were trained; set backend: transformers"
+        )
+    return "transformers"
 
 
 @cache
@@ -67,11 +98,16 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
     """On the GPU if there is one, unless FSDP will put it there shard by shard. `dtype` overrides the recipe's.
 
     Raises:
-        RPSAError: there is no such model, it cannot be read, or its checkpoint is not whole.
+        RPSAError: there is no such model, it cannot be read, its checkpoint is not whole, or a package is missing that
+            `attn_implementation` or `quantization` needs.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_kernels(model)
+    settings = attention(model)
+    if model.quantization:
+        settings |= four_bits(dtype or model.dtype)
     loaded: PreTrainedModel = load_pretrained(
         AutoModelForCausalLM,
         location(name),
@@ -79,8 +115,67 @@ def load_model(name: str, model: Model, dtype: str | None = None) -> "PreTrained
         revision=model.revision,
         dtype=dtype or model.dtype,
         trust_remote_code=model.trust_remote_code,
+        **settings,
     )
+    if model.quantization:
+        keep_four_bits(loaded)
+        return loaded
     return loaded.to("cuda") if torch.cuda.is_available() and not will_be_sharded() else loaded
+
+
+def attention(model: Model) -> dict[str, Any]:
+    """The argument of `from_pretrained` that chooses it, if the recipe does."""
+    return {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+
+
+def four_bits(dtype: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: NF4 with double quantisation (QLoRA), computed in `dtype`."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        ),
+        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+    }
+
+
+def check_kernels(model: Model) -> None:
+    """Raise RPSAError if a package is missing that `attn_implementation` or `quantization` needs."""
+    from importlib.util import find_spec
+
+    if model.quantization and find_spec("bitsandbytes") is None:
+        raise RPSAError("model.quantization: bitsandbytes is not installed (pip install 'rpsa[qlora]')")
+    if model.quantization and will_be_sharded():
+        raise RPSAError(
+            "model.quantization: 4-bit weights are not sharded (FSDP2) here; use one process or DDP"
+        )
+    name = model.attn_implementation
+    if name is None:
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    installed = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    if name in installed and not installed[name]():
+        raise RPSAError(
+            f"model.attn_implementation: {name} needs the package flash-attn and a GPU; take sdpa or eager"
+        )
+    if "/" in name:
+        if find_spec("kernels") is None:
+            raise RPSAError(
+                f"model.attn_implementation: {name} needs the package kernels; take sdpa or eager"
+            )
+    elif name not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
+        valid = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+        raise RPSAError(f"model.attn_implementation: {name!r} is unknown{did_you_mean(name, valid)}")
 
 
 def will_be_sharded() -> bool:
@@ -224,6 +319,7 @@ def check_model(name: str, model: Model) -> None:
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_kernels(model)
     for path in sorted(Path(location(name)).glob("*.safetensors")):
         with reading(str(path)), safe_open(path, "pt"):
             pass
@@ -232,7 +328,9 @@ def check_model(name: str, model: Model) -> None:
         config = AutoConfig.from_pretrained(location(name), **code)
     if getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
         return  # their code wants the weights
-    load_pretrained(AutoModelForCausalLM, location(name), f"model {name}", **code, device_map="meta")
+    load_pretrained(
+        AutoModelForCausalLM, location(name), f"model {name}", **code, **attention(model), device_map="meta"
+    )
 
 
 def model_config(name: str, model: Model) -> Any:

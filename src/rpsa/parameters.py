@@ -42,6 +42,23 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) ->
     return digest.hexdigest()[:16]
 
 
+def elements(parameter: Tensor) -> int:
+    """How many there are, also of weights of which bitsandbytes stores two in a byte."""
+    is_4bit = type(parameter).__name__ == "Params4bit" and parameter.dtype in (torch.uint8, torch.bfloat16)
+    return parameter.numel() * (2 * parameter.element_size() if is_4bit else 1)
+
+
+def keep_four_bits(model: nn.Module) -> None:
+    """Let 4-bit weights stay as they are on a CPU, too.
+
+    bitsandbytes packs them anew where a CPU has AVX512-BF16 and the model is in evaluation mode: their scales are
+    rounded to bfloat16 for good, and gradients no longer pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
 def module_group(name: str) -> str:
     """The role of a parameter, whatever its layer: `model.layers.3.mlp.up_proj.weight` -> `up_proj`."""
     parts = [part for part in name.split(".") if not part.isdigit() and part not in _TRIVIAL] or [name]

@@ -102,6 +102,8 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.integration
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
 def test_a_recipe_on_a_page_runs(page: str, block: str, files: Path) -> None:
+    if "quantization" in block:
+        pytest.importorskip("bitsandbytes")
     shown = on_this_machine(parse_yaml(block, page))
     is_whole = "version" in shown or "extends" in shown
     if not is_whole:

@@ -1,19 +1,27 @@
 """Trainers and kernels as recipe keys: what `rpsa run` does with them, and what is refused in one line before it."""
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.small_runs import copied, small, written
 from rpsa.artifacts import AUDIT_FILE
+from rpsa.checkpoints import load_adapter
 from rpsa.errors import RPSAError
+from rpsa.evaluation.run import as_trained, loaded_to_generate
+from rpsa.models import load_model
 from rpsa.pipeline import run
 from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.preflight import preflight
-from rpsa.pipeline.stages import AlignTask
+from rpsa.pipeline.publishing import publish_model
+from rpsa.pipeline.stages import AlignTask, tasks_of
 from rpsa.plan import make_plan
+from rpsa.recipe.sections import Model
 from rpsa.training.preferences import RPSADPOConfig
 
 DPO = ("train.trainer=dpo", "train.beta=0.3", "safety.data=tiny:balanced", "safety.validation_share=0.2")
@@ -118,3 +126,113 @@ def test_a_plan_prices_both_responses_and_the_reference_model(recipe_file: Path)
         assert pairs[method].layouts[0].memory.work > responses[method].layouts[0].memory.work
     precomputed = align("train.trainer=dpo", "train.precompute_ref_log_probs=true")["fft"]
     assert "reference model" not in precomputed.layouts[0].memory.kept
+
+
+# Kernels
+
+
+KERNELS = ("train.loss_type=chunked_nll", "train.packing=true", "model.attn_implementation=eager")
+
+
+@pytest.mark.integration
+def test_a_study_with_packed_rows_a_chunked_loss_and_an_attention_by_name(recipe_file: Path) -> None:
+    folder = run(small(recipe_file, *KERNELS, TRAINED))
+    found = audits(folder / "align")
+    assert len(found) == 3
+    assert all(one["frozen_elements_moved"] == 0 < one["frozen_element_steps_checked"] for one in found)
+    log = json.loads((folder / "align/fft/tiny-0/seed0/log.json").read_text())
+    assert log["steps"] < 4  # rows of several examples
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.packing=true", "train.packing_strategy=wrapped"], "packing_strategy: wrapped is not supported"),
+        (["matrix.methods=[fft]", "train.packing=true", "train.packing_strategy=wrapped"], "wrapped is not supported"),
+        (["train.use_liger_kernel=true"], "use_liger_kernel"),
+        (["train.optim=lion_8bit"], "optim: lion_8bit is not supported"),
+        (["model.attn_implementation=flash_attention_2"], "flash_attention_2 needs the package flash-attn and a GPU"),
+        (["model.attn_implementation=kernels-community/flash-attn"], "needs the package kernels"),
+        (["model.attn_implementation=spda"], "'spda' is unknown; did you mean 'sdpa'?"),
+        (["model.quantization=8bit"], "model.quantization: '8bit' is not a valid value"),
+        (["model.quantization=4bit"], "model.quantization: 4bit is for adapters; take fft out"),
+        (
+            ["model.quantization=4bit", "matrix.methods=[lora+ewc_product]"],
+            "4bit: lora+ewc_product goes by the Fisher of the base's own weights",
+        ),
+        (
+            ["model.quantization=4bit", "matrix.methods=[lora+rpsa]", "evaluate.backend=vllm"],
+            "evaluate.backend: vllm would not run the 4-bit weights",
+        ),
+        (
+            ["model.quantization=4bit", "matrix.methods=[lora+rpsa]", "robustness={harmful: tiny, benign: tiny}"],
+            "robustness.finetune: changes weights",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_or_not_installed_is_one_line(
+    overrides: list[str], message: str, recipe_file: Path
+) -> None:
+    if "is not installed" in message or "needs the package" in message:
+        package = message.split()[-1] if message.endswith("kernels") else "flash_attn"
+        if find_spec(package):
+            pytest.skip(f"{package} is installed")
+    with pytest.raises(RPSAError) as error:
+        preflight(small(recipe_file, *overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+QLORA = ("model.quantization=4bit", "matrix.methods=[original, lora+rpsa]", "reference.held_out=2")
+
+
+def test_without_bitsandbytes_four_bits_are_refused_at_once(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RPSAError, match="bitsandbytes is not installed") as error:
+        preflight(small(recipe_file, *QLORA))
+    assert "rpsa[qlora]" in str(error.value)
+
+
+@pytest.mark.integration
+def test_a_study_on_a_base_of_four_bits(recipe_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = small(recipe_file, *QLORA)
+    folder = run(recipe)
+    [audit] = audits(folder / "align")
+    assert audit["frozen_elements_moved"] == 0 < audit["frozen_element_steps_checked"]
+    cell = folder / "align" / "lora+rpsa" / "tiny-0" / "seed0"
+    metadata = json.loads((cell / "rpsa_metadata.json").read_text())
+    assert metadata["base_model"]["quantization"] == "4bit"
+    assert metadata["training"]["dtype"] == ["float32"]
+    assert "in 4 bits (NF4, QLoRA)" in (cell / "README.md").read_text()
+    whole = small(recipe_file, *QLORA[1:])
+    assert metadata["training"]["parameters"] > sum(
+        p.numel() for p in load_model("tiny:0", whole.model).parameters()
+    )
+    for task, other in zip(tasks_of(recipe, "reference"), tasks_of(whole, "reference"), strict=True):
+        assert task.inputs()["model"]["quantization"] == "4bit"
+        assert "quantization" not in other.inputs()["model"]
+        assert not other.is_done()
+    # what is asked in the end, with a recipe or without, is the adapter on the same base
+    asked = [
+        loaded_to_generate("tiny:0", str(cell), model, "float32")
+        for model in (recipe.model, as_trained(str(cell), Model()))
+    ]
+    for model in asked:
+        assert model.get_base_model().is_loaded_in_4bit
+        assert "lora_A" in " ".join(name for name, _ in model.named_parameters())
+    prompt = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        first, second = (model(prompt).logits for model in asked)
+        full = load_adapter(load_model("tiny:0", whole.model), str(cell), "adapter")(prompt).logits
+    assert torch.equal(first, second)
+    assert float((first - full).abs().max()) > 0.01
+    with pytest.raises(RPSAError, match="leave --merge out"):
+        publish_model(folder, "lora+rpsa/tiny-0/seed0", tmp_path / "out", merge=True)
+
+
+def test_a_plan_says_what_it_does_not_know_of_four_bits(recipe_file: Path) -> None:
+    warnings = make_plan(small(recipe_file, *QLORA), gpus=[1]).warnings
+    assert any("model.quantization: the base is counted in its own dtype" in one for one in warnings)

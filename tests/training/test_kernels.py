@@ -1,17 +1,26 @@
 """What people train with: chunked losses, packing, torch.compile, 8-bit optimizers; the same as without, or refused."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 
-from helpers.trl_runs import config, fisher_of, make_lora, make_model
+from helpers.trl_runs import SFT_SETTINGS, VOCABULARY, config, fisher_of, make_lora, make_model
 from rpsa.errors import RPSAError
+from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.freezing.freezer import Freezer
+from rpsa.freezing.ratio import ConstantRatio
 from rpsa.parameters import trainable_parameters
-from rpsa.training.trainer import RPSATrainer
+from rpsa.training.config import RPSAArguments
+from rpsa.training.trainer import RPSAMixin, RPSATrainer
 
 BUILDS = pytest.mark.parametrize("build", [make_model, make_lora], ids=["full", "lora"])
 DYNAMIC: dict[str, Any] = {"frozen_ratio": "dynamic"}
@@ -183,3 +192,143 @@ def test_examples_that_see_each_other_are_refused(
 def test_a_packing_that_lets_examples_see_each_other_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RPSAError, match="packing_strategy: wrapped is not supported"):
         config(tmp_path, packing=True, packing_strategy="wrapped", max_length=32)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize(
+    ("build", "freezing", "backend"),
+    [
+        (make_model, DYNAMIC, "aot_eager"),
+        (make_lora, COMPACT, "aot_eager"),
+        pytest.param(make_model, DYNAMIC, "inductor", marks=pytest.mark.integration),
+        pytest.param(make_model, COMPACT, "inductor", marks=pytest.mark.integration),
+        pytest.param(make_lora, DYNAMIC, "inductor", marks=pytest.mark.integration),
+    ],
+)
+def test_a_compiled_model_trains_as_an_eager_one(
+    build: Any, freezing: Any, backend: str, tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    """The reasoning gradient, taken in the same module, included; and it is saved under its own names."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+
+    def run(name: str, **settings: Any) -> Any:
+        given = (safety_data, tokenizer, reference)
+        return trained(without_dropout(build), tmp_path / name, *given, max_steps=3, **freezing | settings)
+
+    compiled = run("compiled", torch_compile=True, torch_compile_backend=backend)
+    assert hasattr(compiled.model_wrapped, "_orig_mod") or build is make_lora
+    assert_same(compiled, run("eager"), gradients=1e-4)
+    compiled.save_model(str(tmp_path / "saved"))
+    [weights] = (tmp_path / "saved").glob("*.safetensors")
+    assert not any("_orig_mod" in name for name in load_file(weights))
+
+
+# Optimizers of 8 bits
+
+
+def make_wide() -> Any:
+    """With tensors so large that bitsandbytes keeps 8 bits of their moments."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
+
+
+@pytest.mark.parametrize("build", [make_wide, make_lora], ids=["full", "lora"])
+@pytest.mark.parametrize("freezing", [DYNAMIC, CONSTANT], ids=["dynamic", "constant"])
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_an_optimizer_of_8_bits_freezes_exactly(
+    optim: str, build: Any, freezing: Any, tmp_path: Path, safety_data: Any, tokenizer: Any, reference: Any
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {
+        "optim": optim,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    given = (safety_data, tokenizer, reference)
+    trainer = trained(build(), tmp_path, *given, max_steps=4, **settings | freezing)
+    report = trainer.rpsa.report()
+    assert report["frozen_elements_moved"] == 0 < report["frozen_element_steps_checked"]
+    assert any(group["changed"] > 0 for group in report["drift"]["groups"].values())
+    kinds = {state["state1"].dtype for state in trainer.optimizer.optimizer.state.values()}
+    assert (torch.uint8 in kinds) == (build is make_wide)  # small tensors are left in fp32
+
+
+def test_what_freezes_forgets_its_momentum_of_8_bits() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    # what it knows of parameters, by address and place, would be taken from models of earlier tests for this one's
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+    torch.manual_seed(0)
+    model = nn.Linear(128, 64)
+    fisher = FisherDiagonal({name: torch.rand(p.shape) + 0.1 for name, p in model.named_parameters()})
+    freezer = Freezer(model, fisher, ConstantRatio(0.5))
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):  # before anything is frozen
+        model(torch.randn(8, 128)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state[model.weight]
+    assert state["state1"].dtype == torch.uint8
+    freezer.attach(optimizer)
+    model(torch.randn(8, 128)).square().mean().backward()
+    freezer.mask_gradients()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    frozen = freezer.frozen("weight")
+    assert torch.equal(before[frozen], model.weight[frozen])
+    assert (before[~frozen] != model.weight[~frozen]).float().mean() > 0.9
+    momentum = state["qmap1"][state["state1"].long()]
+    assert float(momentum[frozen].abs().max()) < 1e-4  # bitsandbytes writes 0 as the code next to it
+    assert momentum[~frozen].count_nonzero() > 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "adamw_8bit", "frozen_ratio": 0.6, "compact": True}, "compact: optim adamw_.*8bit does not"),
+        ({"optim": "adamw_8bit", "frozen_moments": "raw"}, "frozen_moments: raw needs Adam's own moments"),
+        ({"optim": "lion_8bit"}, "optim: lion_8bit is not supported"),
+        ({"optim": "adamw_torch_4bit"}, "optim: adamw_torch_4bit is not supported"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not supported"),
+    ],
+)  # fmt: skip
+def test_kernels_that_are_not_supported_are_one_line(settings: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RPSAError, match=message) as error:
+        config(tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+# GRPO
+
+
+def test_grpo_through_the_mixin(tmp_path: Path, tokenizer: Any, reference: Any) -> None:
+    @dataclass
+    class RPSAGRPOConfig(RPSAArguments, GRPOConfig):
+        pass
+
+    class RPSAGRPOTrainer(RPSAMixin, GRPOTrainer):
+        pass
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(len(set(text.split()))) for text in completions]
+
+    own = {"num_generations": 2, "max_completion_length": 6, "window": 2, "every": 1, "max_steps": 4}
+    trainer = RPSAGRPOTrainer(
+        model=(model := make_model()),
+        reward_funcs=reward,
+        args=RPSAGRPOConfig(**(SFT_SETTINGS | own), output_dir=str(tmp_path)),
+        train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(2, 14)]),
+        processing_class=tokenizer,
+        fisher=fisher_of(model, reference),
+        reference_dataset=reference,
+    )
+    trainer.train()
+    report = trainer.rpsa.report()
+    assert report["frozen_elements_moved"] == 0 < report["frozen_element_steps_checked"]
+    assert len(report["trajectory"]) == 4
+    assert any(group["changed"] > 0 for group in report["drift"]["groups"].values())

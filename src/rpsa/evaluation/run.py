@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import (
+    METADATA,
     appending,
     atomic_directory,
     atomic_write,
@@ -63,6 +64,7 @@ from rpsa.generation.backends import BackendConfig, choose_backend, has_gpu, mak
 from rpsa.generation.resumable import carry_over, generate_resumable, in_order
 from rpsa.models import (
     free_memory,
+    generating_backend,
     generation_dtype,
     identity,
     load_model,
@@ -418,6 +420,7 @@ def _data_hashes(items: Sequence[Item]) -> dict[str, str]:
 def model_subject(name: str, model: Model, settings: Evaluate | Reference) -> Subject:
     """A model or an adapter by its folder, hub id or shipped name."""
     base = adapter_base(name)
+    model = as_trained(name if base else None, model)
     key = sha256_of([identity(one, model) for one in (name, base) if one])
     return make_subject(key, base or name, name if base else None, model, settings)
 
@@ -434,10 +437,11 @@ def make_subject(
 
     `change` is what is done to the merged weights first, in the recipe's own dtype; the key must tell it, too.
     """
+    model = as_trained(adapter, model)
     tokenizer = load_tokenizer(_tokenizer_home(base, adapter), model)
     thought = thought_of(tokenizer, model)
     engine = vllm_engine(model, settings.engine)
-    config = BackendConfig(settings.backend, settings.batch_size, engine)
+    config = BackendConfig(generating_backend(model, settings.backend), settings.batch_size, engine)
     backend = choose_backend(config)
     dtype = generation_dtype(model, on_gpu=has_gpu())
     made_by = [
@@ -461,6 +465,19 @@ def make_subject(
     return Subject(sha256_of(made_by), tokenizer, generator, thought, load)
 
 
+def as_trained(adapter: str | None, model: Model) -> Model:
+    """With the quantisation of the base that an adapter of ours was trained on, which its metadata has."""
+    path = Path(location(adapter)) / METADATA if adapter else None
+    if path is None or model.quantization or not path.is_file():
+        return model
+    content = read_json(path)
+    of_base = content.get("base_model") if isinstance(content, dict) else None
+    if not isinstance(of_base, dict) or of_base.get("quantization") != "4bit":
+        return model
+    log.info("%s: its base is loaded in 4 bits, as it was trained", adapter)
+    return model.model_copy(update={"quantization": "4bit"})
+
+
 def _tokenizer_home(base: str, adapter: str | None) -> str:
     """PEFT saves an adapter without its tokenizer."""
     if adapter and (Path(location(adapter)) / "tokenizer_config.json").is_file():
@@ -480,6 +497,14 @@ def loaded_to_generate(
 
     if adapter is None and change is None:
         return load_model(base, model, dtype)
+    if model.quantization:
+        if change is not None:
+            raise RPSAError(
+                "model.quantization: attacks that change weights need whole ones; set these attacks to null"
+            )
+        assert adapter is not None
+        # not merged: what is added to a 4-bit weight is rounded away
+        return load_adapter(load_model(base, model, dtype), location(adapter), f"adapter {adapter}")
     merged = _merged(base, adapter, model, change)
     return merged if dtype == "auto" else merged.to(getattr(torch, dtype))
 

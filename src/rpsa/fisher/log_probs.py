@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rpsa.errors import RPSAError
 from rpsa.fisher.precision import takes_tf32
 from rpsa.fisher.samples import Responses, Samples
+from rpsa.parameters import keep_four_bits
 from rpsa.sharding import reshard, without_ddp
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -35,6 +36,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Models that checkpoint in another way run without checkpointing here: same numbers, more memory.
     """
+    keep_four_bits(model)
     flags = [(module, module.training) for module in model.modules()]
     layers = [module for module in model.modules() if is_checkpointed(module)]
     functions = [layer._gradient_checkpointing_func for layer in layers]

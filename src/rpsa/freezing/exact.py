@@ -28,7 +28,8 @@ Mask = Mapping[str, BitMask]
 KEPT_ON = ("cpu",)
 """Where the memory of the copy is kept between steps: fresh pages cost more than the copy there."""
 
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
+"""The last is bitsandbytes' name, in 8 bits as codes of `qmap1`."""
 MARK = "_rpsa_freezer"
 """The attribute of an optimizer that says that a Freezer is attached."""
 
@@ -104,7 +105,7 @@ class ExactSteps:
             state = self.optimizer.state.get(parameter, {})
             for key in _FIRST_MOMENTS:
                 if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape:
-                    now[name].clear_(local(state[key]))
+                    _clear(state, key, now[name])
 
     def _guard(self, step: Any) -> Any:
         """`step`, after which frozen elements are put back if it raises: torch has no hook for that."""
@@ -159,6 +160,16 @@ class ExactSteps:
         for name, saved in self._saved.items():
             mask[name].copy_(saved, into=local(self.parameters[name].detach()))
         self._saved = {name: saved for name, saved in self._saved.items() if saved.device.type in KEPT_ON}
+
+
+def _clear(state: Mapping[str, Any], key: str, frozen: BitMask) -> None:
+    """Set the frozen elements of a moment to 0; of 8 bits, to the code that stands for 0."""
+    moment = local(state[key])
+    if moment.dtype != torch.uint8:
+        frozen.clear_(moment)
+        return
+    codes = state[key.replace("state", "qmap")]
+    moment.masked_fill_(frozen.unpack(), int(codes.abs().argmin()))
 
 
 class RawSecondMoments:

@@ -13,6 +13,7 @@ from rpsa.errors import RPSAError
 from rpsa.models import (
     ADAPTER,
     add_adapter,
+    generating_backend,
     generation_dtype,
     identity,
     load_model,
@@ -42,7 +43,8 @@ _FISHER_COSTS = {"batch_size", "activation_checkpointing"}
 
 def model_inputs(recipe: Recipe, base: str) -> dict[str, Any]:
     """What tells a base as a recipe names it from any other."""
-    return identity(base, recipe.model) | recipe.model.model_dump(exclude={"name"})
+    kernels = {"attn_implementation", "quantization"}  # which the identity has, where there are any
+    return identity(base, recipe.model) | recipe.model.model_dump(exclude={"name", *kernels})
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class ReferenceTask(Task):
         settings, model = self.recipe.reference, self.recipe.model
         tokenizer = load_tokenizer(self.base, model)
         thought = thought_of(tokenizer, model)
-        config = BackendConfig(settings.backend, settings.batch_size, vllm_engine(model, settings.engine))
+        backend = generating_backend(model, settings.backend)
+        config = BackendConfig(backend, settings.batch_size, vllm_engine(model, settings.engine))
         dtype = generation_dtype(model, on_gpu=has_gpu())
         generator = make_generator(
             config, location(self.base), tokenizer, lambda _: load_model(self.base, model, dtype), thought

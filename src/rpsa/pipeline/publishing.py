@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import LOG_FILE, atomic_directory, atomic_write, read_json
+from rpsa.artifacts import LOG_FILE, METADATA, atomic_directory, atomic_write, read_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline.tasks import MANIFEST, altered_files
 from rpsa.provenance import TIMING
@@ -95,6 +95,12 @@ def _write_merged(folder: Path, new: Path) -> None:
     from rpsa.models import load_model, quiet
     from rpsa.recipe.sections import Model
 
+    metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
+    if metadata.get("base_model", {}).get("quantization"):
+        raise RPSAError(
+            f"{folder}: was trained and measured on a base in 4 bits; merged into whole weights it is another model: "
+            "leave --merge out"
+        )
     quiet()
     name = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
     base = load_model(name, Model(), "auto")

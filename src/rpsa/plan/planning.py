@@ -72,8 +72,13 @@ def make_plan(
         evaluation=evaluation,
         evaluated=len(cells),
         study=study,
-        warnings=_warnings(methods, stages),
+        warnings=[*_warnings(methods, stages), *([_FOUR_BITS] if recipe.model.quantization else [])],
     )
+
+
+_FOUR_BITS = (
+    "model.quantization: the base is counted in its own dtype; 4-bit weights take a quarter of bf16's memory"
+)
 
 
 def _warnings(methods: list[MethodPlan], stages: dict[str, list[SingleGpuStage]]) -> list[str]:

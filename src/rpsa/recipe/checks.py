@@ -71,6 +71,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
         yield from trainers
     else:
         yield from _dataclass_problems(recipe)
+    yield from _quantization_problems(recipe)
     yield from _source_problems(recipe)
     yield from _launch_problems(recipe)
     yield from _robustness_problems(recipe)
@@ -330,6 +331,25 @@ def _keep_best_of(recipe: Recipe, cell: Cell) -> Iterator[str]:
     needs_reasoning = cell.safety.keep_best == "safety_and_reasoning"
     if needs_reasoning and not (recipe.reference.problems and recipe.reference.held_out):
         yield "safety_and_reasoning needs held-out reasoning; set reference.problems, and reference.held_out above 0"
+
+
+def _quantization_problems(recipe: Recipe) -> Iterator[str]:
+    """What needs whole weights; each once."""
+    if recipe.model.quantization is None:
+        return
+    where = f"model.quantization: {recipe.model.quantization}"
+    trained = _trained(recipe)
+    if full := next((cell.method for cell in trained if cell.paradigm == "fft"), None):
+        yield f"{where} is for adapters; take {full} out of the matrix, or name a lora method in its place"
+    elif of_base := next((c.method for c in trained if c.needs_fisher and not c.starts_from_fisher), None):
+        yield f"{where}: {of_base} goes by the Fisher of the base's own weights, which 4 bits have none of; take it out"
+    for section in ("reference", "evaluate"):
+        if getattr(recipe, section).backend == "vllm":
+            yield f"{section}.backend: vllm would not run the 4-bit weights that are trained; set transformers, or auto"
+    if recipe.robustness is not None:
+        on_weights = ("finetune", "direction", "prune", "quantise", "merge")
+        if name := next((one for one in on_weights if getattr(recipe.robustness, one) is not None), None):
+            yield f"robustness.{name}: changes weights, which {where} has none of that are whole; set it to null"
 
 
 def _launch_problems(recipe: Recipe) -> Iterator[str]:

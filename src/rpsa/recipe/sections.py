@@ -66,6 +66,8 @@ class Model(Section):
 
     `generation_dtype`: of the weights while they generate; by default bfloat16 on a GPU and `dtype` on a CPU.
     `thought`: what sets its thoughts apart from its answers, "auto" as its chat template says, "none", or the words.
+    `attn_implementation`: `sdpa`, `eager`, `flash_attention_2`, a kernel of the hub (`org/name`); null: transformers'
+    own choice. `quantization` "4bit" (QLoRA): wherever the model is loaded, its linear layers are NF4 by bitsandbytes.
     """
 
     name: str | None = None
@@ -73,6 +75,8 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     generation_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    quantization: Literal["4bit"] | None = None
     thought: Annotated[Literal["auto", "none"] | Thought, BeforeValidator(_thought)] = "auto"
 
 

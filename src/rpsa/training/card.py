@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import atomic_write, stable_json
+from rpsa.artifacts import METADATA, atomic_write, stable_json
 from rpsa.errors import RPSAError
 from rpsa.safety_data import ALL_REFUSE, WHAT_REFUSALS_DO
 from rpsa.templates import render
 
 CARD = "README.md"
-METADATA = "rpsa_metadata.json"
 
 
 @dataclass(frozen=True)

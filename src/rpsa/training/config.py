@@ -148,13 +148,20 @@ def refuse_unsupported_ranks(args: Any) -> None:
         )
 
 
+_EIGHT_BITS = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
+"""Of bitsandbytes, tested with exact freezing on a CPU (where nothing is paged)."""
+
 _UNSUPPORTED_OPTIMIZERS = ("8bit", "4bit", "bnb", "galore", "apollo", "lomo", "grokadamw", "schedule_free")
 
 
 def refuse_unsupported(args: Any) -> None:
     """Raise RPSAError for what steps, shards or stores in ways that frozen elements would not survive."""
     optimizer = str(getattr(args.optim, "value", args.optim))
-    if any(part in optimizer for part in _UNSUPPORTED_OPTIMIZERS):
+    if optimizer in _EIGHT_BITS and getattr(args, "frozen_moments", "zero") == "raw":
+        raise RPSAError(
+            f"frozen_moments: raw needs Adam's own moments, and {optimizer} has 8 bits of them; use zero"
+        )
+    if optimizer not in _EIGHT_BITS and any(part in optimizer for part in _UNSUPPORTED_OPTIMIZERS):
         raise RPSAError(
             f"optim: {optimizer} is not supported: it is untested with exact freezing; use adamw_torch_fused"
         )

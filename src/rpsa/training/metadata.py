@@ -17,7 +17,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import package_versions, sha256_of
-from rpsa.parameters import canonical_name, fingerprint, trainable_parameters
+from rpsa.parameters import canonical_name, elements, fingerprint, trainable_parameters
 from rpsa.settings import DER, INTERPOLATION, KL, PENALTY, PROJECTION, RESTORED_RATIO
 from rpsa.sharding import is_sharded, local
 
@@ -244,6 +244,7 @@ def _base(model: Any, names: CardNames) -> dict[str, Any]:
         "hub_id": hub_id(name),
         "revision": getattr(model.config, "_commit_hash", None),
         "license": _license(source) if source else {},
+        "quantization": "4bit" if getattr(model, "is_loaded_in_4bit", False) else None,
     }
 
 
@@ -300,7 +301,7 @@ def _training(trainer: Any, model: Any) -> dict[str, Any]:
         "planned_steps": state.max_steps,
         "best_step": state.best_global_step if args.load_best_model_at_end else None,
         "trainable_parameters": sum(p.numel() for p in trainable),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(map(elements, model.parameters())),
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainable}),
         "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,

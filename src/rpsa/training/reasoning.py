@@ -95,12 +95,7 @@ class ReasoningMixin(RecordsMixin):
         model: Any = given(self, args, kwargs).get("model")
         has_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         refuse_model(model, has_adapter=has_adapter)
-        quantized = getattr(model, "is_quantized", False)
-        adapter = [(p, p.data) for p in model.parameters() if p.requires_grad] if quantized else []
         super().__init__(*args, **kwargs)
-        for parameter, weights in adapter:
-            # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
-            parameter.data = weights.to(parameter.device)
         check_kept(self, kwargs.get("train_dataset"), kwargs.get("formatting_func"))
         refuse_accelerator(self.accelerator, self.args.n_gpu)
         self._starts_elsewhere = False

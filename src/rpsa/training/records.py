@@ -31,7 +31,7 @@ from rpsa.artifacts import reading, without_nan
 from rpsa.chat import format_of_response, read_thought
 from rpsa.checkpoints import check_adapter, refuse_misfits
 from rpsa.errors import RPSAError
-from rpsa.parameters import fingerprint
+from rpsa.parameters import fingerprint, keep_four_bits
 from rpsa.sharding import all_reduce, gather_objects, rank, world_size
 from rpsa.thought import THINK, ThoughtFormat
 from rpsa.training.config import refuse_order
@@ -174,7 +174,15 @@ class RecordsMixin(_Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = given(self, args, kwargs)
         _check_data(arguments.get("train_dataset"), arguments.get("processing_class"))
+        model: Any = arguments.get("model")
+        adapter: list[tuple[Any, Any]] = []
+        if getattr(model, "is_quantized", False):
+            keep_four_bits(model)
+            adapter = [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(*args, **kwargs)
+        for parameter, weights in adapter:
+            # TRL casts it to bf16, in which small updates are rounded away; and F was measured on these weights
+            parameter.data = weights.to(parameter.device)
         if isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise RPSAError("train_dataset: no example is left that has a label; see what was dropped above")
         self.records = RunRecords(self)
