@@ -40,7 +40,7 @@ def bounds() -> dict[str, str]:
 
 
 def resolve(*requirements: str, alone: bool = False) -> dict[str, str] | None:
-    """The versions of what would be installed, or of `requirements` `alone`; None if they cannot be installed together."""
+    """The versions of what would be installed, or of `requirements` `alone`; None if they do not fit together."""
     done = subprocess.run(
         [
             *("uv", "pip", "compile", "-", "--quiet", "--no-header", "--no-annotate"),

@@ -497,8 +497,8 @@ def test_a_projection_is_done_again_when_its_traces_are_cut_elsewhere(tmp_path: 
 def test_what_training_refuses_is_known_before_anything_runs(tmp_path: Path) -> None:
     from rpsa.pipeline import run
 
-    settings = ("matrix.methods=[fft+ewc]", "train.optim=adamw_bnb_8bit")
-    with pytest.raises(RPSAError, match=r"fft\+ewc.*adamw_bnb_8bit is not supported"):
+    settings = ("matrix.methods=[fft+ewc]", "train.optim=lion_8bit")
+    with pytest.raises(RPSAError, match=r"fft\+ewc.*lion_8bit is not supported"):
         run(recipe(tmp_path, *settings))
     assert not (tmp_path / "run" / "reference").exists()
 

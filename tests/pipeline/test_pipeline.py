@@ -451,7 +451,7 @@ def test_a_mistake_in_the_data_is_one_line(recipe_file: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.optim=adamw_8bit", "fft+rpsa/tiny-0/seed0: optim: adamw_8bit is not supported"),
+        ("train.optim=lion_8bit", "fft+rpsa/tiny-0/seed0: optim: lion_8bit is not supported"),
         ("train.load_best_model_at_end=true train.save_strategy=steps", "fft/tiny-0/seed0: train: "),
     ],
 )

@@ -171,6 +171,7 @@ def test_a_model_is_attacked_without_a_recipe(tmp_path: Path, monkeypatch: pytes
         (AttackCommand("tiny:0", ["tinny"]), "--tasks: 'tinny' is unknown"),
         (AttackCommand("tiny:0", ["tiny"], settings=["prune.ratios=[2]"]), "--set prune.ratios"),
         (AttackCommand("tiny:0", ["tiny"], settings=["evaluate.nn=2"]), "--set evaluate.nn: unknown key"),
+        (AttackCommand("tiny:0", ["tiny"], harmful="nowhere.jsonl"), "--harmful: no such file"),
         (AttackCommand("nowhere/", ["tiny"]), "nowhere/"),
     ],
 )

@@ -18,7 +18,7 @@ from rpsa.models import load_model
 from rpsa.pipeline import run
 from rpsa.pipeline.alignment import training_arguments
 from rpsa.pipeline.preflight import preflight
-from rpsa.pipeline.publishing import publish_model
+from rpsa.pipeline.publishing import publication
 from rpsa.pipeline.stages import AlignTask, tasks_of
 from rpsa.plan import make_plan
 from rpsa.recipe.sections import Model
@@ -230,7 +230,7 @@ def test_a_study_on_a_base_of_four_bits(recipe_file: Path, tmp_path: Path) -> No
     assert torch.equal(first, second)
     assert float((first - full).abs().max()) > 0.01
     with pytest.raises(RPSAError, match="leave --merge out"):
-        publish_model(folder, "lora+rpsa/tiny-0/seed0", tmp_path / "out", merge=True)
+        publication(folder, "lora+rpsa/tiny-0/seed0", tmp_path / "out", merge=True)
 
 
 def test_a_plan_says_what_it_does_not_know_of_four_bits(recipe_file: Path) -> None:

@@ -313,7 +313,7 @@ def test_what_is_supported_freezes_exactly(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optim": "adamw_8bit"}, "optim: adamw_bnb_8bit|optim: adamw_8bit"),
+        ({"optim": "lion_8bit"}, "optim: lion_8bit is not supported"),
         ({"use_liger_kernel": True}, "use_liger_kernel is not supported"),
         ({"fp16": True}, "fp16 is not supported"),
         ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),

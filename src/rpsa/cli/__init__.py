@@ -1,5 +1,6 @@
 """The `rpsa` command. Each command imports what it needs when it runs, so that `rpsa --help` is quick."""
 
+import logging
 from collections.abc import Callable
 from typing import Annotated
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the `rpsa` command."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports, wherever it is installed
     app()
 
 

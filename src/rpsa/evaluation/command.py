@@ -128,7 +128,13 @@ def evaluate_settings(command: EvaluateCommand) -> Evaluate:
     try:
         return Evaluate.model_validate(raw)
     except ValidationError as error:
-        raise RPSAError(f"--set {validation_problems(error, Evaluate)[0]}") from None
+        raise RPSAError(as_option(validation_problems(error, Evaluate)[0], "tasks", "judge")) from None
+
+
+def as_option(problem: str, *own: str) -> str:
+    """What is wrong with a setting, by the name of its option: one of its `own`, or `--set`."""
+    key = re.split(r"\W", problem, maxsplit=1)[0]
+    return f"--{problem}" if key in own else f"--set {problem}"
 
 
 def set_from(settings: Sequence[str], raw: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run", "verify"]
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # here, too: workers do not come by the command line
+
 
 def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False) -> Path:
     """Bring a recipe's run up to date, or one stage of it; returns the run's folder.

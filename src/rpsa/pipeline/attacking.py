@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rpsa.artifacts import folder_name, locked, sha256_of
 from rpsa.errors import RPSAError
 from rpsa.evaluation.benchmarks import TINY_PREFIX, TaskOptions
-from rpsa.evaluation.command import set_from
+from rpsa.evaluation.command import as_option, set_from
 from rpsa.evaluation.items import load_tasks
 from rpsa.evaluation.original import HeldOut
 from rpsa.evaluation.robustness.attacks import (
@@ -130,17 +130,21 @@ def attack_settings(command: AttackCommand) -> tuple[Robustness, Evaluate]:
     try:
         found = Robustness.model_validate(raw)
     except ValidationError as error:
-        raise RPSAError(f"--set {validation_problems(error, Robustness)[0]}") from None
+        raise RPSAError(as_option(validation_problems(error, Robustness)[0], "harmful", "benign")) from None
     try:
         evaluated = Evaluate.model_validate(evaluation)
     except ValidationError as error:
-        raise RPSAError(f"--set evaluate.{validation_problems(error, Evaluate)[0]}") from None
-    problems = [*robustness_problems(found)]
+        said = as_option(validation_problems(error, Evaluate)[0], "tasks", "judge")
+        raise RPSAError(said.replace("--set ", "--set evaluate.", 1)) from None
+    problems = [
+        as_option(problem.removeprefix("robustness."), "harmful", "benign")
+        for problem in robustness_problems(found)
+    ]
     problems += [
         f"--tasks: {problem}" for task in evaluated.tasks if (problem := source_problem("task", task))
     ]
     if command.export is None and command.responses is None and problems:
-        raise RPSAError(problems[0].replace("robustness.", "--set ", 1))
+        raise RPSAError(problems[0])
     return found, evaluated
 
 

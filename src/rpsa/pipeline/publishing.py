@@ -63,8 +63,8 @@ def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publ
         merge: of a LoRA adapter, write the model with the adapter merged into it, in the base's own dtype.
 
     Raises:
-        RPSAError: there is no such model, its files have changed since they were written, there is nothing to merge,
-            or `out` is there already.
+        RPSAError: there is no such model, its files have changed since they were written, it cannot be merged, or
+            `out` is there already.
     """
     folder = run / "align" / cell
     if not (folder / MANIFEST).is_file():
@@ -78,6 +78,11 @@ def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publ
         raise RPSAError(f"{changed[0]}; publish a model that is as it was measured")
     if merge and not (folder / _ADAPTER_CONFIG).is_file():
         raise RPSAError(f"{folder}: is no adapter, so there is nothing to merge; leave --merge out")
+    if merge and _has_base_in_4_bits(folder):
+        raise RPSAError(
+            f"{folder}: was trained and measured on a base in 4 bits; merged into whole weights it is another model: "
+            "leave --merge out"
+        )
     if out.exists():
         raise RPSAError(f"{out}: exists already; give another --out, or remove it")
     measured = run / "report" / "cards" / cell / CARD
@@ -85,6 +90,11 @@ def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publ
     return Publication(
         folder, measured if measured.is_file() else folder / CARD, () if merge else tuple(files)
     )
+
+
+def _has_base_in_4_bits(folder: Path) -> bool:
+    metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
+    return bool(metadata.get("base_model", {}).get("quantization"))
 
 
 def _write_merged(folder: Path, new: Path) -> None:
@@ -95,12 +105,6 @@ def _write_merged(folder: Path, new: Path) -> None:
     from rpsa.models import load_model, quiet
     from rpsa.recipe.sections import Model
 
-    metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
-    if metadata.get("base_model", {}).get("quantization"):
-        raise RPSAError(
-            f"{folder}: was trained and measured on a base in 4 bits; merged into whole weights it is another model: "
-            "leave --merge out"
-        )
     quiet()
     name = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
     base = load_model(name, Model(), "auto")
