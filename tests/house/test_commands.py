@@ -9,7 +9,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,16 +34,24 @@ NAMES = {
     "tiny-{0,1,2}": "tiny-0",
     ".venv/bin/pytest": "python -m pytest --collect-only",
     "make ": "make --dry-run ",
+    "align/lora/": "align/lora+rpsa/",
     "FISHER_DIR": "runs/mine/fisher/tiny-0/full",
     "held-out/BASE": "held-out/tiny-0",
     "NAME": "tiny-0",
     "MODEL": "tiny:0",
     "BASE": "tiny:0",
 }
-SHORT = (
-    *("reference.n=8", "safety.n=16", "evaluate.n=2", "train.num_train_epochs=1", "matrix.bases=[tiny:0]"),
-    *("matrix.seeds=[0]", "matrix.parallel=1"),
+SETTINGS = (
+    *("reference.n=8", "safety.n=16", "evaluate.n=2", "train.num_train_epochs=1", "'matrix.bases=[tiny:0]'"),
+    *("'matrix.seeds=[0]'", "matrix.parallel=1"),
 )
+SHORT = {
+    "run": SETTINGS,
+    "sweep": SETTINGS,
+    "evaluate": ("--tasks tiny", "--set n=2"),
+    "attack": ("--tasks tiny", "--set evaluate.n=2", "--attack prefill,finetune,prune"),
+    "perturb": ("--n 4", "--draws 1"),
+}
 PROGRAMS = {
     "rpsa": "-m rpsa",
     "python": "",
@@ -94,7 +101,7 @@ def test_the_commands_of_a_page_run(page: str, finished_run: Path, tmp_path: Pat
 
 def furnish(folder: Path, finished_run: Path) -> None:
     """What a user has who has come so far: a recipe, data, a run, the models' configs."""
-    for name in ("recipes", "examples", "tests", "pyproject.toml", "Makefile"):
+    for name in ("recipes", "examples", "tests", "pyproject.toml", "constraints.txt", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
     for name in RUNS:
         copied(finished_run, folder / "runs" / name, "")
@@ -119,6 +126,8 @@ def short(command: str) -> str:
     if command.startswith("rpsa plan"):
         models = [model.name for model in NUMBERS["SHIPPED"] if f"/{model.folder}/" in command]
         return " ".join([command, *(f"model.name={name}" for name in models)])
-    return re.sub(
-        r"^(rpsa (?:run|sweep) \S+)", lambda found: " ".join([found[1], *map(shlex.quote, SHORT)]), command
-    )
+    words = command.split(" ")
+    found = SHORT.get(words[1], ()) if words[0] == "rpsa" else ()
+    # settings of the page come after ours, and options before them: the last one counts
+    place = 3 if found is SETTINGS else len(words)
+    return " ".join([*words[:place], *found, *words[place:]])

@@ -68,8 +68,8 @@ def evaluate_command(command: EvaluateCommand) -> tuple[EvaluationResult, Path]:
             raise RPSAError(f"--tasks: {problem}")
     if command.reference and not (command.reference / "traces.jsonl").is_file():
         raise RPSAError(f"--reference {command.reference}: holds no D_ref (there is no traces.jsonl)")
-    held_out = _held_out(command, model)
     quiet()
+    held_out = _held_out(command, model)
     reference = str(command.reference) if command.reference else None
     options = TaskOptions(settings.n, settings.seed, command.data_dir, reference, settings.prompt_style)
     if command.quick:
