@@ -51,6 +51,7 @@ SHORT = {
     "evaluate": ("--tasks tiny", "--set n=2"),
     "attack": ("--tasks tiny", "--set evaluate.n=2", "--attack prefill,finetune,prune"),
     "perturb": ("--n 4", "--draws 1"),
+    "safety-data": ("--steer ''", "--per-prompt 8"),
 }
 PROGRAMS = {
     "rpsa": "-m rpsa",
@@ -106,7 +107,7 @@ def furnish(folder: Path, finished_run: Path) -> None:
     for name in RUNS:
         copied(finished_run, folder / "runs" / name, "")
     (folder / "recipe.yaml").write_text(RECIPE)
-    rows = [{"prompt": one.prompt, "response": one.response} for one in safety_examples("balanced", 16, 0)]
+    rows = [{"prompt": one.prompt, "response": one.response} for one in safety_examples("balanced", 64, 0)]
     for name in ("safety", "harmful", "benign"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with NUMBERS["configs"]():

@@ -74,7 +74,7 @@ def said_of(path: Path) -> str:
         said = "".join(json.loads(text)["cells"][0]["source"]).partition("\n")[2]
     else:
         said = " ".join(line.removeprefix("#").strip() for line in _head(text) if not line.startswith("#!"))
-    return re.split(r"(?<=[.:?])\s", " ".join(said.split()), maxsplit=1)[0].rstrip(":")
+    return re.split(r"(?<=[.:?])\s", " ".join(said.split()), maxsplit=1)[0].rstrip(".:")
 
 
 def copy_shipped(name: str, target: Path | None = None) -> Path:

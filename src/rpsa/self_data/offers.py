@@ -211,8 +211,8 @@ def _counted(offers: Sequence[Offer]) -> dict[str, Any]:
 def _nothing(kind: str, found: Mapping[str, Any]) -> str:
     why = ", ".join(f"{count} {reason}" for reason, count in found["rejected"].items())
     mend = {
-        "harmful": "change safety.steer or safety.filter, or raise safety.per_prompt or reference.max_new_tokens",
-        "benign": "give other requests, or raise safety.per_prompt or reference.max_new_tokens",
+        "harmful": "change steer or filter, or raise per_prompt or max_new_tokens",
+        "benign": "give other requests, or raise per_prompt or max_new_tokens",
     }[kind]
     return (
         f"safety data of its own: none of the model's {found['offered']} responses to {found['prompts']} {kind} "
