@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,20 @@ def test_the_rest_takes_as_long_as_its_like_took(tmp_path: Path) -> None:
         atomic_write(fft[1].live_file, json.dumps(vars(pulse(began=time.time() - 30))))
         found, _ = estimate.left([fft[1]], parallel=1)
         assert found == pytest.approx(70, abs=2)
+
+
+def test_what_runs_says_how_long_its_like_takes_until_one_has_ended(tmp_path: Path) -> None:
+    first, second, *_ = tasks_of(recipe(tmp_path, "matrix.seeds=[0, 1, 2]"), "align")
+    estimate = TimeLeft()
+    with telling(first):
+        now = time.time()
+        found = replace(pulse(began=now - 30), done=3, total=10, base=(now - 30, 0), updated=now)
+        assert found.seconds_left == pytest.approx(70)
+        atomic_write(first.live_file, json.dumps(vars(found)))
+        assert estimate.left([first, second], parallel=1) == (pytest.approx(170, abs=4), set())
+        finished_in(second, 40.0)
+        estimate.learn([second])
+        assert estimate.left([first, second], parallel=1) == (pytest.approx(110, abs=4), set())
 
 
 def pulse(*, began: float, process: int | None = None) -> Pulse:

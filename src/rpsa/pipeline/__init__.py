@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["run", "verify"]
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # here, too: workers do not come by the command line
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # here, too: workers do not come by the command line
 
 
 def run(recipe: Recipe, *, only: str | None = None, keep_finished: bool = False) -> Path:

@@ -195,8 +195,7 @@ class TimeLeft:
 
     def of(self, task: Task) -> float | None:
         """The median of its kind, else of its stage, else None."""
-        known = self._kinds.get(task.kind) or self._kinds.get(task.stage)
-        return statistics.median(known) if known else None
+        return _median(self._kinds, task)
 
     def is_slow(self, task: Task, pulse: Pulse) -> bool:
         """Whether it has taken far longer than others of its very kind."""
@@ -206,19 +205,33 @@ class TimeLeft:
         return time.time() - pulse.began > max(_SLOW_FROM, _SLOW * statistics.median(known))
 
     def left(self, waiting: Iterable[Task], parallel: int) -> tuple[float, set[Stage]]:
-        """Seconds that the tasks still take side by side, and the stages of which nothing is known."""
-        total = 0.0
+        """Seconds that the tasks still take side by side, and the stages of which nothing is known.
+
+        Where no task of a stage has ended, those that run tell how long another one will take.
+        """
+        now, total = time.time(), 0.0
         unknown: set[Stage] = set()
-        for task in waiting:
-            pulse = pulse_of(task)
-            usual = self.of(task)
+        pulses = [(task, pulse_of(task)) for task in waiting]
+        running: dict[str, list[float]] = {}
+        for task, pulse in pulses:
             if pulse is not None and pulse.seconds_left is not None:
                 total += pulse.seconds_left
-            elif usual is None:
+                for kind in (task.stage, task.kind):
+                    running.setdefault(kind, []).append(now - pulse.began + pulse.seconds_left)
+        for task, pulse in pulses:
+            if pulse is not None and pulse.seconds_left is not None:
+                continue
+            usual = self.of(task) or _median(running, task)
+            if usual is None:
                 unknown.add(task.stage)
             else:
-                total += max(0.0, usual - (time.time() - pulse.began if pulse else 0.0))
+                total += max(0.0, usual - (now - pulse.began if pulse else 0.0))
         return total / parallel, unknown
+
+
+def _median(seconds: Mapping[str, Sequence[float]], task: Task) -> float | None:
+    known = seconds.get(task.kind) or seconds.get(task.stage)
+    return statistics.median(known) if known else None
 
 
 def is_finished(task: Task) -> bool:
