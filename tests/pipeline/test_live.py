@@ -158,6 +158,7 @@ def test_the_rest_takes_as_long_as_its_like_took(tmp_path: Path) -> None:
     assert [estimate.of(task) for task in (fft[1], lora[1])] == [100.0, 10.0]
     assert estimate.left([*fft[1:], *lora[1:]], parallel=1) == (220.0, set())
     assert estimate.left([*fft[1:], *lora[1:]], parallel=2) == (110.0, set())
+    assert estimate.left(fft[1:2], parallel=2) == (100.0, set()), "one task is not shared"
     evaluations = tasks_of(asked, "evaluate")
     assert estimate.left([fft[1], *evaluations], parallel=1) == (100.0, {"evaluate"})
     assert left_in_words(100.0, {"evaluate"}) == "about 1:40 left, evaluate not counted"

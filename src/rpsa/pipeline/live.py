@@ -209,15 +209,16 @@ class TimeLeft:
 
         Where no task of a stage has ended, those that run tell how long another one will take.
         """
-        now, total = time.time(), 0.0
-        unknown: set[Stage] = set()
+        now = time.time()
         pulses = [(task, pulse_of(task)) for task in waiting]
+        each: list[float] = []
         running: dict[str, list[float]] = {}
         for task, pulse in pulses:
             if pulse is not None and pulse.seconds_left is not None:
-                total += pulse.seconds_left
+                each.append(pulse.seconds_left)
                 for kind in (task.stage, task.kind):
                     running.setdefault(kind, []).append(now - pulse.began + pulse.seconds_left)
+        unknown: set[Stage] = set()
         for task, pulse in pulses:
             if pulse is not None and pulse.seconds_left is not None:
                 continue
@@ -225,8 +226,8 @@ class TimeLeft:
             if usual is None:
                 unknown.add(task.stage)
             else:
-                total += max(0.0, usual - (now - pulse.began if pulse else 0.0))
-        return total / parallel, unknown
+                each.append(max(0.0, usual - (now - pulse.began if pulse else 0.0)))
+        return max(sum(each) / parallel, max(each, default=0.0)), unknown
 
 
 def _median(seconds: Mapping[str, Sequence[float]], task: Task) -> float | None:
