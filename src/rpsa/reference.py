@@ -339,6 +339,7 @@ def _finished(traces: list[Trace], config: ReferenceConfig, origin: dict[str, An
         "config": asdict(config),
         "problems": len(traces),
         "traces": len(kept),
+        "graded": sum(trace.correct is not None for trace in kept),
         "correct": sum(trace.correct is True for trace in kept),
         "truncated": sum(trace.finish_reason == "length" for trace in kept),
         "dropped_empty": sum(not trace.text for trace in traces),

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,11 @@ class Scripted:
             yield i, Completion(ids, text, "stop")
 
 
+def test_problems_without_an_answer_are_neither_right_nor_wrong(tmp_path):
+    problems = [*PROBLEMS[:2], *(replace(problem, answer="") for problem in PROBLEMS[2:])]
+    assert build(tmp_path, problems=problems).manifest["graded"] == 2
+
+
 def test_build_stores_what_was_sampled_and_load_gives_it_back(tmp_path):
     built = build(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"traces.jsonl", "manifest.json"}
@@ -82,7 +88,7 @@ def test_build_stores_what_was_sampled_and_load_gives_it_back(tmp_path):
         )  # fmt: skip
     loaded = ReferenceDataset.load(tmp_path)
     assert (loaded.traces, loaded.manifest) == (built.traces, built.manifest)
-    assert loaded.manifest["traces"] == 7
+    assert loaded.manifest["traces"] == loaded.manifest["graded"] == 7
     assert loaded.manifest["correct"] == sum(t.correct for t in built.traces)
     assert loaded.manifest["truncated"] == sum(t.finish_reason == "length" for t in built.traces) > 0
     assert loaded.manifest["config"]["temperature"] == 1.0

@@ -304,9 +304,9 @@ def provenance(recipe: Recipe, results: Iterable[str]) -> dict[str, Any]:
         if reference is None or fisher is None:
             continue
         built = read_json(reference.folder / "manifest.json")
-        references[reference.name] = (
-            f"{built['traces']} traces, {built['correct']} correct, {built['truncated']} truncated"
-        )
+        graded = built.get("graded", built["traces"])  # which manifests of earlier versions lack
+        solved = f"{built['correct']} of {graded} correct" if graded else "no right answers to compare with"
+        references[reference.name] = f"{built['traces']} traces, {solved}, {built['truncated']} truncated"
         estimation = read_json(fisher.folder / "manifest.json")["estimation"]
         fishers[fisher.name] = estimated(estimation)
     return {
