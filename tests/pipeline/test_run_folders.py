@@ -555,7 +555,17 @@ _FREE = {
     "report/console",
     *(
         f"pipeline/{name}"
-        for name in ("__init__", "launch", "live", "preflight", "runner", "tasks", "tracking", "watching")
+        for name in (
+            "__init__",
+            "launch",
+            "live",
+            "preflight",
+            "runner",
+            "tasks",
+            "termination",
+            "tracking",
+            "watching",
+        )
     ),
 }
 """What has no say in a result: what it decides is among a stage's inputs, or only when it is made."""
