@@ -150,7 +150,7 @@ def test_a_study_with_packed_rows_a_chunked_loss_and_an_attention_by_name(recipe
         (["train.packing=true", "train.packing_strategy=wrapped"], "packing_strategy: wrapped is not supported"),
         (["matrix.methods=[fft]", "train.packing=true", "train.packing_strategy=wrapped"], "wrapped is not supported"),
         (["train.use_liger_kernel=true"], "use_liger_kernel"),
-        (["train.optim=lion_8bit"], "optim: lion_8bit is not supported"),
+        (["matrix.methods=[fft+rpsa]", "train.optim=lion_8bit"], "optim: lion_8bit is not supported"),
         (["model.attn_implementation=flash_attention_2"], "flash_attention_2 needs the package flash-attn and a GPU"),
         (["model.attn_implementation=kernels-community/flash-attn"], "needs the package kernels"),
         (["model.attn_implementation=spda"], "'spda' is unknown; did you mean 'sdpa'?"),

@@ -198,14 +198,15 @@ def training_peak(
     `compact`: this share of each gradient is gathered in fp32 and the whole one freed, as compact training does.
     `accumulated`: gradients of an earlier micro-batch are there already.
     """
-    from trl.trainer.utils import add_fused_lm_head
-
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     plain = base.forward
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    is_fused = _fuse_head(base)
 
     def loss() -> Tensor:
         with _autocast(precision):
+            if not is_fused:
+                whole: Tensor = model(**_inputs(shape), labels=_tokens(shape)).loss
+                return whole
             output = model(**_inputs(shape), labels=_tokens(shape), fused_lm_head=True)
         log_probs: Tensor = output.log_probs
         return -log_probs.sum()
@@ -216,6 +217,16 @@ def training_peak(
             return _peak(model, loss, precision, runs=2 if accumulated else 1)
     finally:
         base.forward = plain
+
+
+def _fuse_head(model: Any) -> bool:
+    """Let the model's head do as TRL has it from 1.16 on, without whole logits; False before."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return False
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return True
 
 
 def reasoning_peak(model: Any, shape: Shape, precision: Precision, *, accumulated: bool = False) -> int:
