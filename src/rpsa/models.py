@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from rpsa.artifacts import atomic_write, package_versions, read_json, reading, sha256_of, stable_json
+from rpsa.artifacts import (
+    METADATA,
+    atomic_write,
+    package_versions,
+    read_json,
+    reading,
+    sha256_of,
+    stable_json,
+)
 from rpsa.chat import thought_format
 from rpsa.checkpoints import load_pretrained
 from rpsa.errors import RPSAError
@@ -71,6 +79,14 @@ def _kernels_identity(model: Model) -> dict[str, Any]:
     if model.quantization:
         found |= {"quantization": model.quantization, **package_versions(["bitsandbytes"])}
     return found
+
+
+def is_trained_in_4_bits(adapter: Path) -> bool:
+    """Whether the metadata in an adapter's folder, if ours trained it, say that its base was in 4 bits."""
+    path = adapter / METADATA
+    content = read_json(path) if path.is_file() else None
+    of_base = content.get("base_model") if isinstance(content, dict) else None
+    return isinstance(of_base, dict) and of_base.get("quantization") == "4bit"
 
 
 def generating_backend(model: Model, asked: Backend) -> Backend:

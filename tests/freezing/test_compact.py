@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from helpers.devices import DEVICE
-from helpers.freezing_models import GrowingRatio, forward_backward, make_fisher, make_model
+from helpers.freezing_models import GrowingRatio, audited, forward_backward, make_fisher, make_model
 from helpers.waits import Waits
 from rpsa.errors import RPSAError
 from rpsa.fisher.diagonal import FisherDiagonal
-from rpsa.freezing.audit import Audit
 from rpsa.freezing.bits import BitMask, know_counts
 from rpsa.freezing.compact import CompactFreezer
 from rpsa.freezing.freezer import Freezer
@@ -151,22 +150,8 @@ def test_no_frozen_element_moves_where_k_changes(dtype: torch.dtype) -> None:
     freezer = CompactFreezer(model, make_fisher(model), GrowingRatio())
     opt = OPTIMIZERS["adamw"](model.parameters())
     freezer.attach(opt)
-    audit = Audit(freezer)
-    audit.open()
-    ks = []
-    for step in range(8):
-        if freezer.reference_due:
-            forward_backward(model, 1000 + step)
-            freezer.capture_reference()
-        forward_backward(model, step)
-        freezer.mask_gradients()
-        audit.next_interval()
-        ks.append(freezer.frozen_ratio)
-        opt.step()
-        opt.zero_grad()
-    audit.close()
+    report, ks = audited(model, freezer, opt)
     assert len(set(ks)) == 3
-    report = audit.report()
     assert report["frozen_elements_moved"] == 0
     assert report["frozen_element_steps_checked"] > 400
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers.devices import DEVICE
 from helpers.fisher_models import ragged_batch, relative_error, tiny_model
-from helpers.freezing_models import GrowingRatio, forward_backward, make_fisher, make_model
+from helpers.freezing_models import GrowingRatio, audited, forward_backward, make_fisher, make_model
 from helpers.ranks import free_port, run_ranks
 from helpers.sharded import shard
 from rpsa.fisher.estimators import FisherConfig, estimate_fisher
@@ -128,19 +128,7 @@ def test_optimizers_with_8_bit_states(name: str) -> None:
     freezer = Freezer(model, make_fisher(model), GrowingRatio())
     optimizer = getattr(bitsandbytes.optim, name)(model.parameters(), lr=0.01, weight_decay=0.1)
     freezer.attach(optimizer)
-    audit = Audit(freezer)
-    audit.open()
-    for step in range(8):
-        if freezer.reference_due:
-            forward_backward(model, 1000 + step)
-            freezer.capture_reference()
-        forward_backward(model, step)
-        freezer.mask_gradients()
-        audit.next_interval()
-        optimizer.step()
-        optimizer.zero_grad()
-    audit.close()
-    report = audit.report()
+    report, _ = audited(model, freezer, optimizer)
     assert report["frozen_elements_moved"] == 0
     assert report["frozen_element_steps_checked"] > 10_000
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from helpers.devices import DEVICE
 from rpsa.fisher.diagonal import FisherDiagonal
+from rpsa.freezing.audit import Audit
+from rpsa.freezing.freezer import Freezer
 from rpsa.parameters import trainable_parameters
 
 
@@ -55,3 +57,23 @@ def forward_backward(model: nn.Module, seed: int, scale: float | Tensor = 1.0) -
     ids = torch.randint(0, 11, (6, 3), generator=generator).to(DEVICE)
     target = torch.randn(6, 3, 4, generator=generator).to(DEVICE)
     ((model(ids) - target).square().mean() * scale).backward()
+
+
+def audited(
+    model: nn.Module, freezer: Freezer, optimizer: Any, steps: int = 8
+) -> tuple[dict[str, Any], list[float]]:
+    """Train with an attached freezer; returns what the audit has found, and k at each step."""
+    audit, ks = Audit(freezer), []
+    audit.open()
+    for step in range(steps):
+        if freezer.reference_due:
+            forward_backward(model, 1000 + step)
+            freezer.capture_reference()
+        forward_backward(model, step)
+        freezer.mask_gradients()
+        audit.next_interval()
+        ks.append(freezer.frozen_ratio)
+        optimizer.step()
+        optimizer.zero_grad()
+    audit.close()
+    return audit.report(), ks

@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rpsa.artifacts import (
-    METADATA,
     appending,
     atomic_directory,
     atomic_write,
@@ -67,6 +66,7 @@ from rpsa.models import (
     generating_backend,
     generation_dtype,
     identity,
+    is_trained_in_4_bits,
     load_model,
     load_tokenizer,
     location,
@@ -467,12 +467,7 @@ def make_subject(
 
 def as_trained(adapter: str | None, model: Model) -> Model:
     """With the quantisation of the base that an adapter of ours was trained on, which its metadata has."""
-    path = Path(location(adapter)) / METADATA if adapter else None
-    if path is None or model.quantization or not path.is_file():
-        return model
-    content = read_json(path)
-    of_base = content.get("base_model") if isinstance(content, dict) else None
-    if not isinstance(of_base, dict) or of_base.get("quantization") != "4bit":
+    if adapter is None or model.quantization or not is_trained_in_4_bits(Path(location(adapter))):
         return model
     log.info("%s: its base is loaded in 4 bits, as it was trained", adapter)
     return model.model_copy(update={"quantization": "4bit"})

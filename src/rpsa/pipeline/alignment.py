@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -492,16 +492,14 @@ def safety_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[
         raise RPSAError(
             "safety.data: not given; name a file, a dataset, tiny:refusals, tiny:balanced, tiny:answers or self"
         )
-    seed = safety.drawing_seed(cell_seed)
-    if safety.data.startswith("tiny:"):
-        kind: Any = safety.data.removeprefix("tiny:")
-        examples = safety_examples(kind, safety.n or 256, seed)
-    else:
-        examples = load_safety_data(safety.data, safety.format, safety.n, seed, thought)
-    if safety.benign and safety.benign_share:
-        benign = load_benign_data(safety.benign, thought=thought)
-        examples = mix_benign(examples, benign, safety.benign_share, seed)
-    return examples if thought.has_thoughts else without_thoughts(examples)
+    return _mixed(
+        safety,
+        safety.drawing_seed(cell_seed),
+        thought,
+        safety_examples,
+        partial(load_safety_data, format=safety.format, thought=thought),
+        partial(load_benign_data, thought=thought),
+    )
 
 
 def preference_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> list[Preference]:
@@ -510,15 +508,27 @@ def preference_data(safety: Safety, cell_seed: int, thought: ThoughtFormat) -> l
         raise RPSAError(
             "safety.data: not given; name a file or a dataset of pairs, tiny:refusals or tiny:balanced"
         )
-    seed = safety.drawing_seed(cell_seed)
+    load = partial(load_preferences, thought=thought)
+    return _mixed(safety, safety.drawing_seed(cell_seed), thought, preference_examples, load, load)
+
+
+def _mixed(
+    safety: Safety,
+    seed: int,
+    thought: ThoughtFormat,
+    make: Callable[[Any, int, int], list[OneExample]],
+    load: Callable[..., list[OneExample]],
+    load_benign: Callable[[str], list[OneExample]],
+) -> list[OneExample]:
+    """Examples of the tiny world or of a source, with benign ones among them, for a model of this format."""
+    assert safety.data is not None
     if safety.data.startswith("tiny:"):
-        kind: Any = safety.data.removeprefix("tiny:")
-        pairs = preference_examples(kind, safety.n or 256, seed)
+        examples = make(safety.data.removeprefix("tiny:"), safety.n or 256, seed)
     else:
-        pairs = load_preferences(safety.data, safety.n, seed, thought)
+        examples = load(safety.data, n=safety.n, seed=seed)
     if safety.benign and safety.benign_share:
-        pairs = mix_benign(pairs, load_preferences(safety.benign, thought=thought), safety.benign_share, seed)
-    return pairs if thought.has_thoughts else without_thoughts(pairs)
+        examples = mix_benign(examples, load_benign(safety.benign), safety.benign_share, seed)
+    return examples if thought.has_thoughts else without_thoughts(examples)
 
 
 def contaminated(recipe: Recipe, examples: Sequence[SafetyExample]) -> list[Any]:

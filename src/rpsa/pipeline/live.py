@@ -210,18 +210,19 @@ class TimeLeft:
         Where no task of a stage has ended, those that run tell how long another one will take.
         """
         now = time.time()
-        pulses = [(task, pulse_of(task)) for task in waiting]
         each: list[float] = []
+        others: list[tuple[Task, Pulse | None]] = []
         running: dict[str, list[float]] = {}
-        for task, pulse in pulses:
-            if pulse is not None and pulse.seconds_left is not None:
-                each.append(pulse.seconds_left)
-                for kind in (task.stage, task.kind):
-                    running.setdefault(kind, []).append(now - pulse.began + pulse.seconds_left)
-        unknown: set[Stage] = set()
-        for task, pulse in pulses:
-            if pulse is not None and pulse.seconds_left is not None:
+        for task in waiting:
+            pulse = pulse_of(task)
+            if pulse is None or pulse.seconds_left is None:
+                others.append((task, pulse))
                 continue
+            each.append(pulse.seconds_left)
+            for kind in (task.stage, task.kind):
+                running.setdefault(kind, []).append(now - pulse.began + pulse.seconds_left)
+        unknown: set[Stage] = set()
+        for task, pulse in others:
             usual = self.of(task) or _median(running, task)
             if usual is None:
                 unknown.add(task.stage)

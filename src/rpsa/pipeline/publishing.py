@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpsa.artifacts import LOG_FILE, METADATA, atomic_directory, atomic_write, read_json
+from rpsa.artifacts import LOG_FILE, atomic_directory, atomic_write, read_json
 from rpsa.errors import RPSAError
 from rpsa.pipeline.tasks import MANIFEST, altered_files
 from rpsa.provenance import TIMING
@@ -66,6 +66,8 @@ def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publ
         RPSAError: there is no such model, its files have changed since they were written, it cannot be merged, or
             `out` is there already.
     """
+    from rpsa.models import is_trained_in_4_bits
+
     folder = run / "align" / cell
     if not (folder / MANIFEST).is_file():
         known = [
@@ -78,7 +80,7 @@ def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publ
         raise RPSAError(f"{changed[0]}; publish a model that is as it was measured")
     if merge and not (folder / _ADAPTER_CONFIG).is_file():
         raise RPSAError(f"{folder}: is no adapter, so there is nothing to merge; leave --merge out")
-    if merge and _has_base_in_4_bits(folder):
+    if merge and is_trained_in_4_bits(folder):
         raise RPSAError(
             f"{folder}: was trained and measured on a base in 4 bits; merged into whole weights it is another model: "
             "leave --merge out"
@@ -90,11 +92,6 @@ def publication(run: Path, cell: str, out: Path, *, merge: bool = False) -> Publ
     return Publication(
         folder, measured if measured.is_file() else folder / CARD, () if merge else tuple(files)
     )
-
-
-def _has_base_in_4_bits(folder: Path) -> bool:
-    metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
-    return bool(metadata.get("base_model", {}).get("quantization"))
 
 
 def _write_merged(folder: Path, new: Path) -> None:
